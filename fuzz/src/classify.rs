@@ -2,7 +2,7 @@
 //! allowed port.
 
 use imds_ebpf_common::{
-    Address, Endpoint, IMDS_IPV4, InMemoryPolicy, LinkLayer, Mode, PolicyTable, Service, Verdict, classify,
+    Address, Endpoint, IMDS_IPV4, InMemoryPolicy, LinkLayer, Mode, PolicyFilter, Service, Verdict, classify,
     classify_slow, is_unrelated_fast,
 };
 
@@ -15,12 +15,13 @@ pub(crate) fn run(packet: &[u8]) {
         (Address::from_ipv4([168, 63, 129, 16]), endpoint(dns)),
         (Address::from_ipv6([0xfd; 16]), endpoint(dns)),
     ];
-    let filter = PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-    let policy = InMemoryPolicy { filter: &filter, endpoints: &endpoints, grants: &[], mode: Mode::Enforce };
-    for frame in [LinkLayer::Ethernet, LinkLayer::None] {
-        let verdict = classify(packet, frame, &policy);
-        assert_eq!(verdict, classify_slow(packet, frame, &policy));
-        assert!(!is_unrelated_fast(packet, frame, &policy) || verdict == Verdict::Unrelated);
+    let filter = PolicyFilter::new(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+    let policy =
+        InMemoryPolicy { filter: &filter, endpoints: &endpoints, exemptions: &[], mode: Mode::Enforce };
+    for link_layer in [LinkLayer::Ethernet, LinkLayer::None] {
+        let verdict = classify(packet, link_layer, &policy);
+        assert_eq!(verdict, classify_slow(packet, link_layer, &policy));
+        assert!(!is_unrelated_fast(packet, link_layer, &policy) || verdict == Verdict::Unrelated);
         assert!(verdict != Verdict::Allowed || packet.windows(2).any(|pair| pair == [0, 53]));
     }
 }

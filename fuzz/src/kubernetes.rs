@@ -23,8 +23,8 @@ const CONFIG: &str = "
 pub(crate) fn run(bytes: &[u8]) {
     let mut index = Index::default();
     for line in bytes.split(|&byte| byte == b'\n') {
-        let (told, listed) = (PodEvent::from_line(line, NODE), PodEvent::from_list(line, NODE));
-        for event in [told.ok().flatten(), listed.ok()].into_iter().flatten() {
+        let (from_line, from_list) = (PodEvent::from_line(line, NODE), PodEvent::from_list(line, NODE));
+        for event in [from_line.ok().flatten(), from_list.ok()].into_iter().flatten() {
             index.handle(event);
             for rule in &*RULES {
                 for pod in index.matching(rule) {

@@ -4,12 +4,12 @@
 use std::{collections::BTreeSet, path::Path};
 
 use imds_agent::{
-    config::{Config, endpoint_set::Endpoint as Guarded},
-    datapath::maps::config_record::Record as ConfigInForce,
+    config::{Config, endpoint_set::Endpoint as ProtectedEndpoint},
+    datapath::maps::config_record::EffectiveConfig,
     kube::pod_ref::{PodRef, PodWatchStatus},
     telemetry::{
         denial_report::DenialReport,
-        event_record::{self, Record},
+        event_record::{self, EventRecord},
     },
 };
 use imds_ebpf_common::{
@@ -22,21 +22,22 @@ use jiff::Timestamp;
 const PODS: [&str; 2] = ["veth0", "veth1"];
 
 pub(crate) fn run(bytes: &[u8]) {
-    let pod = PodRef::of(&filled(bytes));
+    let pod = PodRef::from_record(&filled(bytes));
     assert!(is_one_line(&pod.to_string()), "{pod:?}");
     if let Some(event) = event_record::decode(bytes) {
         show(&event, pod);
     }
-    let _configuration = ConfigInForce::of(&filled::<ConfigRecord>(bytes));
-    let _lookup = PodWatchStatus::of(&filled::<KubernetesRecord>(bytes));
-    let endpoint = Guarded::from_entry(Address::from_ipv6(filled(bytes)), &filled::<Endpoint>(bytes));
+    let _configuration = EffectiveConfig::from_record(&filled::<ConfigRecord>(bytes));
+    let _lookup = PodWatchStatus::from_record(&filled::<KubernetesRecord>(bytes));
+    let endpoint =
+        ProtectedEndpoint::from_entry(Address::from_ipv6(filled(bytes)), &filled::<Endpoint>(bytes));
     report(bytes, &endpoint);
 }
 
 fn show(event: &Event, pod: PodRef) {
     let interface = |index: u32| (!index.is_multiple_of(3)).then(|| format!("veth{index}"));
     for pod in [None, Some(pod)] {
-        let record = Record::new(event, Timestamp::UNIX_EPOCH, interface, pod);
+        let record = EventRecord::new(event, Timestamp::UNIX_EPOCH, interface, pod);
         assert!(is_one_line(&record.to_string()), "{record:?}");
         let json = serde_json::to_string(&record).expect("JSON");
         assert!(is_one_line(&json), "{json}");
@@ -44,7 +45,7 @@ fn show(event: &Event, pod: PodRef) {
     assert!(event_record::senders(event).count() <= 3);
 }
 
-fn report(bytes: &[u8], endpoint: &Guarded) {
+fn report(bytes: &[u8], endpoint: &ProtectedEndpoint) {
     let mut denials: Vec<(DenialKey, DenialRecord)> = bytes
         .chunks(size_of::<DenialKey>() + size_of::<DenialRecord>())
         .map(|bytes| (filled(bytes), filled(bytes.get(size_of::<DenialKey>()..).unwrap_or_default())))

@@ -30,6 +30,7 @@ pub mod config;
 pub mod controller;
 pub mod datapath;
 pub mod diagnose;
+mod encode;
 pub mod escape;
 pub mod kube;
 mod memory;

@@ -18,5 +18,5 @@ mod toolchain;
 
 pub use host::Host;
 pub use prebuilt::{Built, Object, build, compiles_programs};
-pub use survey::{Compiler, DEBIAN_PACKAGES, Lack, Linker, NoToolchain, Survey};
+pub use survey::{Compiler, DEBIAN_PACKAGES, Linker, MissingPart, NoToolchain, Survey};
 pub use toolchain::{Toolchain, cargo_home, linker_install, remap};

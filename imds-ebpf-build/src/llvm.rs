@@ -12,15 +12,15 @@ use std::{
 const HEAD: u64 = 1 << 20;
 
 /// Returns the major version of LLVM in the output of `rustc -vV`.
-pub(crate) fn of_rustc(version: &str) -> Option<u32> {
+pub(crate) fn rustc_version(version: &str) -> Option<u32> {
     version.lines().find_map(|line| leading_number(line.strip_prefix("LLVM version: ")?.as_bytes()))
 }
 
 /// Returns the major version of the libLLVM that an executable loads, or `None` if LLVM is linked statically.
-pub(crate) fn of_executable(path: &Path) -> io::Result<Option<u32>> {
+pub(crate) fn linked_version(path: &Path) -> io::Result<Option<u32>> {
     let mut head = Vec::new();
     File::open(path)?.take(HEAD).read_to_end(&mut head)?;
-    Ok(of_library_name(&head))
+    Ok(library_version(&head))
 }
 
 /// Reports whether the output of bpf-linker contains the error about bitcode of a newer LLVM.
@@ -29,7 +29,7 @@ pub(crate) fn is_too_old(linker_output: &str) -> bool {
 }
 
 /// Returns the major version in a library name such as `libLLVM.so.22.1` or `libLLVM-22.so`.
-fn of_library_name(bytes: &[u8]) -> Option<u32> {
+fn library_version(bytes: &[u8]) -> Option<u32> {
     const NAME: &[u8] = b"libLLVM";
     bytes.windows(NAME.len()).enumerate().filter(|(_, window)| *window == NAME).find_map(|(at, _)| {
         let rest = &bytes[at + NAME.len()..];
@@ -48,18 +48,18 @@ mod tests {
 
     #[test]
     fn rustc_llvm_version() {
-        assert_eq!(of_rustc("rustc 1.96.0\nhost: x\nLLVM version: 22.1.8\n"), Some(22));
-        assert_eq!(of_rustc("rustc 1.96.0\nLLVM version: unknown\n"), None);
-        assert_eq!(of_rustc(""), None);
+        assert_eq!(rustc_version("rustc 1.96.0\nhost: x\nLLVM version: 22.1.8\n"), Some(22));
+        assert_eq!(rustc_version("rustc 1.96.0\nLLVM version: unknown\n"), None);
+        assert_eq!(rustc_version(""), None);
     }
 
     #[test]
     fn library_name_has_major_version() {
-        assert_eq!(of_library_name(b"\0libc.so.6\0libLLVM.so.22.1\0"), Some(22));
-        assert_eq!(of_library_name(b"\0libLLVM-19.so\0"), Some(19));
-        assert_eq!(of_library_name(b"libLLVMCore libLLVM.so.23"), Some(23));
-        assert_eq!(of_library_name(b"libLLVM.so.\0libLLVM"), None);
-        assert_eq!(of_library_name(b""), None);
+        assert_eq!(library_version(b"\0libc.so.6\0libLLVM.so.22.1\0"), Some(22));
+        assert_eq!(library_version(b"\0libLLVM-19.so\0"), Some(19));
+        assert_eq!(library_version(b"libLLVMCore libLLVM.so.23"), Some(23));
+        assert_eq!(library_version(b"libLLVM.so.\0libLLVM"), None);
+        assert_eq!(library_version(b""), None);
     }
 
     #[test]

@@ -77,7 +77,7 @@ const FIELDS: [(&str, &[(&str, Meaning)]); 17] = [
             ("comm", Text),
         ],
     ),
-    ("Grant", &[("verdict", Number(Enum::Verdict))]),
+    ("ExemptionRecord", &[("verdict", Number(Enum::Verdict))]),
     (
         "InterfaceRecord",
         &[
@@ -175,13 +175,13 @@ impl Enum {
     }
 }
 
-/// Gives the [`FIELDS`] of the maps in `btf`, the content of the section `.BTF`, the types of their meanings, and removes fields
-/// without a meaning for users.
+/// Gives the [`FIELDS`] of the maps in `btf`, the content of the section `.BTF`, the types of their meanings, and removes
+/// fields without a meaning for users.
 pub(crate) fn retype(btf: &[u8]) -> Result<Vec<u8>> {
     let mut types = Types::new(Btf::parse(btf)?)?;
     let mut missing: BTreeSet<_> =
         FIELDS.iter().flat_map(|(of, fields)| fields.iter().map(move |&(field, _)| (*of, field))).collect();
-    for id in types.of_maps()? {
+    for id in types.map_value_types()? {
         types.btf.retain_members(id, |of, field| !PADDING.contains(&field) && (of, field) != LIMITER);
         for member in types.btf.members(id) {
             let (of, field) = (types.btf.name(id), types.btf.string(member.name));
@@ -218,14 +218,15 @@ impl Types {
         let array = btf.ids().find(|&id| btf.kind(id) == ARRAY).context("no array")?;
         let index_type = btf.extra(array, 1);
         let name = btf.add_string("char")?;
-        // No encoding, like C's `char` where it is unsigned. bpftool also prints arrays of integers with BTF_INT_CHAR as strings,
-        // but if the text has other characters than printable ASCII, it prints each one, and `"` as `"""`, which is no JSON.
+        // No encoding, like C's `char` where it is unsigned. bpftool also prints arrays of integers with BTF_INT_CHAR as
+        // strings, but if the text has other characters than printable ASCII, it prints each one, and `"` as `"""`, which is
+        // no JSON.
         let char_type = btf.add_type(name, INT, 0, 1, &[8])?;
         Ok(Self { btf, char_type, index_type, enums: BTreeMap::new() })
     }
 
     /// Returns the structs and unions in keys and values of the maps.
-    fn of_maps(&self) -> Result<BTreeSet<u32>> {
+    fn map_value_types(&self) -> Result<BTreeSet<u32>> {
         let is_maps = |&id: &u32| self.btf.kind(id) == DATASEC && self.btf.name(id) == MAPS;
         let mut queue = vec![self.btf.ids().find(is_maps).context("no section .maps")?];
         let mut seen = BTreeSet::new();

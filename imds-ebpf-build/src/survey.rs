@@ -39,16 +39,16 @@ pub struct Linker {
 #[derive(Debug)]
 pub struct Survey {
     /// First bpf-linker that starts.
-    pub linker: Result<Linker, Lack>,
+    pub linker: Result<Linker, MissingPart>,
     /// LLVM version of rustup's nightly.
-    pub nightly: Result<Option<u32>, Lack>,
+    pub nightly: Result<Option<u32>, MissingPart>,
     /// LLVM version of Debian's compiler.
-    pub debian: Result<Option<u32>, Lack>,
+    pub debian: Result<Option<u32>, MissingPart>,
 }
 
 /// Reason why a part of a toolchain cannot be used.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Lack {
+pub enum MissingPart {
     /// bpf-linker is not installed.
     Linker,
     /// bpf-linker does not start, for example because its libLLVM was removed.
@@ -75,25 +75,25 @@ pub enum Lack {
 /// Error for a machine without a complete toolchain: the missing parts of each.
 #[derive(Debug)]
 pub struct NoToolchain {
-    linker: Option<Lack>,
-    nightly: Option<Lack>,
-    debian: Option<Lack>,
+    linker: Option<MissingPart>,
+    nightly: Option<MissingPart>,
+    debian: Option<MissingPart>,
 }
 
 impl Survey {
     /// Searches `host` for all parts.
     #[must_use]
-    pub fn of(host: &Host) -> Self {
+    pub fn new(host: &Host) -> Self {
         Self { linker: linker(host), nightly: nightly(host), debian: debian(host) }
     }
 
     /// Returns the first complete toolchain: nightly before Debian.
     pub fn toolchain(&self) -> Result<Toolchain, NoToolchain> {
-        let usable = |compiler: &Result<Option<u32>, Lack>| {
+        let usable = |compiler: &Result<Option<u32>, MissingPart>| {
             let llvm = compiler.clone()?;
             match (llvm, self.linker.as_ref().ok().and_then(|linker| linker.llvm)) {
                 (Some(compiler), Some(linker)) if compiler > linker => {
-                    Err(Lack::OlderLinker { compiler, linker })
+                    Err(MissingPart::OlderLinker { compiler, linker })
                 }
                 _ => Ok(()),
             }
@@ -112,37 +112,38 @@ impl Survey {
 }
 
 /// Returns the first bpf-linker that starts.
-fn linker(host: &Host) -> Result<Linker, Lack> {
+fn linker(host: &Host) -> Result<Linker, MissingPart> {
     let mut broken = None;
     for path in host.find_all("bpf-linker") {
         if output(&path, &["--version"]).is_some() {
-            let llvm = llvm::of_executable(&path).ok().flatten();
+            let llvm = llvm::linked_version(&path).ok().flatten();
             return Ok(Linker { path, llvm });
         }
         broken.get_or_insert(path);
     }
-    Err(broken.map_or(Lack::Linker, Lack::BrokenLinker))
+    Err(broken.map_or(MissingPart::Linker, MissingPart::BrokenLinker))
 }
 
-fn nightly(host: &Host) -> Result<Option<u32>, Lack> {
-    let rustup = host.find("rustup").ok_or(Lack::Rustup)?;
-    let sysroot = output(&rustup, &["run", "nightly", "rustc", "--print", "sysroot"]).ok_or(Lack::Nightly)?;
+fn nightly(host: &Host) -> Result<Option<u32>, MissingPart> {
+    let rustup = host.find("rustup").ok_or(MissingPart::Rustup)?;
+    let sysroot =
+        output(&rustup, &["run", "nightly", "rustc", "--print", "sysroot"]).ok_or(MissingPart::Nightly)?;
     let sysroot = Path::new(sysroot.trim_end());
     if !sysroot.join("lib/rustlib/src/rust/library/core").is_dir() {
-        return Err(Lack::RustSrc);
+        return Err(MissingPart::RustSrc);
     }
-    Ok(output(&sysroot.join("bin/rustc"), &["-vV"]).as_deref().and_then(llvm::of_rustc))
+    Ok(output(&sysroot.join("bin/rustc"), &["-vV"]).as_deref().and_then(llvm::rustc_version))
 }
 
-fn debian(host: &Host) -> Result<Option<u32>, Lack> {
+fn debian(host: &Host) -> Result<Option<u32>, MissingPart> {
     let rustc = host.file(DEBIAN_RUSTC);
     if !rustc.is_file() || !host.file(DEBIAN_CARGO).is_file() {
-        return Err(Lack::DebianCompiler);
+        return Err(MissingPart::DebianCompiler);
     }
     if !host.file("/usr/lib/rustlib").join(TARGET).join("lib").is_dir() {
-        return Err(Lack::DebianCore);
+        return Err(MissingPart::DebianCore);
     }
-    Ok(output(&rustc, &["-vV"]).as_deref().and_then(llvm::of_rustc))
+    Ok(output(&rustc, &["-vV"]).as_deref().and_then(llvm::rustc_version))
 }
 
 /// Returns the standard output of a program, or `None` if it does not start or fails.
@@ -162,7 +163,7 @@ impl fmt::Display for Compiler {
     }
 }
 
-impl fmt::Display for Lack {
+impl fmt::Display for MissingPart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Linker => f.write_str("is neither on the PATH nor in cargo's bin directory"),
@@ -179,12 +180,13 @@ impl fmt::Display for Lack {
     }
 }
 
-impl Error for Lack {}
+impl Error for MissingPart {}
 
 impl fmt::Display for NoToolchain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let say =
-            |lack: &Option<Lack>| lack.as_ref().map_or_else(|| "is installed".to_owned(), Lack::to_string);
+        let say = |part: &Option<MissingPart>| {
+            part.as_ref().map_or_else(|| "is installed".to_owned(), MissingPart::to_string)
+        };
         write!(
             f,
             "found no complete toolchain for the BPF object: bpf-linker {}; rustup's nightly {}; Debian's compiler: {}. \
@@ -211,8 +213,8 @@ mod tests {
 
     fn survey(
         linker: Option<u32>,
-        nightly: Result<Option<u32>, Lack>,
-        debian: Result<Option<u32>, Lack>,
+        nightly: Result<Option<u32>, MissingPart>,
+        debian: Result<Option<u32>, MissingPart>,
     ) -> Survey {
         Survey { linker: Ok(Linker { path: "/bin/bpf-linker".into(), llvm: linker }), nightly, debian }
     }
@@ -225,20 +227,29 @@ mod tests {
     fn nightly_preferred_if_linker_reads_it() {
         assert_eq!(chosen(&survey(Some(22), Ok(Some(22)), Ok(Some(22)))), Some(Compiler::Nightly));
         assert_eq!(chosen(&survey(Some(22), Ok(Some(23)), Ok(Some(22)))), Some(Compiler::Debian));
-        assert_eq!(chosen(&survey(Some(22), Err(Lack::RustSrc), Ok(Some(22)))), Some(Compiler::Debian));
+        assert_eq!(
+            chosen(&survey(Some(22), Err(MissingPart::RustSrc), Ok(Some(22)))),
+            Some(Compiler::Debian)
+        );
         assert_eq!(chosen(&survey(Some(22), Ok(Some(23)), Ok(Some(23)))), None);
     }
 
     #[test]
     fn unknown_llvm_is_accepted() {
-        assert_eq!(chosen(&survey(None, Ok(Some(23)), Err(Lack::DebianCore))), Some(Compiler::Nightly));
-        assert_eq!(chosen(&survey(Some(22), Ok(None), Err(Lack::DebianCore))), Some(Compiler::Nightly));
+        assert_eq!(
+            chosen(&survey(None, Ok(Some(23)), Err(MissingPart::DebianCore))),
+            Some(Compiler::Nightly)
+        );
+        assert_eq!(
+            chosen(&survey(Some(22), Ok(None), Err(MissingPart::DebianCore))),
+            Some(Compiler::Nightly)
+        );
     }
 
     #[test]
     fn error_names_missing_parts_and_remedies() {
-        let linker = Err(Lack::Linker);
-        let survey = Survey { linker, nightly: Err(Lack::RustSrc), debian: Ok(Some(22)) };
+        let linker = Err(MissingPart::Linker);
+        let survey = Survey { linker, nightly: Err(MissingPart::RustSrc), debian: Ok(Some(22)) };
         let message = survey.toolchain().unwrap_err().to_string();
         assert!(!message.contains('\n'), "{message}");
         for part in [
@@ -259,33 +270,33 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = &dir.path().join("a root with spaces");
         let host = &Host::below(root);
-        let survey = Survey::of(host);
-        assert_eq!(survey.linker, Err(Lack::Linker));
-        assert_eq!(survey.nightly, Err(Lack::Rustup));
-        assert_eq!(survey.debian, Err(Lack::DebianCompiler));
+        let survey = Survey::new(host);
+        assert_eq!(survey.linker, Err(MissingPart::Linker));
+        assert_eq!(survey.nightly, Err(MissingPart::Rustup));
+        assert_eq!(survey.debian, Err(MissingPart::DebianCompiler));
 
         script(&root.join("bin/bpf-linker"), "exit 1");
         script(&root.join("bin/rustup"), "exit 1");
         script(&host.file(DEBIAN_CARGO), "");
         script(&host.file(DEBIAN_RUSTC), "echo LLVM version: 22.1.8");
-        let survey = Survey::of(host);
-        assert_eq!(survey.linker, Err(Lack::BrokenLinker(root.join("bin/bpf-linker"))));
-        assert_eq!(survey.nightly, Err(Lack::Nightly));
-        assert_eq!(survey.debian, Err(Lack::DebianCore));
+        let survey = Survey::new(host);
+        assert_eq!(survey.linker, Err(MissingPart::BrokenLinker(root.join("bin/bpf-linker"))));
+        assert_eq!(survey.nightly, Err(MissingPart::Nightly));
+        assert_eq!(survey.debian, Err(MissingPart::DebianCore));
 
         let nightly = root.join("nightly");
         // Found after the broken one on the PATH.
         script(&root.join("usr/sbin/bpf-linker"), "# libLLVM.so.22.1");
         script(&root.join("bin/rustup"), &format!("echo '{}'", nightly.display()));
         fs::create_dir_all(host.file("/usr/lib/rustlib").join(TARGET).join("lib")).unwrap();
-        let survey = Survey::of(host);
+        let survey = Survey::new(host);
         assert_eq!(survey.linker, Ok(Linker { path: root.join("usr/sbin/bpf-linker"), llvm: Some(22) }));
-        assert_eq!(survey.nightly, Err(Lack::RustSrc));
+        assert_eq!(survey.nightly, Err(MissingPart::RustSrc));
         assert_eq!(survey.debian, Ok(Some(22)));
 
         script(&nightly.join("bin/rustc"), "echo LLVM version: 23.1.0");
         fs::create_dir_all(nightly.join("lib/rustlib/src/rust/library/core")).unwrap();
-        assert_eq!(Survey::of(host).nightly, Ok(Some(23)));
+        assert_eq!(Survey::new(host).nightly, Ok(Some(23)));
     }
 
     fn script(path: &Path, body: &str) {

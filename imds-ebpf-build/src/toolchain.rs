@@ -38,7 +38,7 @@ pub struct Toolchain {
 impl Toolchain {
     /// Returns the first complete toolchain of this machine, or an error that lists the missing parts of each.
     pub fn detect() -> Result<Self, NoToolchain> {
-        Survey::of(&Host::current()).toolchain()
+        Survey::new(&Host::current()).toolchain()
     }
 
     pub(crate) const fn new(compiler: Compiler, linker: PathBuf) -> Self {

@@ -2,7 +2,7 @@
 
 use crate::packet::Packet;
 
-/// Number of bits in the address bitmap of the [`PolicyTable`](crate::Filter): one for each value of a 16-bit hash.
+/// Number of bits in the address bitmap of the [`PolicyFilter`](crate::PolicyFilter): one for each value of a 16-bit hash.
 pub const SLOTS: usize = 1 << 16;
 
 /// First 64 bits of `64:ff9b::/96` (RFC 6052, the well-known NAT64 prefix).
@@ -78,7 +78,7 @@ impl Address {
         Self { octets: (u128::from(low) | u128::from(high) << 64).to_ne_bytes() }
     }
 
-    /// Returns the hash of the address: its bit in the [`PolicyTable`](crate::Filter).
+    /// Returns the hash of the address: its bit in the [`PolicyFilter`](crate::PolicyFilter).
     #[must_use]
     pub fn slot(self) -> u16 {
         Destination::from_ipv6(self.octets).slot()

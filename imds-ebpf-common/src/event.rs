@@ -72,7 +72,7 @@ impl RateLimitKey {
 }
 
 /// Number of entries of the LRU map of sources. Sources at `from_pod` need no entry: the [`Counter`](crate::Counter) of the
-/// interface contains their window.
+/// interface contains their rate limiter.
 pub const MAX_RATE_LIMITERS: usize = 4096;
 
 /// Rate limiter for the events and replies of one source on one CPU: a fixed window of one second.
@@ -90,7 +90,7 @@ pub struct RateLimiter {
     /// Number of events emitted in this window.
     pub emitted: u32,
     /// Number of replies sent in this window.
-    pub answered: u32,
+    pub replies: u32,
 }
 
 impl RateLimiter {
@@ -102,8 +102,8 @@ impl RateLimiter {
     /// errors (`icmp_msgs_per_sec`, Linux 5.10).
     pub const MAX_REPLIES: u32 = 1000;
 
-    /// Returns a window without events, for BPF programs. The zeros are hidden from the compiler, because LLVM writes many
-    /// zeros with a call to memset, which BPF does not have.
+    /// Returns a rate limiter without events, for BPF programs. The zeros are hidden from the compiler, because LLVM writes
+    /// many zeros with a call to memset, which BPF does not have.
     #[inline(always)]
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "zero")]
@@ -115,7 +115,7 @@ impl RateLimiter {
             pending: zero,
             bytes: zero,
             emitted: zero as u32,
-            answered: zero as u32,
+            replies: zero as u32,
         }
     }
 
@@ -152,9 +152,9 @@ impl RateLimiter {
     /// starts a new window when the old one has ended.
     #[inline(always)]
     pub fn allow_reply(&mut self) -> bool {
-        let may = self.answered < Self::MAX_REPLIES;
-        self.answered += u32::from(may);
-        may
+        let is_allowed = self.replies < Self::MAX_REPLIES;
+        self.replies += u32::from(is_allowed);
+        is_allowed
     }
 
     #[inline(always)]
@@ -163,7 +163,7 @@ impl RateLimiter {
         if time.wrapping_sub(self.start) >= Self::WINDOW {
             self.start = time;
             self.emitted = 0;
-            self.answered = 0;
+            self.replies = 0;
         }
     }
 }
@@ -229,11 +229,11 @@ mod tests {
         let mut limiter = RateLimiter::default();
         let mut reads = 0;
         for _ in 0..1000 {
-            let is_told = limiter.allow(BYTES, 7, || {
+            let is_emitted = limiter.allow(BYTES, 7, || {
                 reads += 1;
                 RateLimiter::WINDOW
             });
-            if is_told {
+            if is_emitted {
                 limiter.clear();
             }
         }

@@ -25,7 +25,7 @@ pub struct RecentEvent {
     pub number_again: u64,
 }
 
-/// Index of the number of the last event in [`MAP_RECENT_IDX`](crate::names::MAP_RECENT_HEAD). The number is 0 before the
+/// Index of the number of the last event in [`MAP_RECENT_IDX`](crate::names::MAP_RECENT_IDX). The number is 0 before the
 /// first event.
 pub const WRITE_POS: u32 = 0;
 /// Index of the number of the last event that a client has printed.

@@ -2,7 +2,7 @@
 
 use crate::{address::Address, opaque::opaque, policy::Verdict, policy_lookup::PolicyLookup};
 
-/// Number of bits in [`PolicyTable::subjects`](crate::Filter::subjects).
+/// Number of bits in [`PolicyFilter::subjects`](crate::PolicyFilter::subjects).
 pub const SUBJECT_SLOTS: usize = 1 << 14;
 
 /// Largest number of entries of the map of exemptions: several for each pod on a large node with 1,000 pods.
@@ -58,8 +58,8 @@ impl Subject {
         Self { id, kind: kind as u64 }
     }
 
-    /// Returns the bit in [`PolicyTable::subjects`](crate::Filter::subjects). The kernel assigns indices and cookies in sequence,
-    /// and consecutive ids get different bits.
+    /// Returns the bit in [`PolicyFilter::subjects`](crate::PolicyFilter::subjects). The kernel assigns indices and cookies
+    /// in sequence, and consecutive ids get different bits.
     #[inline(always)]
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "the remainder is less than the number of slots")]
@@ -71,7 +71,7 @@ impl Subject {
 /// Key of the map of exemptions: one identity at one endpoint.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct Exemption {
+pub struct ExemptionKey {
     /// Address of the endpoint; [`Address::ANY`] for all endpoints.
     pub address: Address,
     /// Identity of the exempt sender.
@@ -81,12 +81,12 @@ pub struct Exemption {
 /// Value of the map of exemptions.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Grant {
-    /// [`Verdict::Exempt`] or [`Verdict::Audited`], which replaces [`Verdict::Denied`]. Other values grant nothing.
+pub struct ExemptionRecord {
+    /// [`Verdict::Exempt`] or [`Verdict::Audited`], which replaces [`Verdict::Denied`]. Other values do not exempt.
     pub verdict: u32,
     /// Number of the exemption rule in the configuration, from 1.
     pub rule: u32,
-    /// Flags: [`Grant::MARK`] or 0.
+    /// Flags: [`ExemptionRecord::MARK`] or 0.
     pub flags: u32,
     /// Explicit padding, always written as 0.
     pub reserved: u32,
@@ -106,21 +106,21 @@ pub struct ProbeRecord {
     pub verdicts: [[u64; 6]; 7],
 }
 
-impl Grant {
+impl ExemptionRecord {
     /// Flag: `from_pod` sets the exemption mark on packets of this subject. Needed for a pod behind a bridge of the node,
     /// because the ingress interface at `node_egress` is then the bridge.
     pub const MARK: u32 = 1;
 
-    /// Creates a grant of `verdict` by the rule with this number, from 1.
+    /// Creates the record of an exemption with this `verdict` by the rule with the number `rule`, from 1.
     #[must_use]
     pub const fn new(verdict: Verdict, rule: u32) -> Self {
         Self { verdict: verdict as u32, rule, flags: 0, reserved: 0 }
     }
 
-    /// Returns the verdict on a request with this grant. `verdict` is the verdict without it.
+    /// Returns the verdict on a request with this exemption. `verdict` is the verdict without it.
     #[inline(always)]
     #[must_use]
-    pub const fn apply_exemption(self, verdict: Verdict) -> Verdict {
+    pub const fn apply(self, verdict: Verdict) -> Verdict {
         const EXEMPT: u32 = Verdict::Exempt as u32;
         const AUDIT: u32 = Verdict::Audited as u32;
         match self.verdict {
@@ -152,88 +152,85 @@ pub fn apply_exemption<T: PolicyLookup + ?Sized>(
     if !policy.may_be_exempt(subject.slot()) {
         return verdict;
     }
-    apply_exemption_slow(verdict, subject, address, policy)
+    find_exemption(verdict, subject, address, policy).map_or(verdict, |exemption| exemption.apply(verdict))
 }
 
-/// Applies the exemption of `subject` without reading the bitmap of exempt subjects.
-#[inline(always)]
-pub fn apply_exemption_slow<T: PolicyLookup + ?Sized>(
-    verdict: Verdict,
-    subject: Subject,
-    address: &Address,
-    policy: &T,
-) -> Verdict {
-    find_grant(verdict, subject, address, policy).map_or(verdict, |grant| grant.apply_exemption(verdict))
-}
-
-/// Returns the grant that changes `verdict` on packets of `subject` to `address`.
+/// Returns the exemption that changes `verdict` on packets of `subject` to `address`.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the value is zero")]
-pub fn find_grant<T: PolicyLookup + ?Sized>(
+pub fn find_exemption<T: PolicyLookup + ?Sized>(
     verdict: Verdict,
     subject: Subject,
     address: &Address,
     policy: &T,
-) -> Option<Grant> {
+) -> Option<ExemptionRecord> {
     if !can_be_exempted(verdict) {
         return None;
     }
-    let of_one = policy.grant(&Exemption { address: *address, subject });
+    let of_one = policy.exemption(&ExemptionKey { address: *address, subject });
     // Address::ANY, hidden from the compiler: it puts constants of that size in a section, and loaders create a map for
     // each section.
     let any = || Address::from_ipv4((opaque(0) as u32).to_be_bytes());
-    of_one.or_else(|| policy.grant(&Exemption { address: any(), subject }))
+    of_one.or_else(|| policy.exemption(&ExemptionKey { address: any(), subject }))
 }
 
 const _: () = assert!(size_of::<Subject>() == 16);
-const _: () = assert!(size_of::<Exemption>() == 32);
-const _: () = assert!(size_of::<Grant>() == 16);
+const _: () = assert!(size_of::<ExemptionKey>() == 32);
+const _: () = assert!(size_of::<ExemptionRecord>() == 16);
 const _: () = assert!(size_of::<ProbeRecord>() == 8 + 7 * 6 * 8);
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{InMemoryPolicy, Mode, PolicyTable};
+    use crate::{InMemoryPolicy, Mode, PolicyFilter};
 
     const ONE: Address = Address::from_ipv4([10, 0, 0, 1]);
     const OTHER: Address = Address::from_ipv4([10, 0, 0, 2]);
 
     const POD: Subject = Subject::new(SubjectKind::Interface, 7);
 
-    fn of(grants: &[(Exemption, Grant)], verdict: Verdict, subject: Subject) -> [Verdict; 2] {
-        let mut filter = PolicyTable::EMPTY;
-        filter.set_subjects(grants.iter().map(|(exemption, _)| exemption.subject));
-        let policy = InMemoryPolicy { filter: &filter, endpoints: &[], grants, mode: Mode::Enforce };
+    fn verdicts(
+        exemptions: &[(ExemptionKey, ExemptionRecord)],
+        verdict: Verdict,
+        subject: Subject,
+    ) -> [Verdict; 2] {
+        let mut filter = PolicyFilter::EMPTY;
+        filter.set_subjects(exemptions.iter().map(|(exemption, _)| exemption.subject));
+        let policy = InMemoryPolicy { filter: &filter, endpoints: &[], exemptions, mode: Mode::Enforce };
         [ONE, OTHER].map(|address| apply_exemption(verdict, subject, &address, &policy))
     }
 
     #[test]
     fn exemption_affects_denials_only() {
         use Verdict::{Allowed, Audited, Denied, Exempt, Off, Unrelated};
-        let grant = |verdict| Grant::new(verdict, 1);
-        let at = |address, verdict| (Exemption { address, subject: POD }, grant(verdict));
-        for (grants, denied) in [
+        let record = |verdict| ExemptionRecord::new(verdict, 1);
+        let at = |address, verdict| (ExemptionKey { address, subject: POD }, record(verdict));
+        for (exemptions, denied) in [
             (&[][..], [Denied, Denied]),
             (&[at(ONE, Exempt)], [Exempt, Denied]),
             (&[at(ONE, Audited)], [Audited, Denied]),
             (&[at(Address::ANY, Exempt)], [Exempt, Exempt]),
             (&[at(Address::ANY, Audited), at(OTHER, Exempt)], [Audited, Exempt]),
-            // Verdicts that the agent never writes grant nothing.
+            // Verdicts that the agent never writes do not exempt.
             (&[at(ONE, Unrelated), at(OTHER, Off)], [Denied, Denied]),
         ] {
-            assert_eq!(of(grants, Denied, POD), denied, "{grants:?}");
+            assert_eq!(verdicts(exemptions, Denied, POD), denied, "{exemptions:?}");
             let audited = denied.map(|verdict| if verdict == Denied { Audited } else { verdict });
-            assert_eq!(of(grants, Audited, POD), audited, "{grants:?}");
+            assert_eq!(verdicts(exemptions, Audited, POD), audited, "{exemptions:?}");
             for verdict in [Unrelated, Off, Allowed] {
-                assert_eq!(of(grants, verdict, POD), [verdict; 2], "{grants:?}");
+                assert_eq!(verdicts(exemptions, verdict, POD), [verdict; 2], "{exemptions:?}");
             }
             for kind in [SubjectKind::Netns, SubjectKind::Cgroup] {
-                assert_eq!(of(grants, Denied, Subject::new(kind, 7)), [Denied; 2], "{grants:?}");
+                assert_eq!(
+                    verdicts(exemptions, Denied, Subject::new(kind, 7)),
+                    [Denied; 2],
+                    "{exemptions:?}"
+                );
             }
             assert_eq!(
-                of(grants, Denied, Subject::new(SubjectKind::Interface, 8)),
+                verdicts(exemptions, Denied, Subject::new(SubjectKind::Interface, 8)),
                 [Denied; 2],
-                "{grants:?}"
+                "{exemptions:?}"
             );
         }
     }

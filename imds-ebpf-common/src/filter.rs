@@ -7,18 +7,18 @@ use crate::{
     exemption::{SUBJECT_SLOTS, Subject},
 };
 
-/// Number of chains (hash buckets) of a [`EndpointTable`]. With 256 endpoints most chains have at most one row.
+/// Number of hash buckets of an [`EndpointTable`]. With 256 endpoints most buckets have at most one entry.
 pub const BUCKETS: usize = 1 << 12;
-/// Largest number of rows of a chain.
+/// Largest number of entries of a bucket.
 pub const MAX_BUCKET_LEN: usize = 4;
 
 /// The policy: two bitmaps that exclude most addresses and senders, and two tables of endpoints.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct PolicyTable {
+pub struct PolicyFilter {
     /// Bitmap of the slots of protected addresses, lowest bit of the first byte first. If the bit of an address is 0, the
     /// address is not protected.
-    pub bits: [u8; SLOTS / 8],
+    pub addresses: [u8; SLOTS / 8],
     /// Bitmap of the slots of exempt identities. If the bit of an identity is 0, it is not exempt.
     pub subjects: [u8; SUBJECT_SLOTS / 8],
     /// Index of the effective table, 0 or 1. User space writes the other one.
@@ -31,13 +31,13 @@ pub struct PolicyTable {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct EndpointTable {
-    /// Number of the first row of each chain, from 1; 0 for an empty chain.
+    /// Number of the first entry of each bucket, from 1; 0 for an empty bucket.
     pub heads: [u16; BUCKETS],
-    /// Rows of all chains. Unused ones are [`EndpointEntry::EMPTY`].
+    /// Entries of all buckets. Unused ones are [`EndpointEntry::EMPTY`].
     pub entries: [EndpointEntry; MAX_ENDPOINTS],
 }
 
-/// Row of a [`EndpointTable`]: the part of an endpoint that the programs need.
+/// Entry of an [`EndpointTable`]: the part of an endpoint that the programs need.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct EndpointEntry {
@@ -45,17 +45,17 @@ pub struct EndpointEntry {
     pub address: Address,
     /// Allowed ports of the endpoint.
     pub allowed_ports: AllowedPorts,
-    /// Number of the next row of the chain, from 1; 0 for none.
+    /// Number of the next entry of the bucket, from 1; 0 for none.
     pub next: u64,
 }
 
 impl EndpointEntry {
-    /// Unused row: no endpoint has [`Address::NONE`].
+    /// Unused entry: no endpoint has [`Address::NONE`].
     pub const EMPTY: Self =
         Self { address: Address::NONE, allowed_ports: [Service::NONE; MAX_ALLOWED_PORTS], next: 0 };
 }
 
-/// Returns the chain of an address with this slot. Folds the slot again, so that consecutive addresses get different chains.
+/// Returns the bucket of an address with this slot. Folds the slot again, so that consecutive addresses get different buckets.
 #[inline(always)]
 #[must_use]
 pub const fn bucket(slot: u16) -> usize {
@@ -63,10 +63,11 @@ pub const fn bucket(slot: u16) -> usize {
 }
 
 impl EndpointTable {
-    /// Table without endpoints: all chains are empty.
+    /// Table without endpoints: all buckets are empty.
     pub const EMPTY: Self = Self { heads: [0; BUCKETS], entries: [EndpointEntry::EMPTY; MAX_ENDPOINTS] };
 
-    /// Replaces all rows. The caller passes at most [`MAX_ENDPOINTS`] endpoints, and at most [`MAX_BUCKET_LEN`] per [`bucket`].
+    /// Replaces all entries. The caller passes at most [`MAX_ENDPOINTS`] endpoints, and at most [`MAX_BUCKET_LEN`] per
+    /// [`bucket`].
     fn fill<'a>(&mut self, endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)>) {
         *self = Self::EMPTY;
         for ((entry, number), (address, endpoint)) in self.entries.iter_mut().zip(1..).zip(endpoints) {
@@ -91,11 +92,11 @@ impl EndpointTable {
     }
 }
 
-impl PolicyTable {
+impl PolicyFilter {
     /// Filter that protects no address.
     #[expect(clippy::large_stack_arrays, reason = "initial value of a global variable of the programs")]
     pub const EMPTY: Self = Self {
-        bits: [0; SLOTS / 8],
+        addresses: [0; SLOTS / 8],
         subjects: [0; SUBJECT_SLOTS / 8],
         current: 0,
         tables: [EndpointTable::EMPTY; 2],
@@ -110,7 +111,7 @@ impl PolicyTable {
 
     /// Creates a filter with these endpoints and without exempt identities.
     #[must_use]
-    pub fn of<'a>(endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)> + Clone) -> Self {
+    pub fn new<'a>(endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)> + Clone) -> Self {
         let mut filter = Self::EMPTY;
         filter.set_endpoints(endpoints);
         filter
@@ -121,9 +122,9 @@ impl PolicyTable {
         &mut self,
         endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)> + Clone,
     ) {
-        self.bits = Self::EMPTY.bits;
+        self.addresses = Self::EMPTY.addresses;
         for (address, _) in endpoints.clone() {
-            set_bit(&mut self.bits, address.slot());
+            set_bit(&mut self.addresses, address.slot());
         }
         self.current ^= 1;
         self.table_mut().fill(endpoints);
@@ -143,8 +144,8 @@ impl PolicyTable {
 
     /// Reports whether an address with this slot may be protected.
     #[must_use]
-    pub fn has(&self, slot: u16) -> bool {
-        has_bit(&self.bits, slot)
+    pub fn has_address(&self, slot: u16) -> bool {
+        has_bit(&self.addresses, slot)
     }
 
     /// Reports whether an identity with this slot may be exempt.
@@ -162,20 +163,20 @@ impl PolicyTable {
     }
 
     /// Adds the address bits of `other`, so that the old and the new endpoints are protected during a change.
-    pub fn add_slots_of(&mut self, other: &Self) {
-        for (to, from) in self.bits.iter_mut().zip(other.bits) {
+    pub fn add_addresses(&mut self, other: &Self) {
+        for (to, from) in self.addresses.iter_mut().zip(other.addresses) {
             *to |= from;
         }
     }
 }
 
 fn has_bit(bitmap: &[u8], slot: u16) -> bool {
-    let (byte, bit) = PolicyTable::position(slot);
+    let (byte, bit) = PolicyFilter::position(slot);
     bitmap.get(byte).is_some_and(|byte| byte >> bit & 1 == 1)
 }
 
 fn set_bit(bitmap: &mut [u8], slot: u16) {
-    let (byte, bit) = PolicyTable::position(slot);
+    let (byte, bit) = PolicyFilter::position(slot);
     if let Some(byte) = bitmap.get_mut(byte) {
         *byte |= 1 << bit;
     }
@@ -183,4 +184,4 @@ fn set_bit(bitmap: &mut [u8], slot: u16) {
 
 const _: () = assert!(size_of::<EndpointEntry>() == 56);
 const _: () = assert!(size_of::<EndpointTable>() == 2 * BUCKETS + 56 * MAX_ENDPOINTS);
-const _: () = assert!(size_of::<PolicyTable>() == 8192 + 2048 + 8 + 2 * size_of::<EndpointTable>());
+const _: () = assert!(size_of::<PolicyFilter>() == 8192 + 2048 + 8 + 2 * size_of::<EndpointTable>());

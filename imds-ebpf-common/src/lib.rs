@@ -42,16 +42,16 @@ pub use allow_list::{AllowedKind, AllowedProcess};
 pub use cgroup::CgroupRecord;
 pub use endpoint::{Endpoint, IMDS_IPV4, Service};
 pub use event::Event;
-pub use exemption::{Exemption, Grant, ProbeRecord, Subject, SubjectKind, apply_exemption};
-pub use filter::PolicyTable;
+pub use exemption::{ExemptionKey, ExemptionRecord, ProbeRecord, Subject, SubjectKind, apply_exemption};
+pub use filter::PolicyFilter;
 pub use flow::Flow;
 pub use maps::{
     AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, OwnPackets, PodRecord,
     Policy, ProviderRecord, Role,
 };
-pub use packet::{IpOffset, LinkLayer, Packet, find_header, flow, is_unrelated_frame, is_vlan, service};
+pub use packet::{
+    IpOffset, LinkLayer, Packet, find_header, flow, is_unrelated_fast, is_unrelated_frame, is_vlan, service,
+};
 pub use policy::{DenyAction, DenyErrno, Hook, Mode, TcHook, TcHookSet, Verdict};
 pub use policy_lookup::{InMemoryPolicy, PolicyLookup};
-pub use verdict::{
-    EndpointMatch, classify, classify_address, classify_slow, is_unrelated_fast, lookup_endpoint,
-};
+pub use verdict::{EndpointMatch, classify, classify_address, classify_slow, lookup_endpoint};

@@ -314,7 +314,7 @@ mod pod {
         ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
         ProviderRecord,
     };
-    use crate::{Address, Endpoint, Exemption, Grant, PolicyTable, ProbeRecord, Subject};
+    use crate::{Address, Endpoint, ExemptionKey, ExemptionRecord, PolicyFilter, ProbeRecord, Subject};
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Policy {}
@@ -339,11 +339,11 @@ mod pod {
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Endpoint {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
-    unsafe impl aya::Pod for PolicyTable {}
+    unsafe impl aya::Pod for PolicyFilter {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
-    unsafe impl aya::Pod for Exemption {}
+    unsafe impl aya::Pod for ExemptionKey {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
-    unsafe impl aya::Pod for Grant {}
+    unsafe impl aya::Pod for ExemptionRecord {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for ProbeRecord {}
 }

@@ -51,13 +51,13 @@ pub const MAP_COUNTERS: &str = "imds_counters";
 /// Hash of interface index to [`InterfaceRecord`](crate::InterfaceRecord).
 pub const MAP_INTERFACES: &str = "imds_interfaces";
 
-/// Array with one entry: the [`PolicyTable`](crate::Filter).
+/// Array with one entry: the [`PolicyFilter`](crate::PolicyFilter).
 pub const MAP_FILTER: &str = "imds_filter";
 /// Hash of [`Address`](crate::Address) to [`Endpoint`](crate::Endpoint).
 pub const MAP_ENDPOINTS: &str = "imds_endpoints";
-/// Hash of [`Exemption`](crate::Exemption) to [`Grant`](crate::Grant).
+/// Hash of [`ExemptionKey`](crate::ExemptionKey) to [`ExemptionRecord`](crate::ExemptionRecord).
 pub const MAP_EXEMPT: &str = "imds_exempt";
-/// Hash of [`Exemption`](crate::Exemption) to `u32`: source addresses that belong to an exempt subject.
+/// Hash of [`ExemptionKey`](crate::ExemptionKey) to `u32`: source addresses that belong to an exempt subject.
 pub const MAP_EXEMPT_SOURCES: &str = "imds_exempt_src";
 /// LRU hash of interface index to `u64`: time of the last packet that `from_pod` let pass by an exemption, in nanoseconds of
 /// the boot clock.
@@ -85,16 +85,17 @@ pub const MAP_KUBERNETES: &str = "imds_kubernetes";
 /// Hash of [`Subject`](crate::Subject) to [`PodRecord`](crate::PodRecord).
 pub const MAP_PODS: &str = "imds_pods";
 
-/// Array of the last [`RecentEvent`](crate::ledger::RecentEvent)s, used as a ring: the index is the number modulo the size.
+/// Array of the last [`RecentEvent`](crate::event_log::RecentEvent)s, used as a ring: the index is the number modulo the size.
 pub const MAP_RECENT: &str = "imds_recent";
-/// Array of two event numbers, at the indices [`LAST`](crate::ledger::LAST) and [`SHOWN`](crate::ledger::SHOWN).
+/// Array of two event numbers, at the indices [`WRITE_POS`](crate::event_log::WRITE_POS) and
+/// [`READ_POS`](crate::event_log::READ_POS).
 pub const MAP_RECENT_IDX: &str = "imds_recent_idx";
-/// Hash of [`DenialKey`](crate::ledger::DenialKey) to [`DenialRecord`](crate::ledger::DenialRecord).
+/// Hash of [`DenialKey`](crate::event_log::DenialKey) to [`DenialRecord`](crate::event_log::DenialRecord).
 pub const MAP_DENIALS: &str = "imds_denials";
 
 /// Ring buffer of [`Event`](crate::Event)s, written by the programs.
 pub const MAP_EVENTS: &str = "imds_events";
-/// Per-CPU LRU hash of [`RateLimitKey`](crate::event::Source) to [`RateLimiter`](crate::event::Window).
+/// Per-CPU LRU hash of [`RateLimitKey`](crate::event::RateLimitKey) to [`RateLimiter`](crate::event::RateLimiter).
 pub const MAP_RATELIMIT: &str = "imds_ratelimit";
 
 /// Ring buffer of log records of the programs. aya-log requires this name.
@@ -195,17 +196,17 @@ pub const PREFIX: &str = "imds_";
 
 /// Returns the prefix of the pin name of an interface's TCX link. The decimal interface index follows.
 #[must_use]
-pub const fn link_prefix(edge: TcHook) -> &'static str {
-    match edge {
+pub const fn link_prefix(hook: TcHook) -> &'static str {
+    match hook {
         TcHook::FromPod => "from_pod_",
         TcHook::NodeEgress => "node_egress_",
     }
 }
 
-/// Returns the name of the TC program for a hook and for interfaces whose packets start with `frame`.
+/// Returns the name of the TC program for a hook and for interfaces with this link layer.
 #[must_use]
-pub const fn tc_program(edge: TcHook, frame: LinkLayer) -> &'static str {
-    match (edge, frame) {
+pub const fn tc_program(hook: TcHook, link_layer: LinkLayer) -> &'static str {
+    match (hook, link_layer) {
         (TcHook::FromPod, LinkLayer::Ethernet) => PROG_FROM_POD,
         (TcHook::FromPod, LinkLayer::None) => PROG_FROM_POD_L3,
         (TcHook::NodeEgress, LinkLayer::Ethernet) => PROG_NODE_EGRESS,

@@ -55,8 +55,8 @@ pub trait Packet {
     /// Returns the EtherType of the first header after the link-layer header, in memory order: 0 if the packet has no
     /// link-layer header and is not IP. Returns `None` if the packet is shorter.
     #[inline(always)]
-    fn ether_type(&self, frame: LinkLayer) -> Option<u16> {
-        Some(match frame {
+    fn ether_type(&self, link_layer: LinkLayer) -> Option<u16> {
+        Some(match link_layer {
             LinkLayer::Ethernet => u16::from_ne_bytes(self.fetch(ETHER_TYPE_OFFSET)?),
             LinkLayer::None => ether_type_of_ip(u16::from_ne_bytes(self.fetch(0)?)),
         })
@@ -64,8 +64,8 @@ pub trait Packet {
 
     /// Returns [`Packet::ether_type`] and the 32-bit word at `offset`, in memory order. May fail for packets of any length.
     #[inline(always)]
-    fn peek_ether_type(&self, frame: LinkLayer, offset: usize) -> Option<(u16, u32)> {
-        match frame {
+    fn peek_ether_type(&self, link_layer: LinkLayer, offset: usize) -> Option<(u16, u32)> {
+        match link_layer {
             LinkLayer::Ethernet => self.peek_words(ETHER_TYPE_OFFSET, offset),
             LinkLayer::None => {
                 self.peek_words(0, offset).map(|(first, word)| (ether_type_of_ip(first), word))
@@ -166,14 +166,14 @@ pub struct IpOffset(u32);
 impl IpOffset {
     const IS_V6: u32 = 1 << 31;
 
-    /// Creates the place of an IPv4 header that starts `offset` bytes after the start of the packet.
+    /// Creates the offset of an IPv4 header that starts `offset` bytes after the start of the packet.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the header starts after a few tags at most")]
     const fn v4(offset: usize) -> Self {
         Self(offset as u32)
     }
 
-    /// Creates the place of an IPv6 header that starts `offset` bytes after the start of the packet.
+    /// Creates the offset of an IPv6 header that starts `offset` bytes after the start of the packet.
     #[inline(always)]
     const fn v6(offset: usize) -> Self {
         Self(Self::v4(offset).0 | Self::IS_V6)
@@ -193,7 +193,7 @@ impl IpOffset {
         self.0 & Self::IS_V6 != 0
     }
 
-    /// Returns the place with bounds that the verifier does not know, see [`Packet::verifier_opaque`].
+    /// Returns the offset with bounds that the verifier does not know, see [`Packet::verifier_opaque`].
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the value has 32 bits")]
     #[must_use]
@@ -202,24 +202,27 @@ impl IpOffset {
     }
 }
 
-/// Fast path: reports whether the bytes at the usual offset of the destination exclude a protected endpoint.
+/// Fast path: reports whether the bytes at the usual offset of the destination exclude a protected endpoint. If so, the packet
+/// certainly is not for one.
 ///
 /// `false` decides nothing. Nearly every packet runs only this code, so it makes no call and needs few registers: a program
 /// that uses one of R6 to R9 saves it on the stack for each packet.
 #[inline(always)]
-pub(crate) fn is_unrelated_fast<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> bool
+pub fn is_unrelated_fast<P, T>(packet: &P, link_layer: LinkLayer, policy: &T) -> bool
 where
     P: Packet + ?Sized,
     T: PolicyLookup + ?Sized,
 {
-    let ip = frame.header_len();
-    let Some((ether_type, v4)) = packet.peek_ether_type(frame, ip + DESTINATION_OFFSET) else { return false };
+    let ip = link_layer.header_len();
+    let Some((ether_type, v4)) = packet.peek_ether_type(link_layer, ip + DESTINATION_OFFSET) else {
+        return false;
+    };
     if ether_type == ETH_P_IP {
-        return !policy.may_guard(Destination::V4(v4).slot());
+        return !policy.may_be_protected(Destination::V4(v4).slot());
     }
     ether_type == ETH_P_IPV6
         && packet.peek_pair(ip + DESTINATION_OFFSET_V6).is_some_and(|(first, second)| {
-            !may_embed_ipv4(first) && !policy.may_guard(Destination::V6(first, second).slot())
+            !may_embed_ipv4(first) && !policy.may_be_protected(Destination::V6(first, second).slot())
         })
 }
 
@@ -239,7 +242,7 @@ where
         Some((ether_type, _)) if !is_vlan(ether_type) => true,
         Some((_, v4)) => {
             match packet.peek_words(ETHER_TYPE_OFFSET + VLAN_TAG_LEN, tagged + DESTINATION_OFFSET) {
-                Some((ETH_P_IP, _)) => !policy.may_guard(Destination::V4(v4).slot()),
+                Some((ETH_P_IP, _)) => !policy.may_be_protected(Destination::V4(v4).slot()),
                 Some(_) | None => false,
             }
         }
@@ -252,9 +255,9 @@ where
 /// Ignores the other fields of the header. The destination has a fixed offset, so a packet with an EtherType of IP gets a
 /// verdict even if its header is malformed.
 #[inline(always)]
-pub fn find_header<P: Packet + ?Sized>(packet: &P, frame: LinkLayer) -> Option<IpOffset> {
-    let mut offset = frame.header_len();
-    let mut ether_type = packet.ether_type(frame)?;
+pub fn find_header<P: Packet + ?Sized>(packet: &P, link_layer: LinkLayer) -> Option<IpOffset> {
+    let mut offset = link_layer.header_len();
+    let mut ether_type = packet.ether_type(link_layer)?;
     for _ in 0..MAX_VLAN_TAGS {
         if !is_vlan(ether_type) {
             break;

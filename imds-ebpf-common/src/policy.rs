@@ -1,4 +1,4 @@
-//! Terms of the policy: mode, answers to denied requests, hooks and verdicts.
+//! Terms of the policy: mode, replies to denied requests, hooks and verdicts.
 
 use core::mem;
 
@@ -57,8 +57,8 @@ impl DenyAction {
     /// Returns the action with this number; for an unknown number, [`DenyAction::Drop`].
     #[inline(always)]
     #[must_use]
-    pub const fn from_u32(answer: u32) -> Self {
-        match answer {
+    pub const fn from_u32(action: u32) -> Self {
+        match action {
             1 => Self::Reject,
             _ => Self::Drop,
         }
@@ -221,13 +221,13 @@ impl TcHookSet {
 
     /// Reports whether the set contains `hook`.
     #[must_use]
-    pub const fn has(self, hook: TcHook) -> bool {
+    pub const fn contains(self, hook: TcHook) -> bool {
         self.bits & hook.bit() != 0
     }
 
     /// Iterates over the hooks of the set, in the order of [`TcHook::ALL`].
     pub fn iter(self) -> impl Iterator<Item = TcHook> {
-        TcHook::ALL.into_iter().filter(move |&hook| self.has(hook))
+        TcHook::ALL.into_iter().filter(move |&hook| self.contains(hook))
     }
 }
 

@@ -3,15 +3,15 @@
 use crate::{
     address::Address,
     endpoint::{AllowedPorts, Endpoint},
-    exemption::{Exemption, Grant},
-    filter::PolicyTable,
+    exemption::{ExemptionKey, ExemptionRecord},
+    filter::PolicyFilter,
     policy::Mode,
 };
 
 /// Lookup of endpoints, exemptions and the mode for a verdict.
 pub trait PolicyLookup {
     /// Reports whether an address with this slot may be protected. Called for every packet.
-    fn may_guard(&self, slot: u16) -> bool;
+    fn may_be_protected(&self, slot: u16) -> bool;
 
     /// Returns the allowed ports of the endpoint at `address`, whose slot is `slot`, or `None` if it is not protected.
     fn allowed_ports(&self, slot: u16, address: &Address) -> Option<&AllowedPorts>;
@@ -22,32 +22,32 @@ pub trait PolicyLookup {
     /// Reports whether a subject with this slot may be exempt. Called only for requests that would be denied.
     fn may_be_exempt(&self, slot: u16) -> bool;
 
-    /// Returns the grant of an exemption. Called only if [`PolicyLookup::may_be_exempt`] returns `true`.
-    fn grant(&self, exemption: &Exemption) -> Option<Grant>;
+    /// Returns the exemption with this key. Called only if [`PolicyLookup::may_be_exempt`] returns `true`.
+    fn exemption(&self, key: &ExemptionKey) -> Option<ExemptionRecord>;
 }
 
 /// [`PolicyLookup`] without a kernel, for tests and tools on the host.
 #[derive(Clone, Copy, Debug)]
 pub struct InMemoryPolicy<'a> {
-    /// Filter with all of `endpoints` and the subjects of `grants`.
-    pub filter: &'a PolicyTable,
+    /// Filter with all of `endpoints` and the subjects of `exemptions`.
+    pub filter: &'a PolicyFilter,
     /// Protected endpoints with their addresses.
     pub endpoints: &'a [(Address, Endpoint)],
     /// Exemptions. `filter` must contain their subjects.
-    pub grants: &'a [(Exemption, Grant)],
+    pub exemptions: &'a [(ExemptionKey, ExemptionRecord)],
     /// Effective mode, returned by [`PolicyLookup::mode`].
     pub mode: Mode,
 }
 
 impl PolicyLookup for InMemoryPolicy<'_> {
-    fn may_guard(&self, slot: u16) -> bool {
-        self.filter.has(slot)
+    fn may_be_protected(&self, slot: u16) -> bool {
+        self.filter.has_address(slot)
     }
 
     fn allowed_ports(&self, _slot: u16, address: &Address) -> Option<&AllowedPorts> {
         self.endpoints
             .iter()
-            .find(|(guarded, _)| guarded == address)
+            .find(|(protected, _)| protected == address)
             .map(|(_, endpoint)| &endpoint.allow_ports)
     }
 
@@ -59,7 +59,7 @@ impl PolicyLookup for InMemoryPolicy<'_> {
         self.filter.has_subject(slot)
     }
 
-    fn grant(&self, exemption: &Exemption) -> Option<Grant> {
-        self.grants.iter().find(|(granted, _)| granted == exemption).map(|(_, grant)| *grant)
+    fn exemption(&self, key: &ExemptionKey) -> Option<ExemptionRecord> {
+        self.exemptions.iter().find(|(known, _)| known == key).map(|(_, record)| *record)
     }
 }

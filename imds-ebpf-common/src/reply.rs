@@ -9,7 +9,7 @@ use crate::{
     packet::{self, IpOffset, Packet},
 };
 
-/// Size of a word of [`Words`] in bytes.
+/// Size of a word in bytes. Functions of this module take parts of a packet as 32-bit words in memory order.
 pub const WORD: usize = 4;
 /// Size of the TCP header of a reset in words. The header has no options.
 pub const TCP_WORDS: usize = 5;
@@ -42,12 +42,9 @@ pub const QUOTE_V4_OPTIONS: usize = 15 + 2;
 /// Number of quoted words of an IPv6 packet: the header and eight bytes of payload.
 pub const QUOTE_V6: usize = 10 + 2;
 
-/// Bytes of a packet as 32-bit words in memory order.
-pub type Words<const N: usize> = [u32; N];
-
 /// Kind of the reply to a denied packet.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Kind {
+pub enum ReplyKind {
     /// TCP reset, if the TCP header directly follows an IP header without options.
     Reset,
     /// "Communication administratively prohibited" of ICMP (RFC 1812 section 5.2.7.1) or `ICMPv6` (RFC 4443 section 3.1), for
@@ -60,12 +57,12 @@ pub enum Kind {
 /// Returns `None` for packets that must not be answered (RFC 1122 section 3.2.2, RFC 4443 section 2.4): ICMP errors,
 /// fragments other than the first, and packets whose source is not a single host. [`reset`] also excludes resets.
 #[inline(always)]
-pub fn kind<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Kind> {
-    if ip.is_v6() { kind_v6(packet, ip.offset()) } else { kind_v4(packet, ip.offset()) }
+pub fn reply_kind<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<ReplyKind> {
+    if ip.is_v6() { reply_kind_v6(packet, ip.offset()) } else { reply_kind_v4(packet, ip.offset()) }
 }
 
 #[inline(always)]
-fn kind_v4<P: Packet + ?Sized>(packet: &P, offset: usize) -> Option<Kind> {
+fn reply_kind_v4<P: Packet + ?Sized>(packet: &P, offset: usize) -> Option<ReplyKind> {
     let [version_ihl, _, _, _, _, _, fragment_0, fragment_1, _, protocol, _, _, source, ..] =
         packet.fetch::<{ Ipv4Hdr::LEN }>(offset)?;
     let fragment = u16::from_be_bytes([fragment_0, fragment_1]) & 0x1fff;
@@ -75,18 +72,18 @@ fn kind_v4<P: Packet + ?Sized>(packet: &P, offset: usize) -> Option<Kind> {
     }
     let payload = offset + usize::from(version_ihl & 0x0f) * 4;
     match protocol {
-        TCP if version_ihl == 0x45 => Some(Kind::Reset),
+        TCP if version_ihl == 0x45 => Some(ReplyKind::Reset),
         ICMP => {
             let [icmp_type] = packet.fetch(payload)?;
             // The ICMP errors: unreachable, source quench, redirect, time exceeded, parameter problem.
-            (!matches!(icmp_type, 3 | 4 | 5 | 11 | 12)).then_some(Kind::Prohibited)
+            (!matches!(icmp_type, 3 | 4 | 5 | 11 | 12)).then_some(ReplyKind::Prohibited)
         }
-        _ => Some(Kind::Prohibited),
+        _ => Some(ReplyKind::Prohibited),
     }
 }
 
 #[inline(always)]
-fn kind_v6<P: Packet + ?Sized>(packet: &P, offset: usize) -> Option<Kind> {
+fn reply_kind_v6<P: Packet + ?Sized>(packet: &P, offset: usize) -> Option<ReplyKind> {
     let [next] = packet.fetch(offset + offset_of!(Ipv6Hdr, next_hdr))?;
     let [first, second] = packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr))?;
     // Multicast; and `::/16`, which contains the unspecified and the loopback address.
@@ -94,20 +91,20 @@ fn kind_v6<P: Packet + ?Sized>(packet: &P, offset: usize) -> Option<Kind> {
         return None;
     }
     match next {
-        TCP => Some(Kind::Reset),
+        TCP => Some(ReplyKind::Reset),
         ICMP_V6 => {
             let [icmp_type] = packet.fetch(offset + Ipv6Hdr::LEN)?;
             // Types below 128 are errors.
-            (icmp_type >= 128).then_some(Kind::Prohibited)
+            (icmp_type >= 128).then_some(ReplyKind::Prohibited)
         }
         packet::FRAGMENT => None,
-        _ => Some(Kind::Prohibited),
+        _ => Some(ReplyKind::Prohibited),
     }
 }
 
 /// Folded sum of a pseudo-header in memory order: the value of the checksum field if the network device completes the
 /// checksum (`CHECKSUM_PARTIAL`).
-pub type Pseudo = [u8; 2];
+pub type PseudoHeaderSum = [u8; 2];
 
 /// Turns the TCP header of a segment into the header of the reset that answers it, and returns the sum of the
 /// pseudo-header. Returns `None` if the segment is a reset itself.
@@ -115,7 +112,7 @@ pub type Pseudo = [u8; 2];
 /// `length` is the length of header and payload of the segment in bytes; `addresses` is the sum of both addresses. The
 /// sequence numbers follow RFC 9293 section 3.10.7.1.
 #[inline(always)]
-pub fn reset(tcp: &mut Words<TCP_WORDS>, length: u32, addresses: Sum) -> Option<Pseudo> {
+pub fn reset(tcp: &mut [u32; TCP_WORDS], length: u32, addresses: Sum) -> Option<PseudoHeaderSum> {
     let [ports, sequence, acknowledged, state, last] = tcp;
     let [offset, flags, _, _] = state.to_ne_bytes();
     if flags & RST != 0 {
@@ -135,8 +132,8 @@ pub fn reset(tcp: &mut Words<TCP_WORDS>, length: u32, addresses: Sum) -> Option<
     *ports = ports.rotate_left(16);
     *state = u32::from_ne_bytes([0x50, flags, 0, 0]);
     *last = 0;
-    let pseudo = addresses + pseudo_tail(TCP, TCP_WORDS * WORD);
-    let [c0, c1] = (pseudo + Sum::of(tcp)).checksum();
+    let pseudo = addresses + pseudo_header_sum(TCP, TCP_WORDS * WORD);
+    let [c0, c1] = (pseudo + Sum::from_words(tcp)).checksum();
     tcp[CHECKSUM_WORD] = u32::from_ne_bytes([c0, c1, 0, 0]);
     Some(pseudo.fold().to_ne_bytes())
 }
@@ -144,7 +141,7 @@ pub fn reset(tcp: &mut Words<TCP_WORDS>, length: u32, addresses: Sum) -> Option<
 /// Returns the ICMP header of a reply. `quote` is the sum of the quoted words.
 #[inline(always)]
 #[must_use]
-pub fn prohibited_v4(quote: Sum) -> Words<ICMP_WORDS> {
+pub fn prohibited_v4(quote: Sum) -> [u32; ICMP_WORDS] {
     icmp([3, 13], quote)
 }
 
@@ -152,13 +149,13 @@ pub fn prohibited_v4(quote: Sum) -> Words<ICMP_WORDS> {
 /// in bytes, and `addresses` the sum of both addresses.
 #[inline(always)]
 #[must_use]
-pub fn prohibited_v6(quote: Sum, length: usize, addresses: Sum) -> Words<ICMP_WORDS> {
-    icmp([1, 1], quote + addresses + pseudo_tail(ICMP_V6, length))
+pub fn prohibited_v6(quote: Sum, length: usize, addresses: Sum) -> [u32; ICMP_WORDS] {
+    icmp([1, 1], quote + addresses + pseudo_header_sum(ICMP_V6, length))
 }
 
 #[inline(always)]
-fn icmp([icmp_type, code]: [u8; 2], rest: Sum) -> Words<ICMP_WORDS> {
-    let [c0, c1] = (rest + Sum::of(&[u32::from_ne_bytes([icmp_type, code, 0, 0])])).checksum();
+fn icmp([icmp_type, code]: [u8; 2], rest: Sum) -> [u32; ICMP_WORDS] {
+    let [c0, c1] = (rest + Sum::from_words(&[u32::from_ne_bytes([icmp_type, code, 0, 0])])).checksum();
     [u32::from_ne_bytes([icmp_type, code, c0, c1]), 0]
 }
 
@@ -167,13 +164,13 @@ fn icmp([icmp_type, code]: [u8; 2], rest: Sum) -> Words<ICMP_WORDS> {
 #[inline(always)]
 #[must_use]
 #[expect(clippy::cast_possible_truncation, reason = "the length of a few headers")]
-pub fn ipv4_head(protocol: u8, length: usize, addresses: Sum) -> Words<ADDRESSES_V4> {
+pub fn ipv4_header_start(protocol: u8, length: usize, addresses: Sum) -> [u32; ADDRESSES_V4] {
     let [t0, t1] = ((Ipv4Hdr::LEN + length) as u16).to_be_bytes();
     let length = u32::from_ne_bytes([0x45, 0, t0, t1]);
     // "Don't fragment" is set, so that the identification may be 0 (RFC 6864 section 4.1).
     let fragment = u32::from_ne_bytes([0, 0, 0x40, 0]);
     let last = |[c0, c1]: [u8; 2]| u32::from_ne_bytes([HOP_LIMIT, protocol, c0, c1]);
-    let checksum = (addresses + Sum::of(&[length, fragment, last([0; 2])])).checksum();
+    let checksum = (addresses + Sum::from_words(&[length, fragment, last([0; 2])])).checksum();
     [length, fragment, last(checksum)]
 }
 
@@ -181,7 +178,7 @@ pub fn ipv4_head(protocol: u8, length: usize, addresses: Sum) -> Words<ADDRESSES
 #[inline(always)]
 #[must_use]
 #[expect(clippy::cast_possible_truncation, reason = "the length of a few headers")]
-pub fn ipv6_head(next: u8, length: usize) -> Words<ADDRESSES_V6> {
+pub fn ipv6_header_start(next: u8, length: usize) -> [u32; ADDRESSES_V6] {
     let [l0, l1] = (length as u16).to_be_bytes();
     [u32::from_ne_bytes([0x60, 0, 0, 0]), u32::from_ne_bytes([l0, l1, next, HOP_LIMIT])]
 }
@@ -211,7 +208,7 @@ impl Sum {
     /// Returns the sum of these words.
     #[inline(always)]
     #[must_use]
-    pub fn of<const N: usize>(words: &Words<N>) -> Self {
+    pub fn from_words<const N: usize>(words: &[u32; N]) -> Self {
         words.iter().fold(Self::default(), |sum, &word| sum + Self(u64::from(word)))
     }
 
@@ -236,6 +233,6 @@ impl Sum {
 /// Returns the sum of a pseudo-header without the addresses (RFC 9293 section 3.1, RFC 8200 section 8.1).
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the length of a few headers")]
-fn pseudo_tail(protocol: u8, length: usize) -> Sum {
+fn pseudo_header_sum(protocol: u8, length: usize) -> Sum {
     Sum(u64::from((length as u32).to_be()) + u64::from(u32::from(protocol).to_be()))
 }

@@ -3,49 +3,39 @@
 use crate::{
     address::{Address, Destination},
     endpoint::{AllowedPorts, Service, allows, allows_any},
-    packet::{self, IpOffset, LinkLayer, Packet, find_header},
+    packet::{self, IpOffset, LinkLayer, Packet, find_header, is_unrelated_fast},
     policy::{Mode, Verdict},
     policy_lookup::PolicyLookup,
 };
 
 /// Returns the verdict on a packet without exemptions: the fast path first, then the slow path.
 #[inline(always)]
-pub fn classify<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> Verdict
+pub fn classify<P, T>(packet: &P, link_layer: LinkLayer, policy: &T) -> Verdict
 where
     P: Packet + ?Sized,
     T: PolicyLookup + ?Sized,
 {
-    if is_unrelated_fast(packet, frame, policy) {
+    if is_unrelated_fast(packet, link_layer, policy) {
         return Verdict::Unrelated;
     }
-    if frame == LinkLayer::Ethernet && packet::is_unrelated_frame(packet, policy) {
+    if link_layer == LinkLayer::Ethernet && packet::is_unrelated_frame(packet, policy) {
         return Verdict::Unrelated;
     }
-    classify_slow(packet, frame, policy)
-}
-
-/// Fast path. Returns `true` if the packet certainly is not for a protected endpoint. `false` decides nothing.
-#[inline(always)]
-pub fn is_unrelated_fast<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> bool
-where
-    P: Packet + ?Sized,
-    T: PolicyLookup + ?Sized,
-{
-    packet::is_unrelated_fast(packet, frame, policy)
+    classify_slow(packet, link_layer, policy)
 }
 
 /// Slow path. Returns the verdict on a packet without exemptions.
 ///
 /// Looks up the mode only if the destination is an endpoint.
 #[inline(always)]
-pub fn classify_slow<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> Verdict
+pub fn classify_slow<P, T>(packet: &P, link_layer: LinkLayer, policy: &T) -> Verdict
 where
     P: Packet + ?Sized,
     T: PolicyLookup + ?Sized,
 {
-    find_header(packet, frame)
+    find_header(packet, link_layer)
         .and_then(|ip| lookup_endpoint(packet, ip, policy))
-        .map_or(Verdict::Unrelated, |examined| examined.verdict)
+        .map_or(Verdict::Unrelated, |endpoint_match| endpoint_match.verdict)
 }
 
 /// A packet to a protected endpoint.
@@ -88,7 +78,7 @@ pub fn classify_address<T: PolicyLookup + ?Sized>(
 ) -> Verdict {
     let destination = Destination::from_ipv6(address.octets());
     let slot = destination.slot();
-    if !policy.may_guard(slot) {
+    if !policy.may_be_protected(slot) {
         return Verdict::Unrelated;
     }
     match policy.allowed_ports(slot, &destination.address()) {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use etherparse::{EtherType, PacketBuilder, SingleVlanHeader, VlanId};
 use imds_ebpf_common::{
-    Address, Endpoint, IMDS_IPV4, InMemoryPolicy, LinkLayer, Mode, PolicyLookup, PolicyTable, Service,
+    Address, Endpoint, IMDS_IPV4, InMemoryPolicy, LinkLayer, Mode, PolicyFilter, PolicyLookup, Service,
     Verdict, classify, classify_address,
     endpoint::{MAX_ALLOWED_PORTS, TCP, UDP, allows, allows_any},
     filter::{MAX_BUCKET_LEN, bucket},
@@ -36,12 +36,12 @@ fn endpoints() -> [(Address, Endpoint); 4] {
 
 fn with_tables<T>(mode: Mode, work: impl FnOnce(&InMemoryPolicy<'_>) -> T) -> T {
     let endpoints = endpoints();
-    let filter = PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-    work(&InMemoryPolicy { filter: &filter, endpoints: &endpoints, grants: &[], mode })
+    let filter = PolicyFilter::new(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+    work(&InMemoryPolicy { filter: &filter, endpoints: &endpoints, exemptions: &[], mode })
 }
 
-fn verdict(packet: &[u8], frame: LinkLayer, mode: Mode) -> Verdict {
-    with_tables(mode, |policy| classify(packet, frame, policy))
+fn verdict(packet: &[u8], link_layer: LinkLayer, mode: Mode) -> Verdict {
+    with_tables(mode, |policy| classify(packet, link_layer, policy))
 }
 
 /// Generates mostly the endpoint and addresses that differ in one bit, which would reveal a wrong mask.
@@ -299,7 +299,7 @@ proptest! {
         let address = Address::from_ipv6(destination);
         prop_assert_eq!(Address::from_ipv6(address.octets()), address);
         let found = with_tables(Mode::Enforce, |policy| {
-            (policy.may_guard(address.slot()), policy.allowed_ports(address.slot(), &address).map(allows_any))
+            (policy.may_be_protected(address.slot()), policy.allowed_ports(address.slot(), &address).map(allows_any))
         });
         prop_assert_eq!(found.1, endpoint);
         prop_assert!(found.0 || endpoint.is_none());
@@ -321,8 +321,8 @@ proptest! {
 
     #[test]
     fn any_bytes_have_an_explained_verdict(bytes in vec(any::<u8>(), 0..96)) {
-        for frame in [LinkLayer::Ethernet, LinkLayer::None] {
-            let enforced = verdict(&bytes, frame, Mode::Enforce);
+        for link_layer in [LinkLayer::Ethernet, LinkLayer::None] {
+            let enforced = verdict(&bytes, link_layer, Mode::Enforce);
             // Random bytes do not contain the address of an endpoint, so they must pass.
             prop_assert_eq!(enforced, Verdict::Unrelated);
         }
@@ -366,35 +366,35 @@ fn bloom_filter_has_few_false_positives() {
     ];
     for address in in_a_row {
         let buckets: BTreeSet<_> = (0..=255).map(|n| bucket(address(n).slot())).collect();
-        assert_eq!(buckets.len(), 256, "neighbours share chains");
+        assert_eq!(buckets.len(), 256, "neighbours share buckets");
     }
     let addresses: Vec<_> = (0..=255).map(in_a_row[0]).collect();
     let endpoint = Endpoint { name: [0; 16], id: 1, allow_ports: [Service::NONE; MAX_ALLOWED_PORTS] };
-    let filter = PolicyTable::of(addresses.iter().map(|address| (*address, &endpoint)));
-    assert!(addresses.iter().all(|address| filter.has(address.slot())));
-    let bits: u32 = filter.bits.iter().map(|byte| byte.count_ones()).sum();
+    let filter = PolicyFilter::new(addresses.iter().map(|address| (*address, &endpoint)));
+    assert!(addresses.iter().all(|address| filter.has_address(address.slot())));
+    let bits: u32 = filter.addresses.iter().map(|byte| byte.count_ones()).sum();
     assert_eq!(bits, 256, "neighbours share slots");
     for address in &addresses {
         assert_eq!(filter.table().find(*address), Some(&endpoint.allow_ports));
     }
-    assert_eq!(filter.table().find(Address::from_ipv4(IMDS_IPV4)), None);
-
+    let imds = Address::from_ipv4(IMDS_IPV4);
+    assert_eq!(filter.table().find(imds), None);
     // A change does not touch the previous table, which programs may still be reading.
     let mut later = filter;
-    later.set_endpoints([(Address::from_ipv4(IMDS_IPV4), &endpoint)]);
+    later.set_endpoints([(imds, &endpoint)]);
     assert!(later.current != filter.current && later.tables.contains(filter.table()));
-    assert!(later.table().find(Address::from_ipv4(IMDS_IPV4)).is_some() && !later.has(addresses[0].slot()));
-    later.add_slots_of(&filter);
-    assert!(later.has(addresses[0].slot()) && later.table().find(addresses[0]).is_none());
+    assert!(later.table().find(imds).is_some() && !later.has_address(addresses[0].slot()));
+    later.add_addresses(&filter);
+    assert!(later.has_address(addresses[0].slot()) && later.table().find(addresses[0]).is_none());
 }
 
 #[test]
-fn longest_chain_is_searched_to_its_end() {
+fn longest_bucket_is_searched_to_its_end() {
     // All addresses have the same slot.
     let addresses: Vec<_> = (0..4).map(|n| Address::from_ipv4([10, n, 10, n])).collect();
-    assert!(addresses.len() == MAX_BUCKET_LEN);
-    assert!(addresses.iter().all(|address| address.slot() == addresses[0].slot()));
+    let all_equal = addresses.iter().all(|address| address.slot() == addresses[0].slot());
+    assert!(addresses.len() == MAX_BUCKET_LEN && all_equal);
     let endpoint = Endpoint { name: [0; 16], id: 1, allow_ports: [Service::NONE; MAX_ALLOWED_PORTS] };
-    let filter = PolicyTable::of(addresses.iter().map(|address| (*address, &endpoint)));
+    let filter = PolicyFilter::new(addresses.iter().map(|address| (*address, &endpoint)));
     assert!(addresses.iter().all(|address| filter.table().find(*address).is_some()));
 }

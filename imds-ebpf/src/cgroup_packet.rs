@@ -9,7 +9,7 @@ use imds_ebpf_common::{
 use crate::{diagnostics, events, maps, packet::Skb};
 
 /// Returns the verdict on a packet. `classify_slow` returns its number, from a separate function as at
-/// [`edge::classify`](crate::edge::classify).
+/// [`tc_hook::classify`](crate::tc_hook::classify).
 #[inline(always)]
 pub(crate) fn classify(ctx: &SkBuffContext, classify_slow: impl FnOnce(*mut __sk_buff) -> u32) -> Verdict {
     let skb = ctx.skb.skb;
@@ -26,13 +26,14 @@ pub(crate) fn find_endpoint(packet: &Skb) -> Option<(IpOffset, EndpointMatch)> {
     Some((ip, lookup_endpoint(packet, ip, &maps::Maps)?))
 }
 
-/// Counts a packet and emits its event. `id` is that of the source, see [`RateLimitKey::id`]. Returns the number of the verdict.
+/// Counts a packet and emits its event. `id` is that of the source, see [`RateLimitKey::id`]. Returns the number of the
+/// verdict.
 #[inline(always)]
 pub(crate) fn report(skb: *mut __sk_buff, ip: IpOffset, id: u64, hook: Hook, verdict: Verdict) -> u32 {
     let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, Skb::new(skb).len());
-    match events::limiter(&RateLimitKey::new(id, hook, verdict)) {
-        // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
-        Some(limiter) => events::packet(skb, ip, hook, verdict, unsafe { &mut *limiter }),
+    match events::rate_limiter(&RateLimitKey::new(id, hook, verdict)) {
+        // SAFETY: the rate limiter belongs to this CPU, and the map does not free it while the program that looked it up runs.
+        Some(limiter) => events::report_packet(skb, ip, hook, verdict, unsafe { &mut *limiter }),
         None => diagnostics::warn_map_full(hook as u32),
     }
     verdict as u32

@@ -16,12 +16,12 @@ const LOG_BYTES: usize = 64 * 1024;
 static LOGS: RingBuf<(), LOG_BYTES> = RingBuf::new();
 
 /// Minimum interval between two messages, in timer ticks (100 to 1000 per second, depending on `CONFIG_HZ`).
-const PAUSE: u64 = 2500;
+const MIN_INTERVAL: u64 = 2500;
 
 /// Time of the last message, in timer ticks. The initial value is not zero, because zero variables would be placed in the
 /// section of the filter (`.bss`).
 #[unsafe(no_mangle)]
-static mut LAST: u64 = u64::MAX / 2;
+static mut LAST_WARNING: u64 = u64::MAX / 2;
 
 /// Logs that a map is full. The packet or call at this hook got a verdict, but is neither counted nor reported.
 ///
@@ -31,9 +31,9 @@ static mut LAST: u64 = u64::MAX / 2;
 pub(crate) fn warn_map_full(hook: u32) {
     // SAFETY: the helper takes no arguments.
     let now = unsafe { bpf_jiffies64() };
-    let last = &raw mut LAST;
+    let last = &raw mut LAST_WARNING;
     // SAFETY: the pointer to a static is always valid; two CPUs that write at once cause two messages.
-    if now.wrapping_sub(unsafe { last.read_volatile() }) < PAUSE {
+    if now.wrapping_sub(unsafe { last.read_volatile() }) < MIN_INTERVAL {
         return;
     }
     // SAFETY: the pointer to a static is always valid.

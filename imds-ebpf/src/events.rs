@@ -39,7 +39,7 @@ static RATE_LIMITERS: LruPerCpuHashMap<RateLimitKey, RateLimiter, MAX_RATE_LIMIT
 
 /// Emits the event of a packet, unless the source has reached its limit.
 #[inline(always)]
-pub(crate) fn packet(
+pub(crate) fn report_packet(
     skb: *mut __sk_buff,
     ip: IpOffset,
     hook: Hook,
@@ -61,7 +61,7 @@ pub(crate) fn packet(
 /// positions.
 #[inline(never)]
 fn emit_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limiter: &mut RateLimiter) {
-    if let Some(event) = of_packet(skb, ip, classified, netns::of_socket(skb)) {
+    if let Some(event) = packet_event(skb, ip, classified, netns::from_socket(skb)) {
         emit(event, limiter);
     }
 }
@@ -70,7 +70,7 @@ fn emit_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limiter: &mut
 /// belongs to the receiver.
 #[inline(never)]
 fn emit_received_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limiter: &mut RateLimiter) {
-    if let Some(event) = of_packet(skb, ip, classified, SocketNetns::NoSocket) {
+    if let Some(event) = packet_event(skb, ip, classified, SocketNetns::NoSocket) {
         emit(event, limiter);
     }
 }
@@ -79,7 +79,7 @@ fn emit_received_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limi
 /// the socket.
 #[inline(never)]
 fn emit_packet_in_cgroup(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limiter: &mut RateLimiter) {
-    if let Some(event) = of_packet(skb, ip, classified, netns::of_socket_in_cgroup(skb)) {
+    if let Some(event) = packet_event(skb, ip, classified, netns::from_socket_in_cgroup(skb)) {
         // SAFETY: the helper takes the context of a `cgroup_skb` program.
         let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
         emit(Event { cgroup, ..event }, limiter);
@@ -88,7 +88,7 @@ fn emit_packet_in_cgroup(skb: *mut __sk_buff, ip: IpOffset, classified: u32, lim
 
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the caller has packed both into the lower 16 bits")]
-fn of_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, socket: SocketNetns) -> Option<Event> {
+fn packet_event(skb: *mut __sk_buff, ip: IpOffset, classified: u32, socket: SocketNetns) -> Option<Event> {
     let packet = Skb::new(skb);
     let flow = flow(&packet, ip)?;
     let netns_cookie = match socket {
@@ -101,18 +101,24 @@ fn of_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, socket: SocketN
         ingress_ifindex: packet.ingress_ifindex(),
         hook: classified as u8,
         verdict: (classified >> 8) as u8,
-        ..event(flow)
+        ..new_event(flow)
     })
 }
 
 /// Emits the event of a call on a socket of the network namespace with this cookie, unless the source has reached its limit.
 #[inline(always)]
-pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, limiter: &mut RateLimiter) {
+pub(crate) fn report_call(
+    hook: Hook,
+    verdict: Verdict,
+    netns_cookie: u64,
+    flow: Flow,
+    limiter: &mut RateLimiter,
+) {
     if !may_emit(limiter, 0) {
         return;
     }
     let (hook, verdict) = (hook as u8, verdict as u8);
-    let mut event = Event { netns_cookie, hook, verdict, ..event(flow) };
+    let mut event = Event { netns_cookie, hook, verdict, ..new_event(flow) };
     // SAFETY: the helper takes no arguments; the caller is the current task.
     event.pid = (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32;
     // SAFETY: the helper takes no arguments; the caller is the current task.
@@ -125,7 +131,7 @@ pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, 
 /// Returns an event with the current time and the fields of `flow`.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the value is zero")]
-fn event(flow: Flow) -> Event {
+fn new_event(flow: Flow) -> Event {
     // Hidden from the compiler, which would write many zeros with a call to memset. BPF does not have it.
     let zero = opaque(0);
     Event {
@@ -159,15 +165,15 @@ fn emit(event: Event, limiter: &mut RateLimiter) {
     }
 }
 
-/// Returns the window of this source on this CPU, or `None` if the map has no room for it.
+/// Returns the rate limiter of this source on this CPU, or `None` if the map has no room for it.
 #[inline(always)]
-pub(crate) fn limiter(source: &RateLimitKey) -> Option<*mut RateLimiter> {
+pub(crate) fn rate_limiter(source: &RateLimitKey) -> Option<*mut RateLimiter> {
     let limiter = find_limiter(source.id, source.hook, source.verdict);
     (!limiter.is_null()).then_some(limiter)
 }
 
 /// Returns a null pointer if the map has no room. A separate function, so that the verifier checks its callers once for new
-/// and existing windows.
+/// and existing rate limiters.
 #[inline(never)]
 fn find_limiter(id: u64, hook: u32, verdict: u32) -> *mut RateLimiter {
     let source = RateLimitKey { id, hook, verdict };

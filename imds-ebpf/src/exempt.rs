@@ -1,4 +1,4 @@
-//! Exemptions: looks up the grant that changes the verdict on a packet or call.
+//! Exemptions: looks up the exemption that changes the verdict on a packet or call.
 //!
 //! The programs identify senders by values that no other program can write: the netns cookie of the socket and the ingress
 //! interface. Only pods behind a bridge of the node need the packet mark, because the ingress interface of their packets at
@@ -6,8 +6,8 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
-    Address, Exemption, Grant, Hook, InterfaceRecord, IpOffset, PolicyLookup as _, Subject, SubjectKind,
-    TcHook, Verdict, exemption::find_grant, opaque::opaque, packet::source,
+    Address, ExemptionKey, ExemptionRecord, Hook, InterfaceRecord, IpOffset, PolicyLookup as _, Subject,
+    SubjectKind, TcHook, Verdict, exemption::find_exemption, opaque::opaque, packet::source,
 };
 
 use crate::{
@@ -23,24 +23,30 @@ pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Ve
     if !Maps.may_be_exempt(subject.slot()) {
         return verdict;
     }
-    let (exempted, _) = unpack(grant_for(subject.id, subject.kind, address, verdict as u32));
+    let (exempted, _) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
     exempted
 }
 
 /// Applies exemptions at `from_pod`, where the interface identifies the pod.
 ///
-/// A grant covers packets of the pod's sockets and packets from its addresses, but not traffic that the pod forwards for other
-/// senders. Sets the exemption mark for pods behind a bridge, and clears it on all other packets to protected endpoints.
+/// An exemption covers packets of the pod's sockets and packets from its addresses, but not traffic that the pod forwards
+/// for other senders. Sets the exemption mark for pods behind a bridge, and clears it on all other packets to protected
+/// endpoints.
 #[inline(always)]
-pub(crate) fn at_from_pod(skb: *mut __sk_buff, ip: IpOffset, verdict: Verdict, address: &Address) -> Verdict {
-    let exempted = find_at_from_pod(skb, ip, address, verdict as u32);
+pub(crate) fn apply_at_from_pod(
+    skb: *mut __sk_buff,
+    ip: IpOffset,
+    verdict: Verdict,
+    address: &Address,
+) -> Verdict {
+    let exempted = exempt_at_from_pod(skb, ip, address, verdict as u32);
     // SAFETY: the called function returns the number of a verdict.
     unsafe { Verdict::from_u32_unchecked(exempted) }.hide_bounds(&Skb::new(skb))
 }
 
 /// Takes and returns the number of a verdict. A separate function, so that the verifier checks it apart from its callers.
 #[inline(never)]
-fn find_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verdict: u32) -> u32 {
+fn exempt_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verdict: u32) -> u32 {
     // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
     let packet = Skb::new(skb);
@@ -48,9 +54,9 @@ fn find_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verdic
     let subject = Subject::new(SubjectKind::Interface, ifindex.into());
     let (mut exempted, mut is_marked) = (verdict, false);
     if Maps.may_be_exempt(subject.slot()) {
-        let (granted, flags) = unpack(grant_for(subject.id, subject.kind, address, verdict as u32));
-        if granted as u32 != verdict as u32 && is_own_packet(skb, ip, ifindex, address) {
-            (exempted, is_marked) = (granted, flags & Grant::MARK != 0);
+        let (found, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
+        if found as u32 != verdict as u32 && is_own_packet(skb, ip, ifindex, address) {
+            (exempted, is_marked) = (found, flags & ExemptionRecord::MARK != 0);
             maps::record_exempt_use(ifindex);
         }
     }
@@ -62,28 +68,28 @@ fn find_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verdic
 #[inline(never)]
 pub(crate) fn set_mark(skb: *mut __sk_buff, is_marked: u32) {
     let packet = Skb::new(skb);
-    let bit = maps::mark();
+    let bit = maps::mark_bit();
     packet.set_mark((packet.mark() & !bit) | (bit & is_marked.wrapping_neg()));
 }
 
 /// Applies exemptions at `node_egress`. Uses the most reliable identity first: the network namespace of the socket, then the
 /// ingress interface, then the mark of packets from a bridge with an exempt pod as port.
 #[inline(always)]
-pub(crate) fn at_node_egress(
+pub(crate) fn apply_at_node_egress(
     skb: *mut __sk_buff,
     ip: IpOffset,
     sender: SocketOwner,
     verdict: Verdict,
     address: &Address,
 ) -> Verdict {
-    let exempted = find_at_node_egress(skb, ip, sender.cookie, address, verdict as u32);
+    let exempted = exempt_at_node_egress(skb, ip, sender.cookie, address, verdict as u32);
     // SAFETY: the called function returns the number of a verdict.
     unsafe { Verdict::from_u32_unchecked(exempted) }.hide_bounds(&Skb::new(skb))
 }
 
 /// Takes and returns the number of a verdict. A separate function, because only packets to protected endpoints need it.
 #[inline(never)]
-fn find_at_node_egress(
+fn exempt_at_node_egress(
     skb: *mut __sk_buff,
     ip: IpOffset,
     cookie: u64,
@@ -98,12 +104,12 @@ fn find_at_node_egress(
             return exempted as u32;
         }
     }
-    by_interface(skb, ip, Skb::new(skb).ingress_ifindex(), verdict, address) as u32
+    apply_by_interface(skb, ip, Skb::new(skb).ingress_ifindex(), verdict, address) as u32
 }
 
-/// Applies the grant of the ingress interface `ifindex`, or of the bridge with this index if the packet is marked.
+/// Applies the exemption of the ingress interface `ifindex`, or of the bridge with this index if the packet is marked.
 #[inline(always)]
-pub(crate) fn by_interface(
+pub(crate) fn apply_by_interface(
     skb: *mut __sk_buff,
     ip: IpOffset,
     ifindex: u32,
@@ -117,7 +123,7 @@ pub(crate) fn by_interface(
     if exempted as u32 != verdict as u32 {
         return if is_source_checked(skb, ip, ifindex) { exempted } else { verdict };
     }
-    if Skb::new(skb).mark() & maps::mark() == 0 {
+    if Skb::new(skb).mark() & maps::mark_bit() == 0 {
         return verdict;
     }
     apply(verdict, Subject::new(SubjectKind::Bridge, ifindex.into()), address)
@@ -128,23 +134,23 @@ pub(crate) fn by_interface(
 /// A forwarded packet has no socket (`ip_rcv_core` and `ip6_rcv_core` orphan it).
 #[inline(always)]
 fn is_own_packet(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, address: &Address) -> bool {
-    let is_of_socket = match netns::of_socket(skb) {
-        SocketNetns::Cookie(cookie) => has_grant(cookie, address),
+    let is_from_exempt_socket = match netns::from_socket(skb) {
+        SocketNetns::Cookie(cookie) => is_exempt_netns(cookie, address),
         SocketNetns::Unknown => true,
         SocketNetns::NoSocket => false,
     };
-    is_of_socket || has_source(skb, ip, ifindex, ifindex)
+    is_from_exempt_socket || has_source(skb, ip, ifindex, ifindex)
 }
 
-/// Reports whether the network namespace with this cookie has a grant for the endpoint or for all endpoints.
+/// Reports whether the network namespace with this cookie is exempt for the endpoint or for all endpoints.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the value is zero")]
-fn has_grant(cookie: u64, address: &Address) -> bool {
+fn is_exempt_netns(cookie: u64, address: &Address) -> bool {
     let subject = Subject::new(SubjectKind::Netns, cookie);
     // `Address::ANY`, hidden from the compiler, which would put the constant in an additional section.
     let any = Address::from_ipv4((opaque(0) as u32).to_be_bytes());
-    maps::is_granted(&Exemption { address: any, subject })
-        || maps::is_granted(&Exemption { address: *address, subject })
+    maps::has_exemption(&ExemptionKey { address: any, subject })
+        || maps::has_exemption(&ExemptionKey { address: *address, subject })
 }
 
 /// Reports whether the source of a packet from an exempt pod's interface is the pod. A separate function, so that the verifier
@@ -165,7 +171,7 @@ fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32) -> bool {
 #[inline(always)]
 fn has_from_pod(ifindex: u32) -> bool {
     let is_attached = |record: &InterfaceRecord| record.is_attached(TcHook::FromPod);
-    maps::is_on(Hook::FromPod) && maps::interface(ifindex).is_some_and(is_attached)
+    maps::is_enabled(Hook::FromPod) && maps::interface(ifindex).is_some_and(is_attached)
 }
 
 /// Index for the node's own addresses in the map of source addresses. No interface has the index 0.
@@ -178,27 +184,27 @@ fn has_source(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, other: u32) -> bo
     let Some(address) = source(&Skb::new(skb), ip) else { return false };
     let is_source_of = |ifindex: u32| {
         let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-        maps::is_exempt_source(&Exemption { address, subject })
+        maps::is_exempt_source(&ExemptionKey { address, subject })
     };
     is_source_of(ifindex) || is_source_of(other)
 }
 
-/// Looks up the grant of a subject. Takes the number of a verdict. Returns the number of the verdict with the grant applied,
-/// and the flags of the grant in the bits above. A separate function, because few packets need it.
+/// Looks up the exemption of a subject. Takes the number of a verdict. Returns the number of the verdict with the exemption
+/// applied, and the flags of the exemption in the bits above. A separate function, because few packets need it.
 #[inline(never)]
-fn grant_for(id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
+fn find_exemption_packed(id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
     // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
-    match find_grant(verdict, Subject { id, kind }, address, &Maps) {
-        Some(grant) => grant.apply_exemption(verdict) as u32 | grant.flags << FLAGS,
+    match find_exemption(verdict, Subject { id, kind }, address, &Maps) {
+        Some(exemption) => exemption.apply(verdict) as u32 | exemption.flags << FLAGS,
         None => verdict as u32,
     }
 }
 
-/// Offset in bits of the flags in the result of [`grant_for`]; the verdict is below.
+/// Offset in bits of the flags in the result of [`find_exemption_packed`]; the verdict is below.
 const FLAGS: u32 = 8;
 
-/// Splits the result of [`grant_for`] into verdict and flags.
+/// Splits the result of [`find_exemption_packed`] into verdict and flags.
 #[inline(always)]
 fn unpack(packed: u32) -> (Verdict, u32) {
     // SAFETY: the lower bits are the number of a verdict.

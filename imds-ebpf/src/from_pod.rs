@@ -4,11 +4,11 @@ use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use imds_ebpf_common::{EndpointMatch, Hook, IpOffset, Subject, SubjectKind, lookup_endpoint};
 
 use crate::{
-    edge::{Classified, TcProgram, finish, finish_probe},
     exempt, maps,
     packet::{ReceivedSkb, Skb},
     probe,
     reject::ReplyDirection,
+    tc_hook::{Classified, TcProgram, finish, finish_probe},
 };
 
 /// Hook at TC ingress of the host-side interface of a pod.
@@ -33,7 +33,7 @@ impl TcProgram for FromPod {
             exempt::set_mark(skb, u32::from(probed.is_marked));
             return finish_probe(probed.verdict);
         }
-        let verdict = exempt::at_from_pod(skb, ip, verdict, &destination);
+        let verdict = exempt::apply_at_from_pod(skb, ip, verdict, &destination);
         let counter = maps::count(packet.ifindex(), hook, verdict, packet.len());
         // At this hook each interface is one source, so its counter also contains the rate limiter.
         // SAFETY: the map owns the counter, and does not free it while the program that looked it up runs.

@@ -3,7 +3,7 @@
 //! [`socket`](crate::socket) covers calls that name a destination. This program covers packets of other senders: raw sockets,
 //! protocols without a cgroup hook, and sockets that were connected before the programs were attached.
 
-use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id, programs::SkBuffContext};
+use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id};
 use imds_ebpf_common::{EndpointMatch, Hook, Subject, SubjectKind, Verdict};
 
 use crate::{
@@ -12,19 +12,14 @@ use crate::{
     packet::Skb,
 };
 
-/// Returns the verdict on a packet.
-#[inline(always)]
-pub(crate) fn classify(ctx: &SkBuffContext) -> Verdict {
-    cgroup_packet::classify(ctx, classify_slow)
-}
-
+/// Returns the number of the verdict on a packet. Called by [`cgroup_packet::classify`].
 #[inline(never)]
-fn classify_slow(skb: *mut __sk_buff) -> u32 {
+pub(crate) fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let (packet, hook) = (Skb::new(skb), Hook::HostNetwork);
     let Some((ip, EndpointMatch { verdict, destination })) = cgroup_packet::find_endpoint(&packet) else {
         return Verdict::Unrelated as u32;
     };
-    if !is_of_node(skb) {
+    if !is_in_node_netns(skb) {
         return Verdict::Unrelated as u32;
     }
     // SAFETY: the helper takes the context of a `cgroup_skb` program.
@@ -36,8 +31,8 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
 
 /// Reports whether the socket belongs to the node's network namespace, or may belong to it.
 #[inline(always)]
-fn is_of_node(skb: *mut __sk_buff) -> bool {
-    match netns::of_socket_in_cgroup(skb) {
+fn is_in_node_netns(skb: *mut __sk_buff) -> bool {
+    match netns::from_socket_in_cgroup(skb) {
         SocketNetns::Cookie(cookie) => netns::is_node(cookie),
         // Before Linux 6.15 the kernel does not report the namespace, so packets of pods with their own network namespace also
         // get a verdict here. For them, only exemptions with cgroup ids apply (`cgroup` and Kubernetes rules).

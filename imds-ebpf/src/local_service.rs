@@ -30,7 +30,7 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let Some((ip, EndpointMatch { verdict, destination })) = cgroup_packet::find_endpoint(&packet) else {
         return Verdict::Unrelated as u32;
     };
-    match netns::of_socket_in_cgroup(skb) {
+    match netns::from_socket_in_cgroup(skb) {
         // The receiver is a pod that serves the protected address itself. The other hooks cover requests to it.
         SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => return Verdict::Unrelated as u32,
         SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => {}
@@ -40,6 +40,6 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
     {
         return probed.verdict as u32;
     }
-    let verdict = exempt::by_interface(skb, ip, ifindex, verdict, &destination).hide_bounds(&packet);
+    let verdict = exempt::apply_by_interface(skb, ip, ifindex, verdict, &destination).hide_bounds(&packet);
     cgroup_packet::report(skb, ip, ifindex.into(), hook, verdict)
 }

@@ -7,12 +7,12 @@
     clippy::unreachable,
     clippy::unwrap_used
 )]
+#![expect(clippy::needless_pass_by_value, reason = "the macros pass the context of an entry point by value")]
 #![no_std]
 #![no_main]
 
 mod cgroup_packet;
 mod diagnostics;
-mod edge;
 mod events;
 mod exempt;
 mod from_pod;
@@ -27,6 +27,7 @@ mod probe;
 mod reject;
 mod sender;
 mod socket;
+mod tc_hook;
 
 use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sock_addr, classifier},
@@ -38,135 +39,116 @@ use crate::{from_pod::FromPod, node_egress::NodeEgress};
 
 /// `from_pod`: TC ingress of a pod's host-side interface.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_from_pod(ctx: TcContext) -> i32 {
-    edge::classify::<FromPod>(&ctx, LinkLayer::Ethernet)
+    tc_hook::classify::<FromPod>(&ctx, LinkLayer::Ethernet)
 }
 
 /// Variant of [`imds_from_pod`] for interfaces without a link layer. The kernel truncates names to 15 characters.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_from_podl3(ctx: TcContext) -> i32 {
-    edge::classify::<FromPod>(&ctx, LinkLayer::None)
+    tc_hook::classify::<FromPod>(&ctx, LinkLayer::None)
 }
 
 /// `node_egress`: TC egress of an interface of the node.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_egress(ctx: TcContext) -> i32 {
-    edge::classify::<NodeEgress>(&ctx, LinkLayer::Ethernet)
+    tc_hook::classify::<NodeEgress>(&ctx, LinkLayer::Ethernet)
 }
 
 /// Variant of [`imds_egress`] for interfaces without a link layer.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_egress_l3(ctx: TcContext) -> i32 {
-    edge::classify::<NodeEgress>(&ctx, LinkLayer::None)
+    tc_hook::classify::<NodeEgress>(&ctx, LinkLayer::None)
 }
 
 /// `socket`: connect(2) on an IPv4 socket.
 #[cgroup_sock_addr(connect4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_connect4(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v4(&ctx, Hook::Socket))
 }
 
 /// `socket`: connect(2) on an IPv6 socket.
 #[cgroup_sock_addr(connect6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_connect6(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v6(&ctx, Hook::Socket))
 }
 
 /// `socket`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv4 UDP socket.
 #[cgroup_sock_addr(sendmsg4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_sendmsg4(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v4(&ctx, Hook::Socket))
 }
 
 /// `socket`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv6 UDP socket.
 #[cgroup_sock_addr(sendmsg6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_sendmsg6(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v6(&ctx, Hook::Socket))
 }
 
 /// `host_network`: connect(2) on an IPv4 socket of a hostNetwork pod.
 #[cgroup_sock_addr(connect4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_conn4(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v4(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: connect(2) on an IPv6 socket of a hostNetwork pod.
 #[cgroup_sock_addr(connect6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_conn6(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v6(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv4 UDP socket of a hostNetwork pod.
 #[cgroup_sock_addr(sendmsg4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_send4(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v4(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv6 UDP socket of a hostNetwork pod.
 #[cgroup_sock_addr(sendmsg6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_send6(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v6(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: IP packets that sockets of hostNetwork pods send.
 #[cgroup_skb(egress)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_out(ctx: SkBuffContext) -> i32 {
-    permission(host::classify(&ctx))
+    permission(cgroup_packet::classify(&ctx, host::classify_slow))
 }
 
 /// `local_service`: IP packets that sockets of the node receive.
 #[cgroup_skb(ingress)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_local_in(ctx: SkBuffContext) -> i32 {
     permission(local_service::classify(&ctx))
 }
 
 /// `node_allow`: connect(2) on an IPv4 socket of a process of the node.
 #[cgroup_sock_addr(connect4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_node_conn4(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v4(&ctx, Hook::NodeAllow))
 }
 
 /// `node_allow`: connect(2) on an IPv6 socket of a process of the node.
 #[cgroup_sock_addr(connect6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_node_conn6(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v6(&ctx, Hook::NodeAllow))
 }
 
 /// `node_allow`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv4 UDP socket of a process of the node.
 #[cgroup_sock_addr(sendmsg4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_node_send4(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v4(&ctx, Hook::NodeAllow))
 }
 
 /// `node_allow`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv6 UDP socket of a process of the node.
 #[cgroup_sock_addr(sendmsg6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_node_send6(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v6(&ctx, Hook::NodeAllow))
 }
 
 /// `node_allow`: IP packets that sockets of the node's processes send.
 #[cgroup_skb(egress)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_node_out(ctx: SkBuffContext) -> i32 {
-    permission(node_process::classify(&ctx))
+    permission(cgroup_packet::classify(&ctx, node_process::classify_slow))
 }
 
 /// Returns the result of a cgroup program: 1 lets the call or packet pass, 0 denies it with `EPERM` or the error that the

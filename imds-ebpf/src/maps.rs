@@ -9,8 +9,8 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     Address, AllowedProcess, CgroupRecord, ConfigRecord, Counter, CounterKey, DenyAction, Endpoint,
-    Exemption, Grant, Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, PolicyLookup,
-    PolicyTable, ProbeRecord, ProviderRecord, Subject, Verdict,
+    ExemptionKey, ExemptionRecord, Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy,
+    PolicyFilter, PolicyLookup, ProbeRecord, ProviderRecord, Subject, Verdict,
     allow_list::MAX_ALLOWED,
     endpoint::{AllowedPorts, MAX_ENDPOINTS},
     event::RateLimiter,
@@ -24,20 +24,20 @@ use imds_ebpf_common::{
 use crate::events::now;
 
 /// Largest number of interfaces of a node. Large nodes run 1,000 pods.
-const INTERFACES: usize = 16_384;
-const COUNTERS: usize = (INTERFACES + Hook::ALL.len()) * Verdict::COUNTED.len();
+const MAX_INTERFACES: usize = 16_384;
+const MAX_COUNTERS: usize = (MAX_INTERFACES + Hook::ALL.len()) * Verdict::COUNTED.len();
 
 #[btf_map(name = "imds_policy")]
 static POLICY: Array<Policy, 1> = Array::new();
 
 #[btf_map(name = "imds_counters")]
-static COUNTS: PerCpuHashMap<CounterKey, Counter, COUNTERS, { BPF_F_NO_PREALLOC as usize }> =
+static COUNTERS: PerCpuHashMap<CounterKey, Counter, MAX_COUNTERS, { BPF_F_NO_PREALLOC as usize }> =
     PerCpuHashMap::new();
 
 /// Records of the node's interfaces. User space writes them; the programs read the attach modes and
 /// [`InterfaceRecord::own_packets`].
 #[btf_map(name = "imds_interfaces")]
-static INTERFACE_RECORDS: HashMap<u32, InterfaceRecord, INTERFACES, { BPF_F_NO_PREALLOC as usize }> =
+static INTERFACE_RECORDS: HashMap<u32, InterfaceRecord, MAX_INTERFACES, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
 /// For user space only. The object defines the map so that it has BTF and a pin.
@@ -83,16 +83,17 @@ static DENIAL_RECORDS: HashMap<DenialKey, DenialRecord, DENIALS, { BPF_F_NO_PREA
     HashMap::new();
 
 #[btf_map(name = "imds_exempt")]
-static EXEMPTIONS: HashMap<Exemption, Grant, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+static EXEMPTIONS: HashMap<ExemptionKey, ExemptionRecord, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
 
 /// The policy, written only by user space. No other variable may be in its section: the size of the section's map must be
 /// the size of the filter.
 #[unsafe(no_mangle)]
-static mut IMDS_FILTER: PolicyTable = PolicyTable::EMPTY;
+static mut IMDS_FILTER: PolicyFilter = PolicyFilter::EMPTY;
 
 /// Source addresses of exempt pods, by the host-side interface of the pod. The node's own addresses have the interface 0.
 #[btf_map(name = "imds_exempt_src")]
-static EXEMPT_SOURCES: HashMap<Exemption, u32, { MAX_EXEMPTIONS * 4 }, { BPF_F_NO_PREALLOC as usize }> =
+static EXEMPT_SOURCES: HashMap<ExemptionKey, u32, { MAX_EXEMPTIONS * 4 }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
 /// Number of interfaces in [`EXEMPT_USE`], whose entries the kernel allocates in advance.
@@ -123,7 +124,7 @@ pub(crate) struct Maps;
 
 impl PolicyLookup for Maps {
     #[inline(always)]
-    fn may_guard(&self, slot: u16) -> bool {
+    fn may_be_protected(&self, slot: u16) -> bool {
         has_bit(0, slot)
     }
 
@@ -142,18 +143,18 @@ impl PolicyLookup for Maps {
 
     #[inline(always)]
     fn may_be_exempt(&self, slot: u16) -> bool {
-        has_bit(offset_of!(PolicyTable, subjects), slot)
+        has_bit(offset_of!(PolicyFilter, subjects), slot)
     }
 
     #[inline(always)]
-    fn grant(&self, exemption: &Exemption) -> Option<Grant> {
+    fn exemption(&self, key: &ExemptionKey) -> Option<ExemptionRecord> {
         // SAFETY: the value is copied at once; an entry that user space replaces in the meantime keeps valid numbers.
-        unsafe { EXEMPTIONS.get(exemption) }.copied()
+        unsafe { EXEMPTIONS.get(key) }.copied()
     }
 }
 
-/// Returns the allowed ports of the endpoint at `address` in this chain of the filter, or null. A separate function, so that
-/// the verifier checks its callers once for all rows.
+/// Returns the allowed ports of the endpoint at `address` in this bucket of the filter, or null. A separate function, so that
+/// the verifier checks its callers once for all entries.
 ///
 /// The table does not change while a program reads it: user space writes the other table, after an RCU grace period in
 /// which all programs have stopped reading that one.
@@ -165,7 +166,7 @@ fn find_allowed_ports(bucket: u64, address: &Address) -> *const AllowedPorts {
     // SAFETY: the pointer to a static is always valid, and user space does not write the effective table.
     let filter = unsafe { &*filter };
     let table = &filter.tables[filter.current as usize & 1];
-    // Verifiers before Linux 6.10 do not track bounds through the XOR that computes the chain, so the remainder is needed.
+    // Verifiers before Linux 6.10 do not track bounds through the XOR that computes the bucket, so the remainder is needed.
     let mut number = u64::from(table.heads[opaque(bucket) as usize % BUCKETS]);
     for _ in 0..MAX_BUCKET_LEN {
         if number == 0 {
@@ -183,7 +184,7 @@ fn find_allowed_ports(bucket: u64, address: &Address) -> *const AllowedPorts {
 /// Reports whether the bit of a slot is set in the bitmap at byte `offset` of the filter.
 #[inline(always)]
 fn has_bit(offset: usize, slot: u16) -> bool {
-    let (byte, bit) = PolicyTable::position(slot);
+    let (byte, bit) = PolicyFilter::position(slot);
     let byte = (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset + byte);
     // SAFETY: every 16-bit slot of the bitmap is within the filter. The read is volatile, because user space writes the byte.
     let byte = unsafe { byte.read_volatile() };
@@ -192,21 +193,21 @@ fn has_bit(offset: usize, slot: u16) -> bool {
 
 /// Returns the bit that the programs use in the packet mark; 0 for none.
 #[inline(always)]
-pub(crate) fn mark() -> u32 {
+pub(crate) fn mark_bit() -> u32 {
     POLICY.get(0).map_or(0, |policy| policy.mark)
 }
 
-/// Reports whether the map has a grant for this exemption.
+/// Reports whether the map has an exemption with this key.
 #[inline(always)]
-pub(crate) fn is_granted(exemption: &Exemption) -> bool {
-    EXEMPTIONS.get_ptr(exemption).is_some()
+pub(crate) fn has_exemption(key: &ExemptionKey) -> bool {
+    EXEMPTIONS.get_ptr(key).is_some()
 }
 
-/// Reports whether the source address of `exemption` belongs to its subject.
+/// Reports whether the source address in `key` belongs to the subject in it.
 #[inline(always)]
-pub(crate) fn is_exempt_source(exemption: &Exemption) -> bool {
+pub(crate) fn is_exempt_source(key: &ExemptionKey) -> bool {
     // SAFETY: the value is not read, only its presence.
-    unsafe { EXEMPT_SOURCES.get(exemption) }.is_some()
+    unsafe { EXEMPT_SOURCES.get(key) }.is_some()
 }
 
 /// Records that `from_pod` lets a packet pass by the exemption of this interface.
@@ -252,7 +253,7 @@ pub(crate) fn interface(ifindex: u32) -> Option<&'static InterfaceRecord> {
 
 /// Reports whether the configuration enables this hook.
 #[inline(always)]
-pub(crate) fn is_on(hook: Hook) -> bool {
+pub(crate) fn is_enabled(hook: Hook) -> bool {
     POLICY.get(0).is_some_and(|policy| policy.hooks & hook.bit() != 0)
 }
 
@@ -291,7 +292,7 @@ pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) -> O
 #[expect(clippy::cast_possible_truncation, reason = "hooks and verdicts are small numbers")]
 fn count_classified(ifindex: u32, hook: u32, verdict: u32, bytes: u32) -> *mut Counter {
     let key = CounterKey { ifindex, hook: hook as u8, verdict: verdict as u8, reserved: 0 };
-    let Some(counter) = COUNTS.get_ptr_mut(key).or_else(|| first_counter(&key)) else {
+    let Some(counter) = COUNTERS.get_ptr_mut(key).or_else(|| first_counter(&key)) else {
         return ptr::null_mut();
     };
     // SAFETY: the map owns the value, and does not free it while the program that looked it up runs. The value belongs to this
@@ -308,6 +309,6 @@ fn first_counter(key: &CounterKey) -> Option<*mut Counter> {
     let limiter = RateLimiter::new();
     // If another CPU has inserted the key in the meantime, this writes only this CPU's value (bpf_percpu_hash_update).
     let _full =
-        COUNTS.insert(key, Counter { packets: opaque(0), bytes: opaque(0), limiter }, u64::from(BPF_ANY));
-    COUNTS.get_ptr_mut(key)
+        COUNTERS.insert(key, Counter { packets: opaque(0), bytes: opaque(0), limiter }, u64::from(BPF_ANY));
+    COUNTERS.get_ptr_mut(key)
 }

@@ -34,7 +34,7 @@ pub(crate) enum SocketNetns {
 
 /// Returns the network namespace of the packet's socket at a TC hook.
 #[inline(always)]
-pub(crate) fn of_socket(skb: *mut __sk_buff) -> SocketNetns {
+pub(crate) fn from_socket(skb: *mut __sk_buff) -> SocketNetns {
     #[expect(
         clippy::multiple_unsafe_ops_per_block,
         reason = "reading a union field behind a pointer counts as two"
@@ -54,7 +54,7 @@ pub(crate) fn of_socket(skb: *mut __sk_buff) -> SocketNetns {
 
 /// Returns the network namespace of the packet's socket at a `cgroup_skb` hook, where every packet has a socket.
 #[inline(always)]
-pub(crate) fn of_socket_in_cgroup(skb: *mut __sk_buff) -> SocketNetns {
+pub(crate) fn from_socket_in_cgroup(skb: *mut __sk_buff) -> SocketNetns {
     if CGROUP_HAS_COOKIE.load() == 0 {
         return SocketNetns::Unknown;
     }

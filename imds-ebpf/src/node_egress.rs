@@ -6,12 +6,12 @@ use imds_ebpf_common::{
 };
 
 use crate::{
-    edge::{Classified, TcProgram, finish, finish_probe},
     events, exempt, maps,
     packet::Skb,
     probe::{self, Probed},
     reject::ReplyDirection,
     sender::{self, SocketOwner},
+    tc_hook::{Classified, TcProgram, finish, finish_probe},
 };
 
 /// Hook at TC egress of the node's interfaces.
@@ -31,15 +31,16 @@ impl TcProgram for NodeEgress {
         let Some(EndpointMatch { destination, verdict }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
             return TC_ACT_UNSPEC;
         };
-        let Some(sender) = sender::of(skb) else { return pass_marked(skb) };
+        let Some(sender) = sender::identify(skb) else { return pass_marked(skb) };
         if let Some(probed) = classify_probe(&packet, sender, verdict) {
             exempt::set_mark(skb, 1);
             return finish_probe(probed.verdict);
         }
-        let verdict = exempt::at_node_egress(skb, ip, sender, verdict, &destination);
+        let verdict = exempt::apply_at_node_egress(skb, ip, sender, verdict, &destination);
         exempt::set_mark(skb, 1);
         let _uncounted = maps::count(packet.ifindex(), hook, verdict, packet.len());
-        let limiter = events::limiter(&RateLimitKey::new(packet.ingress_ifindex().into(), hook, verdict));
+        let limiter =
+            events::rate_limiter(&RateLimitKey::new(packet.ingress_ifindex().into(), hook, verdict));
         finish(&Classified { skb, ip, hook, verdict }, limiter, ReplyDirection::Ingress)
     }
 }
@@ -61,6 +62,6 @@ fn classify_probe(packet: &Skb, sender: SocketOwner, verdict: Verdict) -> Option
     let find = |kind, id| maps::probe(&Subject::new(kind, id));
     let probe = find(SubjectKind::Netns, sender.cookie)
         .or_else(|| find(SubjectKind::Interface, ifindex))
-        .or_else(|| find(SubjectKind::Bridge, ifindex).filter(|_| packet.mark() & maps::mark() != 0))?;
+        .or_else(|| find(SubjectKind::Bridge, ifindex).filter(|_| packet.mark() & maps::mark_bit() != 0))?;
     Some(probe::count(probe, Hook::NodeEgress, verdict))
 }

@@ -9,7 +9,6 @@ use aya_ebpf::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_uid_gid, bpf_get_socket_uid,
         bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id,
     },
-    programs::SkBuffContext,
 };
 use imds_ebpf_common::{
     AllowedKind, AllowedProcess, EndpointMatch, Hook, Packet as _, Subject, SubjectKind, Verdict,
@@ -51,20 +50,15 @@ fn is_caller_allowed() -> u32 {
     0
 }
 
-/// Returns the verdict on a packet.
-#[inline(always)]
-pub(crate) fn classify(ctx: &SkBuffContext) -> Verdict {
-    cgroup_packet::classify(ctx, classify_slow)
-}
-
+/// Returns the number of the verdict on a packet. Called by [`cgroup_packet::classify`].
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "the number comes back unchanged")]
-fn classify_slow(skb: *mut __sk_buff) -> u32 {
+pub(crate) fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let (packet, hook) = (Skb::new(skb), Hook::NodeAllow);
     let Some((ip, EndpointMatch { verdict, destination })) = cgroup_packet::find_endpoint(&packet) else {
         return Verdict::Unrelated as u32;
     };
-    match netns::of_socket_in_cgroup(skb) {
+    match netns::from_socket_in_cgroup(skb) {
         SocketNetns::Cookie(cookie) if netns::is_node(cookie) => {}
         // The packets of pods pass here too. The agent does not attach the program if the kernel does not report the namespace.
         SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => {

@@ -205,20 +205,20 @@ impl Packet for ReceivedSkb {
     }
 
     #[inline(always)]
-    fn ether_type(&self, frame: LinkLayer) -> Option<u16> {
+    fn ether_type(&self, link_layer: LinkLayer) -> Option<u16> {
         let protocol = self.0.protocol();
         // Without a link-layer header, the IP version decides, as the handlers of IPv4 and IPv6 check it. Tags precede it.
-        match frame {
-            LinkLayer::None if !is_vlan(protocol) => self.0.ether_type(frame),
+        match link_layer {
+            LinkLayer::None if !is_vlan(protocol) => self.0.ether_type(link_layer),
             LinkLayer::Ethernet | LinkLayer::None => Some(protocol),
         }
     }
 
     #[inline(always)]
-    fn peek_ether_type(&self, frame: LinkLayer, offset: usize) -> Option<(u16, u32)> {
+    fn peek_ether_type(&self, link_layer: LinkLayer, offset: usize) -> Option<(u16, u32)> {
         let protocol = self.0.protocol();
-        let (first, word) = self.0.peek_ether_type(frame, offset)?;
-        match frame {
+        let (first, word) = self.0.peek_ether_type(link_layer, offset)?;
+        match link_layer {
             LinkLayer::None if !is_vlan(protocol) => Some((first, word)),
             LinkLayer::Ethernet | LinkLayer::None => Some((protocol, word)),
         }

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use imds_ebpf_common::{
     IpOffset, Packet as _,
     endpoint::TCP,
-    reply::{self, ICMP, ICMP_V6, Kind, Sum, WORD, Words},
+    reply::{self, ICMP, ICMP_V6, ReplyKind, Sum, WORD},
 };
 
 use crate::packet::Skb;
@@ -27,9 +27,9 @@ pub(crate) enum ReplyDirection {
 
 /// Turns the packet into a reply and sends it. Returns the TC action. Drops the packet if no reply is possible or allowed.
 #[inline(always)]
-pub(crate) fn answer(skb: *mut __sk_buff, ip: IpOffset, direction: ReplyDirection) -> i32 {
+pub(crate) fn send_reply(skb: *mut __sk_buff, ip: IpOffset, direction: ReplyDirection) -> i32 {
     // Without a link layer the packet starts with the IP header.
-    if !make(skb, ip) || (ip.offset() != 0 && swap_macs(skb).is_none()) {
+    if !turn_into_reply(skb, ip) || (ip.offset() != 0 && swap_macs(skb).is_none()) {
         return TC_ACT_SHOT;
     }
     let flags = match direction {
@@ -51,25 +51,25 @@ pub(crate) fn answer(skb: *mut __sk_buff, ip: IpOffset, direction: ReplyDirectio
 /// Turns the packet into the reply, except for the link-layer header. A separate function, so that it has its own stack frame
 /// and the verifier checks it once.
 #[inline(never)]
-fn make(skb: *mut __sk_buff, ip: IpOffset) -> bool {
-    match reply::kind(&Skb::new(skb), ip) {
-        Some(Kind::Reset) => make_reset(skb, ip).is_some(),
-        Some(Kind::Prohibited) => make_prohibited(skb, ip).is_some(),
+fn turn_into_reply(skb: *mut __sk_buff, ip: IpOffset) -> bool {
+    match reply::reply_kind(&Skb::new(skb), ip) {
+        Some(ReplyKind::Reset) => write_reset(skb, ip).is_some(),
+        Some(ReplyKind::Prohibited) => write_prohibited(skb, ip).is_some(),
         None => false,
     }
 }
 
 #[inline(always)]
-fn make_reset(skb: *mut __sk_buff, ip: IpOffset) -> Option<()> {
+fn write_reset(skb: *mut __sk_buff, ip: IpOffset) -> Option<()> {
     let packet = Skb::new(skb);
-    let at = behind_header(skb, ip);
+    let at = payload_offset(skb, ip);
     let mut tcp = MaybeUninit::uninit();
-    let tcp: &mut Words<{ reply::TCP_WORDS }> = packet.fetch_to(at, &mut tcp)?;
+    let tcp: &mut [u32; reply::TCP_WORDS] = packet.fetch_to(at, &mut tcp)?;
     let addresses = swap_addresses(skb, ip)?;
     let length = payload_len(&packet, ip)?;
     let pseudo = reply::reset(tcp, length, addresses)?;
     store(skb, at, tcp)?;
-    put_head(skb, ip, TCP, size_of_val(tcp), addresses)?;
+    write_ip_header(skb, ip, TCP, size_of_val(tcp), addresses)?;
     resize(skb, at + size_of_val(tcp))?;
 
     // If the sender leaves its checksum to the network device (CHECKSUM_PARTIAL), the device also completes the checksum of the
@@ -84,14 +84,14 @@ fn make_reset(skb: *mut __sk_buff, ip: IpOffset) -> Option<()> {
 }
 
 #[inline(always)]
-fn make_prohibited(skb: *mut __sk_buff, ip: IpOffset) -> Option<()> {
+fn write_prohibited(skb: *mut __sk_buff, ip: IpOffset) -> Option<()> {
     let (length, quote) = if ip.is_v6() {
-        put_quote::<{ reply::QUOTE_V6 }>(skb, ip)?
+        write_quote::<{ reply::QUOTE_V6 }>(skb, ip)?
     } else if Skb::new(skb).fetch(ip.offset())? == [0x45] {
-        put_quote::<{ reply::QUOTE_V4 }>(skb, ip)?
+        write_quote::<{ reply::QUOTE_V4 }>(skb, ip)?
     } else {
         // The header has options: quotes as many words as the largest header needs.
-        put_quote::<{ reply::QUOTE_V4_OPTIONS }>(skb, ip)?
+        write_quote::<{ reply::QUOTE_V4_OPTIONS }>(skb, ip)?
     };
     let length = Skb::new(skb).verifier_opaque(reply::ICMP_WORDS * WORD + length);
     let addresses = swap_addresses(skb, ip)?;
@@ -100,8 +100,8 @@ fn make_prohibited(skb: *mut __sk_buff, ip: IpOffset) -> Option<()> {
     } else {
         (ICMP, reply::prohibited_v4(quote))
     };
-    put_head(skb, ip, protocol, length, addresses)?;
-    store(skb, behind_header(skb, ip), &header)
+    write_ip_header(skb, ip, protocol, length, addresses)?;
+    store(skb, payload_offset(skb, ip), &header)
 }
 
 /// Returns the length of the IP payload in bytes, according to the IP header.
@@ -114,7 +114,7 @@ fn payload_len(packet: &Skb, ip: IpOffset) -> Option<u32> {
 
 /// Returns the offset of the IP payload of the reply.
 #[inline(always)]
-fn behind_header(skb: *mut __sk_buff, ip: IpOffset) -> usize {
+fn payload_offset(skb: *mut __sk_buff, ip: IpOffset) -> usize {
     let length = if ip.is_v6() { 40 } else { 20 };
     Skb::new(skb).verifier_opaque(ip.offset() + length)
 }
@@ -122,18 +122,18 @@ fn behind_header(skb: *mut __sk_buff, ip: IpOffset) -> usize {
 /// Truncates the IP packet to its first `N` words, and moves them back to make room for IP and ICMP header before them.
 /// Returns the number of quoted bytes, and their sum.
 #[inline(always)]
-fn put_quote<const N: usize>(skb: *mut __sk_buff, ip: IpOffset) -> Option<(usize, Sum)> {
+fn write_quote<const N: usize>(skb: *mut __sk_buff, ip: IpOffset) -> Option<(usize, Sum)> {
     let mut quote = MaybeUninit::uninit();
-    let quote: &mut Words<N> = Skb::new(skb).fetch_to(ip.offset(), &mut quote)?;
-    let at = behind_header(skb, ip) + reply::ICMP_WORDS * WORD;
+    let quote: &mut [u32; N] = Skb::new(skb).fetch_to(ip.offset(), &mut quote)?;
+    let at = payload_offset(skb, ip) + reply::ICMP_WORDS * WORD;
     resize(skb, at + size_of_val(quote))?;
     store(skb, at, quote)?;
-    Some((size_of_val(quote), sum(quote)))
+    Some((size_of_val(quote), checksum(quote)))
 }
 
 /// Returns the sum of `words`. Uses a helper, because adding many words costs many instructions.
 #[inline(always)]
-fn sum<const N: usize>(words: &mut Words<N>) -> Sum {
+fn checksum<const N: usize>(words: &mut [u32; N]) -> Sum {
     // SAFETY: the helper reads no more than these words.
     let sum = unsafe { bpf_csum_diff(ptr::null_mut(), 0, words.as_mut_ptr(), as_u32(N * WORD), 0) };
     Sum::new(sum.cast_unsigned() & 0xffff_ffff)
@@ -141,11 +141,17 @@ fn sum<const N: usize>(words: &mut Words<N>) -> Sum {
 
 /// Writes the IP header up to its addresses.
 #[inline(always)]
-fn put_head(skb: *mut __sk_buff, ip: IpOffset, protocol: u8, length: usize, addresses: Sum) -> Option<()> {
+fn write_ip_header(
+    skb: *mut __sk_buff,
+    ip: IpOffset,
+    protocol: u8,
+    length: usize,
+    addresses: Sum,
+) -> Option<()> {
     if ip.is_v6() {
-        store(skb, ip.offset(), &reply::ipv6_head(protocol, length))
+        store(skb, ip.offset(), &reply::ipv6_header_start(protocol, length))
     } else {
-        store(skb, ip.offset(), &reply::ipv4_head(protocol, length, addresses))
+        store(skb, ip.offset(), &reply::ipv4_header_start(protocol, length, addresses))
     }
 }
 
@@ -153,18 +159,18 @@ fn put_head(skb: *mut __sk_buff, ip: IpOffset, protocol: u8, length: usize, addr
 #[inline(always)]
 fn swap_addresses(skb: *mut __sk_buff, ip: IpOffset) -> Option<Sum> {
     if ip.is_v6() {
-        swap::<{ 2 * 4 }>(skb, ip.offset() + reply::ADDRESSES_V6 * WORD)
+        swap_halves::<{ 2 * 4 }>(skb, ip.offset() + reply::ADDRESSES_V6 * WORD)
     } else {
-        swap::<2>(skb, ip.offset() + reply::ADDRESSES_V4 * WORD)
+        swap_halves::<2>(skb, ip.offset() + reply::ADDRESSES_V4 * WORD)
     }
 }
 
 /// Swaps the halves of the `N` words at offset `at`. Returns the sum of all words.
 #[inline(always)]
-fn swap<const N: usize>(skb: *mut __sk_buff, at: usize) -> Option<Sum> {
+fn swap_halves<const N: usize>(skb: *mut __sk_buff, at: usize) -> Option<Sum> {
     let mut halves = MaybeUninit::uninit();
-    let halves: &mut Words<N> = Skb::new(skb).fetch_to(at, &mut halves)?;
-    let sum = sum(halves);
+    let halves: &mut [u32; N] = Skb::new(skb).fetch_to(at, &mut halves)?;
+    let sum = checksum(halves);
     let (first, second) = halves.split_at_mut(N / 2);
     first.swap_with_slice(second);
     store(skb, at, halves)?;

@@ -1,4 +1,4 @@
-//! Senders of packets at `node_egress`: tells the node's own packets from packets of pods.
+//! Senders of packets at `node_egress`: separates the node's own packets from packets of pods.
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{InterfaceRecord, OwnPackets, Packet as _};
@@ -18,28 +18,28 @@ pub(crate) struct SocketOwner {
 
 /// Returns the sender of a packet that leaves the node, or `None` for the node itself.
 ///
-/// A packet can pass several interfaces of the node (bridge and NIC, bond and slave, VLAN and NIC). The result depends
-/// only on the packet's socket and ingress interface, so that each hook on its path gives the same verdict. [`is_nodes`] uses
+/// A packet can pass several interfaces of the node (bridge and NIC, bond and slave, VLAN and NIC). The result depends only
+/// on the packet's socket and ingress interface, so that each hook on its path gives the same verdict. [`is_from_node`] uses
 /// the mark for devices that change them.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
-pub(crate) fn of(skb: *mut __sk_buff) -> Option<SocketOwner> {
-    let cookie = cookie(skb);
+pub(crate) fn identify(skb: *mut __sk_buff) -> Option<SocketOwner> {
+    let cookie = find_cookie(skb);
     if cookie == NODE {
         return None;
     }
     Some(SocketOwner { cookie: Skb::new(skb).verifier_opaque(cookie as usize) as u64 })
 }
 
-/// Result of [`cookie`] for packets of the node. No namespace has this cookie, because the kernel numbers cookies from 1.
+/// Result of [`find_cookie`] for packets of the node. No namespace has this cookie, because the kernel numbers cookies from 1.
 const NODE: u64 = u64::MAX;
 
 /// Returns [`SocketOwner::cookie`], or [`NODE`]. A separate function, so that the verifier checks it once for all verdicts.
 #[inline(never)]
-fn cookie(skb: *mut __sk_buff) -> u64 {
-    match netns::of_socket(skb) {
+fn find_cookie(skb: *mut __sk_buff) -> u64 {
+    match netns::from_socket(skb) {
         SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => cookie,
-        socket if is_nodes(&Skb::new(skb), socket) => NODE,
+        socket if is_from_node(&Skb::new(skb), socket) => NODE,
         SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => 0,
     }
 }
@@ -62,7 +62,7 @@ fn cookie(skb: *mut __sk_buff) -> u64 {
 /// sends without a socket, such as IPv6 resets, are therefore denied too. Before Linux 6.13, a packet with a socket can
 /// belong to a macvlan or ipvlan pod. The socket hook covers these pods.
 #[inline(always)]
-fn is_nodes(packet: &Skb, socket: SocketNetns) -> bool {
+fn is_from_node(packet: &Skb, socket: SocketNetns) -> bool {
     // Hidden from the verifier, which otherwise follows the rest for each kind of socket.
     let has_socket = packet.verifier_opaque(usize::from(!matches!(socket, SocketNetns::NoSocket))) != 0;
     let ingress_ifindex = packet.ingress_ifindex();
@@ -71,7 +71,7 @@ fn is_nodes(packet: &Skb, socket: SocketNetns) -> bool {
     }
     let Some(record) = maps::interface(ingress_ifindex) else { return false };
     if record.own_packets == OwnPackets::Marked as u8 {
-        return packet.mark() & maps::mark() != 0;
+        return packet.mark() & maps::mark_bit() != 0;
     }
     has_socket && record.own_packets == OwnPackets::WithSocket as u8
 }
@@ -81,5 +81,5 @@ fn is_nodes(packet: &Skb, socket: SocketNetns) -> bool {
 #[inline(never)]
 fn is_marked_copy(ifindex: u32, mark: u32) -> u32 {
     let sends_copies = |record: &InterfaceRecord| record.sends_copies != 0;
-    u32::from(mark & maps::mark() != 0 && maps::interface(ifindex).is_some_and(sends_copies))
+    u32::from(mark & maps::mark_bit() != 0 && maps::interface(ifindex).is_some_and(sends_copies))
 }

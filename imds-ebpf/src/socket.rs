@@ -75,14 +75,14 @@ fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict 
     if matches!(verdict, Verdict::Denied) {
         choose_errno();
     }
-    let Some(limiter) = events::limiter(&RateLimitKey::new(id, hook, verdict)) else {
+    let Some(limiter) = events::rate_limiter(&RateLimitKey::new(id, hook, verdict)) else {
         diagnostics::warn_map_full(hook as u32);
         return verdict;
     };
     let flow = Flow::to(destination.octets());
     let flow = Flow { destination_port: service.port, protocol: service.protocol, ..flow };
-    // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
-    events::call(hook, verdict, cookie, flow, unsafe { &mut *limiter });
+    // SAFETY: the rate limiter belongs to this CPU, and the map does not free it while the program that looked it up runs.
+    events::report_call(hook, verdict, cookie, flow, unsafe { &mut *limiter });
     verdict
 }
 

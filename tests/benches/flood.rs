@@ -113,22 +113,22 @@ impl Node<'_> {
         // At this level the log lists every attachment, even many within a second.
         let agent = self.env.agent().hooks(HOOKS).args(&["--log-level", "debug"]).spawn_ready();
         self.env.status_when("every pod has its TCX link", Status::all_pods_have_tcx);
-        let (is_over, sent) = (AtomicBool::new(false), AtomicU32::new(0));
+        let (is_done, sent) = (AtomicBool::new(false), AtomicU32::new(0));
         let (mut made, mut health) = (Vec::new(), Vec::new());
         let (start, mut cpu) = (Instant::now(), 0.0);
         thread::scope(|scope| {
             for number in 0..SENDERS {
-                let (is_over, sent) = (&is_over, &sent);
+                let (is_done, sent) = (&is_done, &sent);
                 match load {
                     Load::None => {}
-                    Load::Elsewhere => drop(scope.spawn(move || self.send(number, SERVICE, is_over, sent))),
-                    Load::Denied => drop(scope.spawn(move || self.send(number, METADATA, is_over, sent))),
+                    Load::Elsewhere => drop(scope.spawn(move || self.send(number, SERVICE, is_done, sent))),
+                    Load::Denied => drop(scope.spawn(move || self.send(number, METADATA, is_done, sent))),
                 }
             }
-            let probe = scope.spawn(|| self.probe_health(&is_over));
+            let probe = scope.spawn(|| self.probe_health(&is_done));
             let process = Process::new(agent.pid());
             cpu = process.cpu_while(|| made = Churn::new(&self.env.node, &self.churn).run(LINKS, INTERVAL));
-            is_over.store(true, Ordering::Relaxed);
+            is_done.store(true, Ordering::Relaxed);
             health = probe.join().expect("the probe of /healthz");
         });
         let rate = f64::from(sent.into_inner()) * f64::from(2 * BURST) / start.elapsed().as_secs_f64();
@@ -148,12 +148,12 @@ impl Node<'_> {
     }
 
     /// Sends under changing names, from one network namespace and cgroup after another.
-    fn send(&self, number: usize, to: Ipv4Addr, is_over: &AtomicBool, sent: &AtomicU32) {
+    fn send(&self, number: usize, to: Ipv4Addr, is_done: &AtomicBool, sent: &AtomicU32) {
         let to = SocketAddr::new(IpAddr::V4(to), 80);
         let pods = self.pods.iter().cycle().skip(number * self.pods.len() / SENDERS);
         let cgroups = self.cgroups.iter().cycle().skip(number * self.cgroups.len() / SENDERS);
         for (turn, (pod, cgroup)) in pods.zip(cgroups).enumerate() {
-            if is_over.load(Ordering::Relaxed) {
+            if is_done.load(Ordering::Relaxed) {
                 return;
             }
             cgroup.run(|| {
@@ -173,9 +173,9 @@ impl Node<'_> {
     }
 
     /// Returns the milliseconds of consecutive requests.
-    fn probe_health(&self, is_over: &AtomicBool) -> Vec<f64> {
+    fn probe_health(&self, is_done: &AtomicBool) -> Vec<f64> {
         let mut took = Vec::new();
-        while !is_over.load(Ordering::Relaxed) {
+        while !is_done.load(Ordering::Relaxed) {
             let start = Instant::now();
             let (status, text) = try_get(self.env, DEFAULT, "/healthz").expect("an answer of /healthz");
             assert_eq!(status, 200, "{text}");

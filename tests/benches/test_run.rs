@@ -8,7 +8,7 @@ use aya::programs::SchedClassifier;
 use etherparse::PacketBuilder;
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Endpoint, IMDS_IPV4, Mode, Policy, PolicyTable, Service,
+    Address, Endpoint, IMDS_IPV4, Mode, Policy, PolicyFilter, Service,
     endpoint::{MAX_ENDPOINTS, UDP},
     names::{MAP_ENDPOINTS, MAP_POLICY, PROG_FROM_POD, SECTION_FILTER},
 };
@@ -35,7 +35,7 @@ fn main() {
     }
     enforcing.set(
         SECTION_FILTER,
-        PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))),
+        PolicyFilter::new(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))),
     );
     let ours = enforcing.program(PROG_FROM_POD);
 

@@ -8,7 +8,7 @@ use crate::{AgentCommand, TestEnv};
 
 /// Returns the report of the node.
 #[track_caller]
-pub fn examine(env: &TestEnv) -> Value {
+pub fn doctor_report(env: &TestEnv) -> Value {
     report(&command(env).output())
 }
 

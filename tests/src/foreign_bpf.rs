@@ -239,7 +239,7 @@ impl Drop for AloneOnCgroup {
 }
 
 /// Pins the object at `from` also at `to`, and replaces the pin there.
-pub fn pin_over(from: &Path, to: &Path) {
+pub fn replace_pin(from: &Path, to: &Path) {
     let object = open(from).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
     pin_object_over(&object, to);
 }

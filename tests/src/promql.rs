@@ -7,7 +7,7 @@ const WORDS: [&str; 7] = ["and", "or", "unless", "group_left", "group_right", "b
 
 /// Metrics of an expression, and the labels by which it selects or groups them.
 #[derive(Debug, Default, Eq, PartialEq)]
-pub struct Asked {
+pub struct PromqlNames {
     /// Names of time series without labels.
     pub metrics: BTreeSet<String>,
     /// Names of labels of all metrics.
@@ -20,15 +20,15 @@ pub struct Asked {
 ///
 /// Panics if the expression is malformed.
 #[must_use]
-pub fn asked(expression: &str) -> Asked {
-    let mut asked = Asked::default();
+pub fn names_in(expression: &str) -> PromqlNames {
+    let mut names = PromqlNames::default();
     let mut rest = expression;
     while let Some(first) = rest.chars().next() {
         if !is_name(first) || first.is_ascii_digit() {
             rest = match first {
                 '{' => {
                     let (inside, after) = until(&rest[1..], '}');
-                    asked.labels.extend(matchers(inside));
+                    names.labels.extend(matchers(inside));
                     after
                 }
                 '[' => until(&rest[1..], ']').1,
@@ -44,15 +44,15 @@ pub fn asked(expression: &str) -> Asked {
         rest = after;
         if ["by", "without", "on", "ignoring"].contains(&name) {
             let (labels, after) = until(follows.strip_prefix('(').expect("labels in parentheses"), ')');
-            asked.labels.extend(labels.split(',').map(|label| label.trim().to_owned()));
+            names.labels.extend(labels.split(',').map(|label| label.trim().to_owned()));
             rest = after;
         } else if !["(", "by ", "without "].iter().any(|start| follows.starts_with(start))
             && !WORDS.contains(&name)
         {
-            asked.metrics.insert(name.to_owned());
+            names.metrics.insert(name.to_owned());
         }
     }
-    asked
+    names
 }
 
 fn is_name(c: char) -> bool {
@@ -102,8 +102,8 @@ mod tests {
             ("a / on (b) group_left c", &["a", "c"], &["b"]),
         ] {
             assert_eq!(
-                asked(expression),
-                Asked { metrics: set(metrics), labels: set(labels) },
+                names_in(expression),
+                PromqlNames { metrics: set(metrics), labels: set(labels) },
                 "{expression}"
             );
         }

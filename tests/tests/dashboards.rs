@@ -8,7 +8,7 @@ use imds_tests::{
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
-    promql::{Asked, asked},
+    promql::{PromqlNames, names_in},
 };
 use serde_json::Value;
 
@@ -37,14 +37,14 @@ fn served(metrics: &str) -> Served {
     for line in metrics.lines().filter(|line| line.starts_with("imds_")) {
         let (series, _value) = line.rsplit_once(' ').expect("a value");
         let name = series.split('{').next().expect("a name");
-        served.entry(name.to_owned()).or_default().extend(asked(series).labels);
+        served.entry(name.to_owned()).or_default().extend(names_in(series).labels);
     }
     served
 }
 
 /// Returns the metrics and labels of `expression` that are not served.
 fn unknown(expression: &str, served: &Served) -> Vec<String> {
-    let Asked { metrics, labels } = asked(expression);
+    let PromqlNames { metrics, labels } = names_in(expression);
     let known: BTreeSet<_> = metrics.iter().filter_map(|metric| served.get(metric)).flatten().collect();
     let metrics = metrics.iter().filter(|metric| !served.contains_key(*metric));
     let labels =
@@ -108,7 +108,7 @@ fn dashboards_query_existing_metrics() {
     for (expression, shown) in &alerts {
         assert_eq!(unknown(expression, &served), [""; 0], "{expression}");
         let shown = shown.iter().cloned().collect::<Vec<_>>().join(",");
-        for metric in asked(expression).metrics {
+        for metric in names_in(expression).metrics {
             assert_eq!(unknown(&format!("sum by ({shown}) ({metric})"), &served), [""; 0], "{expression}");
         }
     }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData};
-use imds_ebpf_common::{Policy, PolicyTable};
+use imds_ebpf_common::{Policy, PolicyFilter};
 use imds_tests::{
     AgentCommand, AttachMode, Pod, PodLink, Status, TestEnv,
     foreign_bpf::detach_link,
@@ -268,10 +268,11 @@ impl Pinned {
         };
         let maps = entries("maps").into_iter().map(|path| (path.clone(), hook::pinned_map(&path)));
         let programs = entries("progs").into_iter().map(|path| (path.clone(), hook::pinned_program(&path)));
-        let filter: PolicyTable = value(&env.pin_dir().join("maps/imds_filter"));
-        // SAFETY: `PolicyTable` is plain data without padding (`aya::Pod`), and borrowed for as long as the bytes.
-        let filter =
-            unsafe { std::slice::from_raw_parts((&raw const filter).cast::<u8>(), size_of::<PolicyTable>()) };
+        let filter: PolicyFilter = value(&env.pin_dir().join("maps/imds_filter"));
+        // SAFETY: `PolicyFilter` is plain data without padding (`aya::Pod`), and borrowed for as long as the bytes.
+        let filter = unsafe {
+            std::slice::from_raw_parts((&raw const filter).cast::<u8>(), size_of::<PolicyFilter>())
+        };
         let status = env.try_status();
         let endpoints =
             status.map(|status| status.endpoints.into_iter().map(|endpoint| endpoint.address).collect());

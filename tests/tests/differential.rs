@@ -11,8 +11,8 @@ use std::{
 
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Endpoint, Exemption, Grant, Hook, IMDS_IPV4, InMemoryPolicy, LinkLayer,
-    Mode, Policy, PolicyTable, Service, Subject, SubjectKind, Verdict, apply_exemption,
+    Address, Counter, CounterKey, Endpoint, ExemptionKey, ExemptionRecord, Hook, IMDS_IPV4, InMemoryPolicy,
+    LinkLayer, Mode, Policy, PolicyFilter, Service, Subject, SubjectKind, Verdict, apply_exemption,
     endpoint::{TCP, UDP},
     find_header, lookup_endpoint,
     names::{
@@ -170,11 +170,12 @@ fn frame() -> impl Strategy<Value = Vec<u8>> {
 const SENDER: Subject = Subject::new(SubjectKind::Interface, 1);
 
 /// Exempts the sender from one endpoint and audits it at another one.
-fn grants() -> [(Exemption, Grant); 2] {
-    let grant = |address, verdict| (Exemption { address, subject: SENDER }, Grant::new(verdict, 1));
+fn exemptions() -> [(ExemptionKey, ExemptionRecord); 2] {
+    let exemption =
+        |address, verdict| (ExemptionKey { address, subject: SENDER }, ExemptionRecord::new(verdict, 1));
     [
-        grant(Address::from_ipv6(IMDS_IPV6), Verdict::Exempt),
-        grant(Address::from_ipv4(RESOLVER_IPV4), Verdict::Audited),
+        exemption(Address::from_ipv6(IMDS_IPV6), Verdict::Exempt),
+        exemption(Address::from_ipv4(RESOLVER_IPV4), Verdict::Audited),
     ]
 }
 
@@ -205,20 +206,24 @@ fn runner(seed: u64) -> TestRunner {
 #[test]
 fn kernel_and_host_agree_on_any_packet() {
     let endpoints = endpoints();
-    let grants = grants();
-    let mut filter = PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+    let exemptions = exemptions();
+    let mut filter = PolicyFilter::new(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
     filter.set_subjects([SENDER]);
     let mut object = Object::load(OBJECT);
     object.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, ..Policy::default() });
     for (address, endpoint) in &endpoints {
         object.insert(MAP_ENDPOINTS, *address, *endpoint);
     }
-    for (exemption, grant) in grants {
-        object.insert(MAP_EXEMPT, exemption, grant);
+    for (key, record) in exemptions {
+        object.insert(MAP_EXEMPT, key, record);
     }
     object.set(SECTION_FILTER, filter);
-    let tables =
-        InMemoryPolicy { filter: &filter, endpoints: &endpoints, grants: &grants, mode: Mode::Enforce };
+    let tables = InMemoryPolicy {
+        filter: &filter,
+        endpoints: &endpoints,
+        exemptions: &exemptions,
+        mode: Mode::Enforce,
+    };
 
     let compared = Cell::new(0);
     let expected_counts = Cell::new([0_u64; 5]);
@@ -227,9 +232,9 @@ fn kernel_and_host_agree_on_any_packet() {
     let result = runner(seed()).run(&packet, |packet| {
         for (name, frame) in [(PROG_FROM_POD, LinkLayer::Ethernet), (PROG_FROM_POD_L3, LinkLayer::None)] {
             let verdict = find_header(&packet[..], frame)
-                .and_then(|place| lookup_endpoint(&packet[..], place, &tables))
-                .map_or(Verdict::Unrelated, |examined| {
-                    apply_exemption(examined.verdict, SENDER, &examined.destination, &tables)
+                .and_then(|ip| lookup_endpoint(&packet[..], ip, &tables))
+                .map_or(Verdict::Unrelated, |endpoint_match| {
+                    apply_exemption(endpoint_match.verdict, SENDER, &endpoint_match.destination, &tables)
                 });
             let expected = if verdict == Verdict::Denied { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
             if let Some(action) = try_action(object.program(name), &packet) {

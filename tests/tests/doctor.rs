@@ -5,7 +5,7 @@ use std::{fs, io, os::unix::process::CommandExt as _};
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AttachMode, PodLink, TestEnv,
-    doctor::{all, assert_has, command, examine, one, report},
+    doctor::{all, assert_has, command, doctor_report, one, report},
     foreign_bpf::{ForeignProgram, TC_ACT_OK},
     hook::{self, run_tc},
     kubelet::{Driver, Kubelet, new_uid},
@@ -68,7 +68,7 @@ fn supported_kernel_has_no_missing_check() {
 #[test]
 fn tcx_check_matches_the_kernel() {
     let env = TestEnv::new();
-    let (found, has_tcx) = (examine(&env), hook::has_tcx());
+    let (found, has_tcx) = (doctor_report(&env), hook::has_tcx());
     let attaching = one(&found, "attaching");
     assert_eq!(attaching["state"], if has_tcx { "ok" } else { "degraded" });
     assert_has(attaching, "observed", "clsact filters");
@@ -138,13 +138,13 @@ fn nested_pid_namespace_needs_visible_pods() {
 fn running_agent_is_reported() {
     let env = TestEnv::new();
     let agent_of = |found: &Value| one(found, "agent").clone();
-    assert_has(&agent_of(&examine(&env)), "observed", "nothing is loaded");
+    assert_has(&agent_of(&doctor_report(&env)), "observed", "nothing is loaded");
     let agent = env.start_agent(if hook::has_tcx() { AttachMode::Tcx } else { AttachMode::Clsact });
-    let running = agent_of(&examine(&env));
+    let running = agent_of(&doctor_report(&env));
     assert_eq!(running["state"], "ok");
     assert_has(&running, "observed", &agent.pid().to_string());
     agent.kill9();
-    let killed = agent_of(&examine(&env));
+    let killed = agent_of(&doctor_report(&env));
     assert_eq!(killed["state"], "degraded");
     assert_has(&killed, "observed", "programs are loaded");
 }
@@ -166,18 +166,18 @@ fn foreign_tcx_programs_are_reported() {
         "name": "foreign", "id": id, "kind": "tcx", "at": pod.host_ifname, "hook": "ingress",
         "position": 1, "count": 1, "first": null,
     });
-    let found = examine(&env);
+    let found = doctor_report(&env);
     assert_eq!(one(&found, "tc_programs")["program"], expected);
     assert_eq!(one(&found, "tc_programs")["state"], "ok");
 
     let _agent = env.agent().resync(3600).spawn_ready();
-    let found = examine(&env);
+    let found = doctor_report(&env);
     let second = one(&found, "tc_programs");
     assert_eq!((&second["program"]["position"], &second["program"]["first"]), (&2.into(), &false.into()));
     assert_eq!(second["state"], "ok");
 
     let _first = attach();
-    let found = examine(&env);
+    let found = doctor_report(&env);
     let states: Vec<_> = all(&found, "tc_programs")
         .iter()
         .map(|check| (&check["program"]["position"], &check["state"]))
@@ -209,7 +209,7 @@ fn foreign_filters_are_reported() {
             };
             programs.map(place).collect()
         };
-        let found = examine(&env);
+        let found = doctor_report(&env);
         let last = all(&found, "tc_programs").pop().unwrap();
         let name = last["program"]["name"].as_str().unwrap();
         assert!(name.starts_with("foreign"), "{last:#}");
@@ -219,7 +219,7 @@ fn foreign_filters_are_reported() {
 
         let _agent = env.agent().backend(backend).spawn();
         env.wait_enforced(&pod);
-        let found = places(&examine(&env));
+        let found = places(&doctor_report(&env));
         // Programs before the agent's. With filters, that is the one that blocks the first priority.
         let before: Vec<_> = found
             .iter()
@@ -248,7 +248,7 @@ fn foreign_cgroup_programs_are_reported() {
     let first = env.agent().hooks(&["socket"]).pin_dir(&other).once();
     assert!(first.status.success(), "{first:?}");
     let _agent = env.agent().hooks(&["socket"]).spawn_ready();
-    let found = examine(&env);
+    let found = doctor_report(&env);
     let programs: Vec<_> =
         all(&found, "cgroup_programs").into_iter().map(|check| &check["program"]).collect();
     let hooks: Vec<_> = programs.iter().map(|program| program["hook"].as_str().unwrap()).collect();

@@ -9,7 +9,7 @@ use std::{
 
 use imds_tests::{
     PodLink, TestEnv, WHOLE_TEST,
-    doctor::{all, assert_has, examine, one},
+    doctor::{all, assert_has, doctor_report, one},
     foreign_bpf::detach_link,
     output,
     probe::{SHORT, http_get},
@@ -65,11 +65,11 @@ fn rules_are_explained_and_not_changed() {
         add rule inet guard forward ip daddr 198.51.100.10 drop
         add chain inet guard prerouting { type nat hook prerouting priority -100; }
         add rule inet guard prerouting ip daddr 169.254.0.0/16 tcp dport 80 dnat ip to 10.0.0.4:8181";
-    assert_has(one(&examine(&env), "firewall_rules"), "state", "ok");
+    assert_has(one(&doctor_report(&env), "firewall_rules"), "state", "ok");
     nft(&env, &[rules]);
     let _agent = env.agent().hooks(&HOOKS).spawn_ready();
     let before = nft(&env, &["--handle", "list", "ruleset"]);
-    let found = examine(&env);
+    let found = doctor_report(&env);
     let [drops, leads] = all(&found, "firewall_rules")[..] else { panic!("{found:#}") };
     assert_has(drops, "remedy", "no conflict");
     assert_eq!((&drops["rule"]["conflicts"], &drops["rule"]["chain"]), (&false.into(), &"forward".into()));
@@ -80,7 +80,7 @@ fn rules_are_explained_and_not_changed() {
         let remove = rule["rule"]["remove"].as_str().unwrap();
         nft(&env, &remove.split(' ').skip(1).collect::<Vec<_>>());
     }
-    assert_has(one(&examine(&env), "firewall_rules"), "state", "ok");
+    assert_has(one(&doctor_report(&env), "firewall_rules"), "state", "ok");
 }
 
 #[test]
@@ -91,18 +91,18 @@ fn aks_rule_is_recognized() {
         skip(WHOLE_TEST, "there is no iptables on this machine");
         return;
     }
-    let found = examine(&env);
+    let found = doctor_report(&env);
     let check = one(&found, "firewall_rules");
     assert!(opens(check).contains("imds-agent is not loaded"), "{check:#}");
     let _agent = env.agent().hooks(&HOOKS).spawn_ready();
-    let found = examine(&env);
+    let found = doctor_report(&env);
     let check = one(&found, "firewall_rules");
     assert_eq!((&check["rule"]["origin"], &check["rule"]["table"]), (&"aks".into(), &"mangle".into()));
     assert_eq!(opens(check), "");
     assert_has(check, "remedy", "--disable-imds-restriction");
     let remove = check["rule"]["remove"].as_str().unwrap();
     assert!(iptables(&env, remove.strip_prefix("iptables ").unwrap()));
-    assert_has(one(&examine(&env), "firewall_rules"), "state", "ok");
+    assert_has(one(&doctor_report(&env), "firewall_rules"), "state", "ok");
 }
 
 /// Regression test: each of these rules was once reported as removable, although its removal opened access.
@@ -127,7 +127,7 @@ fn broader_rules_are_kept() {
     );
     nft(&env, &[&rules]);
     let agent = env.agent().hooks(&HOOKS).config(&allowed).spawn_ready();
-    let found = examine(&env);
+    let found = doctor_report(&env);
     let found: Vec<_> = all(&found, "firewall_rules").into_iter().map(opens).collect();
     let expected = [
         "the node's own processes and pods with hostNetwork",
@@ -145,7 +145,7 @@ fn broader_rules_are_kept() {
     drop(agent);
     for mode in ["audit", "off"] {
         let agent = env.agent().hooks(&HOOKS).config(&format!("mode = '{mode}'\n{allowed}")).spawn_ready();
-        let found = examine(&env);
+        let found = doctor_report(&env);
         for check in all(&found, "firewall_rules") {
             assert!(opens(check).contains(&format!("in the mode {mode}")), "{check:#}");
         }
@@ -166,7 +166,7 @@ fn allow_list_covers_the_cgroup_of_its_programs() {
         add rule inet guard output ip daddr 169.254.169.254 meta skuid 1000 drop";
     nft(&env, &[rules]);
     let agent = env.agent().hooks(&HOOKS).config("[node]\nallow = []\n").spawn_ready();
-    let opened = || opens(one(&examine(&env), "firewall_rules"));
+    let opened = || opens(one(&doctor_report(&env), "firewall_rules"));
     let cgroup = env.cgroup().file_name().unwrap().to_str().unwrap().to_owned();
     let outside = format!("{cgroup}, to which node_allow is attached");
     assert!(
@@ -192,7 +192,7 @@ fn removing_a_removable_rule_opens_nothing() {
     assert!(!http_get(&pod.netns, imds_tests::METADATA, SHORT).is_answer());
     let _agent = env.agent().hooks(&HOOKS).spawn_ready();
     env.wait_enforced(&pod);
-    let found = examine(&env);
+    let found = doctor_report(&env);
     let check = one(&found, "firewall_rules");
     assert_eq!(opens(check), "");
     let remove = check["rule"]["remove"].as_str().unwrap();
@@ -213,7 +213,7 @@ impl Drop for Background {
 #[test]
 fn metadata_programs_are_reported() {
     let env = TestEnv::new();
-    assert_has(one(&examine(&env), "metadata_programs"), "state", "ok");
+    assert_has(one(&doctor_report(&env), "metadata_programs"), "state", "ok");
     // /proc/net/unix shows the path that bind(2) received, whatever directory it is in.
     let root = env.scratch_dir().join("root");
     fs::create_dir_all(root.join("run/systemd")).unwrap();
@@ -223,7 +223,7 @@ fn metadata_programs_are_reported() {
     let sleep = env.scratch_dir().join("azure-proxy-agent");
     fs::copy("/bin/sleep", &sleep).unwrap();
     let _agent = Background(Command::new(&sleep).arg("1000").stdin(Stdio::null()).spawn().unwrap());
-    let found = examine(&env);
+    let found = doctor_report(&env);
     let [imdsd, gpa] = all(&found, "metadata_programs")[..] else { panic!("{found:#}") };
     assert_has(imdsd, "observed", "systemd-imdsd.socket serves metadata");
     assert_has(imdsd, "observed", "network locked");
@@ -231,7 +231,7 @@ fn metadata_programs_are_reported() {
     assert_has(gpa, "observed", "azure-proxy-agent.service");
     assert_has(gpa, "observed", "168.63.129.16:32526");
     env.node.ip("rule del fwmark 0x7fff0815");
-    assert_has(all(&examine(&env), "metadata_programs")[0], "observed", "network unlocked");
+    assert_has(all(&doctor_report(&env), "metadata_programs")[0], "observed", "network unlocked");
 }
 
 /// Binds a Unix socket to an absolute path below another root directory, on a separate thread.

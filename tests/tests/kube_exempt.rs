@@ -179,24 +179,24 @@ fn host_network_pod_is_exempt_by_cgroups() {
     object["spec"]["hostNetwork"] = true.into();
     cluster.server.apply(object);
     trusted.cgroup.start_in(&cluster.env.node);
-    let granted = |number: usize| {
+    let assert_exempt_pods = |number: usize| {
         cluster.env.status_when("its cgroups are exempt", |status| {
             let mut exempt = status.exemptions.iter().filter(|sender| sender.cgroup.is_some());
             exempt.clone().count() == number && exempt.all(|sender| sender.pod.is_some())
         })
     };
-    let before = granted(2);
+    let before = assert_exempt_pods(2);
     assert!(
         before.exemptions.iter().all(|sender| sender.pod.as_ref().is_some_and(|pod| pod.uid == trusted.uid))
     );
     // A container that the API server has not reported.
     let later = trusted.cgroup.path.join("cri-containerd-later.scope");
     fs::create_dir(&later).unwrap();
-    granted(3);
+    assert_exempt_pods(3);
     fs::remove_dir(&later).unwrap();
-    granted(2);
+    assert_exempt_pods(2);
     cluster.server.delete(&trusted.uid);
-    granted(0);
+    assert_exempt_pods(0);
     drop(agent);
     cluster.env.unload();
 }

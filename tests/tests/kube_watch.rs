@@ -254,7 +254,7 @@ async fn every_failure_is_counted_and_recovers() {
         let case = format!("{fault:?}, first list: {first_list}");
         let server = ApiServer::start();
         server.apply(trusted("a"));
-        let change = |options: &mut Options| options.answer = Duration::from_secs(2);
+        let change = |options: &mut Options| options.response_timeout = Duration::from_secs(2);
         let mut follower = if first_list {
             server.fail(fault);
             Follower::with(&server, change)
@@ -328,7 +328,7 @@ async fn endless_list_pages_are_abandoned() {
         server.fail(Fault::Answer(200, "Content-Type: application/json\r\n", part));
     }
     server.apply(trusted("a"));
-    let mut follower = Follower::with(&server, |options| options.most_pages = 5);
+    let mut follower = Follower::with(&server, |options| options.max_pages = 5);
     follower
         .until_state("the list to be abandoned", |state| state.errors.contains_key(&ErrorKind::Malformed))
         .await;

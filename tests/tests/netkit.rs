@@ -4,7 +4,7 @@
 use imds_agent::datapath::sys::bpf::{self, MprogHook};
 use imds_tests::{
     AttachMode, METADATA, NetkitMode, PacketSocket, Pod, PodLink, SERVICE, Status, TestEnv, add_pair,
-    doctor::{all, examine},
+    doctor::{all, doctor_report},
     foreign_bpf::ForeignProgram,
     known_here, packets,
     poll::poll_until,
@@ -242,7 +242,7 @@ fn netkit_programs_are_listed() {
     let pod = env.add_pod(PodLink::Netkit(NetkitMode::L3));
     let _link = ForeignProgram::returning(NEXT).attach_netkit_peer_first(&env.node, pod.host_ifindex);
     let listed = || {
-        let report = examine(&env);
+        let report = doctor_report(&env);
         let programs = all(&report, "tc_programs").into_iter().map(|check| &check["program"]);
         let mut of_kind = programs.filter(|program| program["kind"] == "netkit");
         let program = of_kind.next().unwrap_or_else(|| panic!("{report:#}"));

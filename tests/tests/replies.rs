@@ -7,7 +7,7 @@ use etherparse::{
 };
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, DenyAction, Endpoint, IMDS_IPV4, Mode, Policy, PolicyTable, Service,
+    Address, DenyAction, Endpoint, IMDS_IPV4, Mode, Policy, PolicyFilter, Service,
     event::RateLimiter,
     names::{MAP_ENDPOINTS, MAP_POLICY, PROG_FROM_POD, PROG_FROM_POD_L3, SECTION_FILTER},
 };
@@ -35,7 +35,7 @@ fn rejecting() -> Object {
     }
     object.set(
         SECTION_FILTER,
-        PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))),
+        PolicyFilter::new(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))),
     );
     object.set(
         MAP_POLICY,

@@ -6,8 +6,8 @@ use std::time::Duration;
 use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
 use imds_agent::datapath::object::{OBJECT, kernel_features};
 use imds_ebpf_common::{
-    Address, AttachMode, Counter, CounterKey, Endpoint, Exemption, Grant, Hook, IMDS_IPV4, InterfaceRecord,
-    Mode, Policy, PolicyTable, Role, Service, Subject, SubjectKind, Verdict,
+    Address, AttachMode, Counter, CounterKey, Endpoint, ExemptionKey, ExemptionRecord, Hook, IMDS_IPV4,
+    InterfaceRecord, Mode, Policy, PolicyFilter, Role, Service, Subject, SubjectKind, Verdict,
     maps::MARK,
     names::{
         MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_EXEMPT_USE, MAP_INTERFACES,
@@ -38,7 +38,7 @@ const IMDS: Endpoint =
 fn unwritten_object() -> Object {
     let mut object = Object::load(OBJECT);
     object.insert(MAP_ENDPOINTS, Address::from_ipv4(IMDS_IPV4), IMDS);
-    object.set(SECTION_FILTER, PolicyTable::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]));
+    object.set(SECTION_FILTER, PolicyFilter::new([(Address::from_ipv4(IMDS_IPV4), &IMDS)]));
     object
 }
 
@@ -204,20 +204,20 @@ fn mode_decides_and_verdicts_are_counted() {
 }
 
 /// Loads programs with these exemptions.
-fn object_with(grants: &[(Exemption, Grant)], mode: Mode) -> Object {
+fn object_with(exemptions: &[(ExemptionKey, ExemptionRecord)], mode: Mode) -> Object {
     let mut object = object(mode);
     object.set(MAP_POLICY, Policy { mode: mode as u32, mark: MARK, ..Policy::default() });
-    for (exemption, grant) in grants {
-        object.insert(MAP_EXEMPT, *exemption, *grant);
+    for (key, record) in exemptions {
+        object.insert(MAP_EXEMPT, *key, *record);
     }
-    let mut filter = PolicyTable::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
-    filter.set_subjects(grants.iter().map(|(exemption, _)| exemption.subject));
+    let mut filter = PolicyFilter::new([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
+    filter.set_subjects(exemptions.iter().map(|(exemption, _)| exemption.subject));
     object.set(SECTION_FILTER, filter);
     object
 }
 
-fn grant(subject: Subject, address: Address, verdict: Verdict) -> (Exemption, Grant) {
-    (Exemption { address, subject }, Grant::new(verdict, 1))
+fn exemption(subject: Subject, address: Address, verdict: Verdict) -> (ExemptionKey, ExemptionRecord) {
+    (ExemptionKey { address, subject }, ExemptionRecord::new(verdict, 1))
 }
 
 #[test]
@@ -228,35 +228,36 @@ fn exempt_sender_passes_to_its_endpoints() {
     let sender = Subject::new(SubjectKind::Interface, 1);
     let [neighbour, namesake] =
         [(SubjectKind::Interface, 2), (SubjectKind::Netns, 1)].map(|(kind, id)| Subject::new(kind, id));
-    for (granted, mode, verdict) in [
-        (grant(sender, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Exempt),
-        (grant(sender, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Exempt),
-        (grant(sender, HERE, Verdict::Audited), Mode::Enforce, Verdict::Audited),
-        (grant(sender, HERE, Verdict::Exempt), Mode::Audit, Verdict::Exempt),
-        (grant(sender, HERE, Verdict::Exempt), Mode::Off, Verdict::Off),
-        (grant(sender, ELSEWHERE, Verdict::Exempt), Mode::Enforce, Verdict::Denied),
-        (grant(neighbour, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Denied),
-        (grant(namesake, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Denied),
+    for (exemption, mode, verdict) in [
+        (exemption(sender, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Exempt),
+        (exemption(sender, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Exempt),
+        (exemption(sender, HERE, Verdict::Audited), Mode::Enforce, Verdict::Audited),
+        (exemption(sender, HERE, Verdict::Exempt), Mode::Audit, Verdict::Exempt),
+        (exemption(sender, HERE, Verdict::Exempt), Mode::Off, Verdict::Off),
+        (exemption(sender, ELSEWHERE, Verdict::Exempt), Mode::Enforce, Verdict::Denied),
+        (exemption(neighbour, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Denied),
+        (exemption(namesake, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Denied),
         // A verdict that no agent writes.
-        (grant(sender, HERE, Verdict::Unrelated), Mode::Enforce, Verdict::Denied),
+        (exemption(sender, HERE, Verdict::Unrelated), Mode::Enforce, Verdict::Denied),
     ] {
-        let object = object_with(&[granted], mode);
+        let object = object_with(&[exemption], mode);
         let expected = if verdict == Verdict::Denied { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
         for mark in [MARK, 1] {
             let run = marked(object.program(PROG_FROM_POD), &udp(IMDS_IPV4), mark, 0);
-            assert_eq!(run, Some((expected, mark & !MARK)), "{granted:?} in {mode:?}");
+            assert_eq!(run, Some((expected, mark & !MARK)), "{exemption:?} in {mode:?}");
         }
         let key = CounterKey::new(1, Hook::FromPod, verdict);
         let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
-        assert_eq!(counters.iter().map(|cpu| cpu.packets).sum::<u64>(), 2, "{granted:?} in {mode:?}");
+        assert_eq!(counters.iter().map(|cpu| cpu.packets).sum::<u64>(), 2, "{exemption:?} in {mode:?}");
     }
 }
 
 #[test]
 fn only_bridged_exempt_pods_are_marked() {
     // A test run's packet comes from the loopback interface.
-    let (exemption, grant) = grant(Subject::new(SubjectKind::Interface, 1), Address::ANY, Verdict::Exempt);
-    let object = object_with(&[(exemption, Grant { flags: Grant::MARK, ..grant })], Mode::Enforce);
+    let (key, record) = exemption(Subject::new(SubjectKind::Interface, 1), Address::ANY, Verdict::Exempt);
+    let object =
+        object_with(&[(key, ExemptionRecord { flags: ExemptionRecord::MARK, ..record })], Mode::Enforce);
     let run = |mark| marked(object.program(PROG_FROM_POD), &udp(IMDS_IPV4), mark, 0);
     assert_eq!(run(1), Some((TC_ACT_UNSPEC, MARK | 1)));
     assert_eq!(run(MARK), Some((TC_ACT_UNSPEC, MARK)));
@@ -265,7 +266,7 @@ fn only_bridged_exempt_pods_are_marked() {
 #[test]
 fn node_egress_by_interface_and_mark() {
     let [pod, bridge] = [(SubjectKind::Interface, 7), (SubjectKind::Bridge, 9)]
-        .map(|(kind, id)| grant(Subject::new(kind, id), Address::ANY, Verdict::Exempt));
+        .map(|(kind, id)| exemption(Subject::new(kind, id), Address::ANY, Verdict::Exempt));
     let mut object = object_with(&[pod, bridge], Mode::Enforce);
     let record = InterfaceRecord {
         role: Role::Pod as u8,
@@ -305,14 +306,14 @@ fn node_egress_by_interface_and_mark() {
             return;
         }
     }
-    let (Exemption { subject, .. }, _) = pod;
+    let (ExemptionKey { subject, .. }, _) = pod;
     let source =
         etherparse::SlicedPacket::from_ethernet(&udp(IMDS_IPV4)).ok().and_then(|packet| match packet.net {
             Some(etherparse::NetSlice::Ipv4(ip)) => Some(ip.header().source()),
             _ => None,
         });
     let address = Address::from_ipv4(source.expect("an IPv4 packet"));
-    object.insert(MAP_EXEMPT_SOURCES, Exemption { address, subject }, 1_u32);
+    object.insert(MAP_EXEMPT_SOURCES, ExemptionKey { address, subject }, 1_u32);
     assert!(check(&mut object, alone, 1, 7, TC_ACT_UNSPEC));
 }
 
@@ -328,14 +329,17 @@ fn missing_or_unknown_policy_denies() {
 #[test]
 fn unwritten_and_full_bloom_filter() {
     let mut object = Object::load(OBJECT);
-    let full = PolicyTable { bits: [0xff; 8192], subjects: [0xff; 2048], ..PolicyTable::EMPTY };
+    let full = PolicyFilter { addresses: [0xff; 8192], subjects: [0xff; 2048], ..PolicyFilter::EMPTY };
     object.set(SECTION_FILTER, full);
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(OTHER)), TC_ACT_UNSPEC);
     // The filter makes endpoints effective. The map of endpoints is for display only.
     object.insert(MAP_ENDPOINTS, Address::from_ipv4(IMDS_IPV4), IMDS);
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_UNSPEC);
-    let with_endpoint = PolicyTable::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
-    object.set(SECTION_FILTER, PolicyTable { bits: full.bits, subjects: full.subjects, ..with_endpoint });
+    let with_endpoint = PolicyFilter::new([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
+    object.set(
+        SECTION_FILTER,
+        PolicyFilter { addresses: full.addresses, subjects: full.subjects, ..with_endpoint },
+    );
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_SHOT);
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(OTHER)), TC_ACT_UNSPEC);
 }

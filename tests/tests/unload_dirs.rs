@@ -9,7 +9,7 @@ use std::{
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AgentCommand, AttachMode, PodLink, TestEnv,
-    foreign_bpf::{ForeignProgram, TC_ACT_OK, pin_object_over, pin_over},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK, pin_object_over, replace_pin},
     hook, skip_without_tcx,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -48,7 +48,7 @@ fn unload(env: &TestEnv) -> AgentCommand<'_> {
 
 fn pin_foreign_program(path: &Path) {
     let foreign = ForeignProgram::returning(TC_ACT_OK);
-    pin_over(foreign.pin(), path);
+    replace_pin(foreign.pin(), path);
 }
 
 #[test]

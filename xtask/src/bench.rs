@@ -1,9 +1,6 @@
 //! The command `cargo xtask bench`.
 
-use std::{
-    fs,
-    process::{ExitCode, Stdio},
-};
+use std::{fs, process::Stdio};
 
 use anyhow::{Context as _, Result, bail};
 use nix::unistd::Uid;
@@ -11,7 +8,7 @@ use nix::unistd::Uid;
 use crate::{
     clients,
     setup::{self, Purpose},
-    workspace::{cargo, describe, execute, root, say},
+    workspace::{cargo, describe, execute, print_status, root},
 };
 
 /// Run the benchmarks of the agent and its programs; needs root, takes half an hour on an otherwise idle machine
@@ -40,13 +37,13 @@ const CLIENTS_DIR: &str = "IMDS_CLIENTS";
 const PLOTS: &str = "IMDS_BENCH_PLOTS";
 
 impl Bench {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         if self.fetch {
             if self.name.as_deref() != Some(CLIENTS) {
                 bail!("--fetch is for `cargo xtask bench {CLIENTS}`");
             }
             clients::fetch()?;
-            return Ok(ExitCode::SUCCESS);
+            return Ok(());
         }
         let names = match &self.name {
             Some(name) if name != CLIENTS && !ALL.contains(&name.as_str()) => {
@@ -67,7 +64,7 @@ impl Bench {
                 write_down(name, &results)?;
             }
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 
     /// Runs a benchmark and returns its output.
@@ -83,7 +80,7 @@ impl Bench {
             bench.env(CLIENTS_DIR, clients::dir()?);
         }
         let what = describe(&bench);
-        say(&what);
+        print_status(&what);
         let output = bench.output().with_context(|| format!("failed to start {what}"))?;
         if !output.status.success() {
             bail!("{what} failed ({})", output.status);
@@ -100,7 +97,7 @@ fn write_down(name: &str, results: &str) -> Result<()> {
     let text = with_results(&text, name, results)
         .with_context(|| format!("{} has no section for {name}", path.display()))?;
     fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))?;
-    say(format_args!("wrote the results to {}", path.display()));
+    print_status(format_args!("wrote the results to {}", path.display()));
     Ok(())
 }
 

@@ -1,19 +1,11 @@
 //! The command `cargo xtask book`.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, ExitCode},
-};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use imds_ebpf_build::Host;
 
-use crate::workspace::{execute, root, say};
-
-/// Build the documentation site in target/book with `mdbook`, which must be installed
-#[derive(clap::Args)]
-pub(crate) struct Book {}
+use crate::workspace::{execute, print_status, root};
 
 /// Files and directories of the site. They keep their relative paths, so that links from pages in `docs` to other files
 /// of the repository resolve.
@@ -27,28 +19,24 @@ const PROJECT: &str = "
 - [Changes](CHANGELOG.md)
 ";
 
-impl Book {
-    pub(crate) fn run(self) -> Result<ExitCode> {
-        let Self {} = self;
-        if Host::current().find("mdbook").is_none() {
-            bail!("mdbook is not installed: run `cargo install mdbook --locked`");
-        }
-        let source = root().join("target/book-source");
-        if source.exists() {
-            fs::remove_dir_all(&source).context("failed to remove the previous sources")?;
-        }
-        for name in CONTENT {
-            copy(&root().join(name), &source.join(name)).with_context(|| format!("failed to copy {name}"))?;
-        }
-        let summary = source.join("docs/SUMMARY.md");
-        let pages = fs::read_to_string(&summary).context("failed to read docs/SUMMARY.md")?;
-        fs::remove_file(&summary).context("failed to move docs/SUMMARY.md")?;
-        fs::write(source.join("SUMMARY.md"), table_of_contents(&pages))
-            .context("failed to write SUMMARY.md")?;
-        execute(Command::new("mdbook").arg("build").arg(root()).env("MDBOOK_BOOK__SRC", &source))?;
-        say("the site is in target/book");
-        Ok(ExitCode::SUCCESS)
+pub(crate) fn run() -> Result<()> {
+    if Host::current().find("mdbook").is_none() {
+        bail!("mdbook is not installed: run `cargo install mdbook --locked`");
     }
+    let source = root().join("target/book-source");
+    if source.exists() {
+        fs::remove_dir_all(&source).context("failed to remove the previous sources")?;
+    }
+    for name in CONTENT {
+        copy(&root().join(name), &source.join(name)).with_context(|| format!("failed to copy {name}"))?;
+    }
+    let summary = source.join("docs/SUMMARY.md");
+    let pages = fs::read_to_string(&summary).context("failed to read docs/SUMMARY.md")?;
+    fs::remove_file(&summary).context("failed to move docs/SUMMARY.md")?;
+    fs::write(source.join("SUMMARY.md"), table_of_contents(&pages)).context("failed to write SUMMARY.md")?;
+    execute(Command::new("mdbook").arg("build").arg(root()).env("MDBOOK_BOOK__SRC", &source))?;
+    print_status("the site is in target/book");
+    Ok(())
 }
 
 /// Returns the table of contents of the site, whose root is the repository's.

@@ -1,27 +1,17 @@
 //! The command `cargo xtask build`.
 
-use std::{
-    path::PathBuf,
-    process::{Command, ExitCode},
-};
+use std::{path::PathBuf, process::Command};
 
 use anyhow::Result;
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute, root, say},
+    workspace::{artifacts, cargo, execute, print_status, root},
 };
 
-/// Build the agent in target/release, one binary that contains the BPF programs
-#[derive(clap::Args)]
-pub(crate) struct Build {}
-
-impl Build {
-    pub(crate) fn run(self) -> Result<ExitCode> {
-        let Self {} = self;
-        say(format_args!("built {}", release()?.display()));
-        Ok(ExitCode::SUCCESS)
-    }
+pub(crate) fn run() -> Result<()> {
+    print_status(format_args!("built {}", release()?.display()));
+    Ok(())
 }
 
 /// Builds the agent in release mode and returns its path.

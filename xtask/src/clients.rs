@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     apt, cache,
-    workspace::{execute, root, say},
+    workspace::{execute, print_status, root},
 };
 
 /// The metadata client of a virtual machine's first boot.
@@ -34,7 +34,7 @@ pub(crate) fn fetch() -> Result<()> {
         ];
         for (source, result) in fetched {
             if let Err(error) = result {
-                say(format_args!("clients from {source} are left out: {error:#}"));
+                print_status(format_args!("clients from {source} are left out: {error:#}"));
             }
         }
         Ok(())

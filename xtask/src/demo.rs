@@ -1,6 +1,6 @@
 //! The command `cargo xtask demo`.
 
-use std::{io::ErrorKind, net::Ipv4Addr, process::ExitCode, thread};
+use std::{io::ErrorKind, net::Ipv4Addr, thread};
 
 use anyhow::{Context as _, Result, bail};
 use imds_tests::{
@@ -19,62 +19,52 @@ use nix::{
 use crate::{
     build,
     setup::{self, Purpose},
-    workspace::say,
+    workspace::print_status,
 };
 
-/// Demonstrate the agent on a node, two pods and a metadata service in temporary network namespaces
-#[derive(clap::Args)]
-pub(crate) struct Demo {}
-
-impl Demo {
-    pub(crate) fn run(self) -> Result<ExitCode> {
-        let Self {} = self;
-        if !Uid::effective().is_root() {
-            bail!("the demo creates network namespaces: run it as root");
-        }
-        setup::ensure(Purpose::Demo)?;
-        let agent = build::debug()?;
-        let interrupt = Interrupt::new()?;
-
-        say("creating a node with two pods, and a metadata service beyond its uplink");
-        let env = TestEnv::new().with_agent(agent);
-        let pods = [env.add_pod(PodLink::Routed), env.add_pod(PodLink::Bridged)];
-        let probes = probes(&env, &pods);
-        // Runs in the cgroup to which the agent attaches its socket programs.
-        let observe = || env.in_cgroup(|| observe(&probes, &interrupt));
-        let before = observe()?;
-
-        say("starting imds-agent on the node");
-        let running = env.agent().hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
-        let during = observe()?;
-        let status = env.imds_agent(&["status"]).output();
-
-        say("killing imds-agent with SIGKILL");
-        running.kill9();
-        let killed = observe()?;
-
-        say("unloading");
-        let unload = env.imds_agent(&["unload"]).output();
-        if !unload.status.success() {
-            bail!("unload failed: {}", String::from_utf8_lossy(&unload.stderr));
-        }
-        let after = observe()?;
-
-        let row = |from: &str, to: &str, cells: [&str; 4]| {
-            println!(
-                "{from:<30} {to:<16} {:<10} {:<14} {:<14} {:<10}",
-                cells[0], cells[1], cells[2], cells[3]
-            );
-        };
-        println!();
-        row("HTTP FROM", "TO", ["BEFORE", "RUNNING", "KILLED", "UNLOADED"]);
-        for (index, probe) in probes.iter().enumerate() {
-            let cells = [before[index], during[index], killed[index], after[index]];
-            row(probe.from, &probe.to.to_string(), cells);
-        }
-        println!("\nimds-agent status while the agent ran:\n\n{}", String::from_utf8_lossy(&status.stdout));
-        Ok(ExitCode::SUCCESS)
+pub(crate) fn run() -> Result<()> {
+    if !Uid::effective().is_root() {
+        bail!("the demo creates network namespaces: run it as root");
     }
+    setup::ensure(Purpose::Demo)?;
+    let agent = build::debug()?;
+    let interrupt = Interrupt::new()?;
+
+    print_status("creating a node with two pods, and a metadata service beyond its uplink");
+    let env = TestEnv::new().with_agent(agent);
+    let pods = [env.add_pod(PodLink::Routed), env.add_pod(PodLink::Bridged)];
+    let probes = probes(&env, &pods);
+    // Runs in the cgroup to which the agent attaches its socket programs.
+    let observe = || env.in_cgroup(|| observe(&probes, &interrupt));
+    let before = observe()?;
+
+    print_status("starting imds-agent on the node");
+    let running = env.agent().hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
+    let during = observe()?;
+    let status = env.imds_agent(&["status"]).output();
+
+    print_status("killing imds-agent with SIGKILL");
+    running.kill9();
+    let killed = observe()?;
+
+    print_status("unloading");
+    let unload = env.imds_agent(&["unload"]).output();
+    if !unload.status.success() {
+        bail!("unload failed: {}", String::from_utf8_lossy(&unload.stderr));
+    }
+    let after = observe()?;
+
+    let row = |from: &str, to: &str, cells: [&str; 4]| {
+        println!("{from:<30} {to:<16} {:<10} {:<14} {:<14} {:<10}", cells[0], cells[1], cells[2], cells[3]);
+    };
+    println!();
+    row("HTTP FROM", "TO", ["BEFORE", "RUNNING", "KILLED", "UNLOADED"]);
+    for (index, probe) in probes.iter().enumerate() {
+        let cells = [before[index], during[index], killed[index], after[index]];
+        row(probe.from, &probe.to.to_string(), cells);
+    }
+    println!("\nimds-agent status while the agent ran:\n\n{}", String::from_utf8_lossy(&status.stdout));
+    Ok(())
 }
 
 /// A sender of HTTP requests.

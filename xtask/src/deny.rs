@@ -1,12 +1,12 @@
 //! The command `cargo xtask deny`.
 
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{cargo, execute, root, say},
+    workspace::{cargo, execute, print_status, root},
 };
 
 /// Check licences, sources and versions of all dependencies, and known vulnerabilities if the database is available;
@@ -19,7 +19,7 @@ pub(crate) struct Deny {
 }
 
 impl Deny {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         setup::ensure(Purpose::Deny)?;
         execute(deny(&["check"]).args(["bans", "licenses", "sources"]))?;
         match execute(&mut deny(&["fetch", "db"])) {
@@ -28,9 +28,9 @@ impl Deny {
             Err(error) if self.advisories => {
                 return Err(error).context("failed to fetch the RustSec database");
             }
-            Err(_) => say("advisories were NOT checked: failed to fetch the RustSec database"),
+            Err(_) => print_status("advisories were NOT checked: failed to fetch the RustSec database"),
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 }
 

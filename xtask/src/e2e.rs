@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, ExitCode, Stdio},
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -14,7 +14,7 @@ use crate::{
     cache, dist,
     setup::{self, Purpose},
     test,
-    workspace::{cargo, execute, say},
+    workspace::{cargo, execute, print_status},
 };
 
 /// Packages of the test machine in addition to Debian's base.
@@ -41,7 +41,7 @@ pub(crate) struct EndToEnd {
 }
 
 impl EndToEnd {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         if !Uid::effective().is_root() {
             bail!("the tests create machines in namespaces: run them as root");
         }
@@ -57,13 +57,12 @@ impl EndToEnd {
         let mut test = cargo("test");
         test.args(["--package", "imds-tests", "--locked", "--test", "e2e", "--", "--include-ignored"]);
         test.args(self.filter).env("IMDS_DEB", package(&dir)?).env("IMDS_AGENT", dir.join("imds-agent"));
-        execute(test.env(DEBIAN_ROOT, root))?;
-        Ok(ExitCode::SUCCESS)
+        execute(test.env(DEBIAN_ROOT, root))
     }
 }
 
 /// Runs the tests with real software, including the long ones.
-fn real(filter: &[String]) -> Result<ExitCode> {
+fn real(filter: &[String]) -> Result<()> {
     let agent = test::prepare()?;
     let test = |executable: &str| {
         let mut test = cargo("test");
@@ -73,15 +72,15 @@ fn real(filter: &[String]) -> Result<ExitCode> {
     };
     execute(test("real").args(filter))?;
     if let Some(missing) = setup::missing(Purpose::Runtimes) {
-        say(format_args!("pods of podman and containerd were NOT tested, {missing}"));
+        print_status(format_args!("pods of podman and containerd were NOT tested, {missing}"));
     } else if filter.is_empty() {
         execute(test("e2e").args(POD_TESTS))?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 fn debootstrap(root: &Path) -> Result<()> {
-    say("creating a Debian root: this takes a minute");
+    print_status("creating a Debian root: this takes a minute");
     let mut debootstrap = Command::new("debootstrap");
     debootstrap.args(["--variant=minbase", "--include", PACKAGES, "bookworm"]).arg(root);
     debootstrap.stdout(Stdio::null());

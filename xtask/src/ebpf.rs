@@ -1,13 +1,11 @@
 //! The command `cargo xtask ebpf`.
 
-use std::process::ExitCode;
-
 use anyhow::{Context as _, Result, ensure};
 use imds_ebpf_build::Object;
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{artifacts, root, say},
+    workspace::{artifacts, print_status, root},
 };
 
 /// Build the BPF object from source and store it in imds-ebpf/prebuilt, from where the build of the agent takes it
@@ -21,16 +19,16 @@ pub(crate) struct Ebpf {
 }
 
 impl Ebpf {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         setup::ensure(Purpose::Ebpf)?;
         let workspace = root().canonicalize().context("failed to find the workspace")?;
         let built = Object::compile(&workspace, &artifacts("ebpf")?)?;
         if self.check {
             check(&built, Object::stored(&workspace)?.as_ref())?;
         } else {
-            say(format_args!("wrote {}", built.store(&workspace)?.display()));
+            print_status(format_args!("wrote {}", built.store(&workspace)?.display()));
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 }
 
@@ -49,6 +47,6 @@ fn check(built: &Object, stored: Option<&Object>) -> Result<()> {
         built.bytes() == stored.bytes(),
         "the stored BPF object differs from the build: run `cargo xtask ebpf` and commit the result"
     );
-    say("the stored BPF object matches the build");
+    print_status("the stored BPF object matches the build");
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::{
     env, fs,
     fs::File,
     path::{Path, PathBuf},
-    process::{Command, ExitCode},
+    process::Command,
     sync::Mutex,
     thread,
 };
@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, describe, execute, root, say},
+    workspace::{artifacts, cargo, describe, execute, print_status, root},
 };
 
 /// Fuzz the packet parser and the decoders of configurations, netlink messages, records, API responses and firewall
@@ -49,9 +49,9 @@ const INPUT_TIMEOUT_SECS: u32 = 10;
 const MEMORY: u32 = 2048;
 
 impl Fuzz {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         let targets = match self.target.as_deref() {
-            Some(name) => vec![known(name)?],
+            Some(name) => vec![find_target(name)?],
             None => TARGETS.to_vec(),
         };
         setup::ensure(Purpose::Build)?;
@@ -60,7 +60,7 @@ impl Fuzz {
         let fuzzer = build(&directory)?;
         if let Some(input) = &self.input {
             execute(Command::new(fuzzer).arg(input).env(TARGET, targets[0]))?;
-            return Ok(ExitCode::SUCCESS);
+            return Ok(());
         }
         let (left, results) = (Mutex::new(targets.into_iter()), Mutex::new(Vec::new()));
         thread::scope(|scope| {
@@ -79,7 +79,7 @@ impl Fuzz {
         let failures = results.iter().filter_map(|result| result.as_ref().err());
         let failures: Vec<_> = failures.map(|failure| format!("{failure:#}")).collect();
         ensure!(failures.is_empty(), "{}", failures.join("\n"));
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 }
 
@@ -87,7 +87,7 @@ fn next<T>(left: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
     left.lock().ok()?.next()
 }
 
-fn known(name: &str) -> Result<&'static str> {
+fn find_target(name: &str) -> Result<&'static str> {
     TARGETS
         .into_iter()
         .find(|target| *target == name)
@@ -129,7 +129,7 @@ fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()
     let status = fuzz.status().with_context(|| format!("failed to start {}", describe(&fuzz)))?;
     let log = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
     if status.success() {
-        say(format_args!("{target}: {}", summary(&log)));
+        print_status(format_args!("{target}: {}", summary(&log)));
         return Ok(());
     }
     bail!("{target} failed ({status}), see {}{}", path.display(), reproduction(target, &log))
@@ -137,9 +137,9 @@ fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()
 
 /// Returns the command that repeats a failure.
 fn reproduction(target: &str, log: &str) -> String {
-    let kept = log.lines().find_map(|line| line.split_once("Test unit written to "));
-    let try_it = |(_, input)| format!("; to repeat it: cargo xtask fuzz {target} --input {input}");
-    kept.map(try_it).unwrap_or_default()
+    let reproducer = log.lines().find_map(|line| line.split_once("Test unit written to "));
+    let reproduce = |(_, input)| format!("; to repeat it: cargo xtask fuzz {target} --input {input}");
+    reproducer.map(reproduce).unwrap_or_default()
 }
 
 /// Returns a summary of libFuzzer's final statistics.
@@ -194,6 +194,6 @@ stat::peak_rss_mb:              61
         for target in TARGETS {
             assert!(root().join("fuzz/seeds").join(target).is_dir(), "{target}");
         }
-        assert!(known("nothing").is_err());
+        assert!(find_target("nothing").is_err());
     }
 }

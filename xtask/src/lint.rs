@@ -1,6 +1,6 @@
 //! The command `cargo xtask lint`.
 
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
 use anyhow::Result;
 use imds_ebpf_build::Toolchain;
@@ -10,25 +10,17 @@ use crate::{
     workspace::{artifacts, cargo, execute, root},
 };
 
-/// Check formatting and prose, and run clippy, for the BPF crate on its own target too; warnings are errors
-#[derive(clap::Args)]
-pub(crate) struct Lint {}
+pub(crate) fn run() -> Result<()> {
+    execute(cargo("fmt").args(["--all", "--check"]))?;
 
-impl Lint {
-    pub(crate) fn run(self) -> Result<ExitCode> {
-        let Self {} = self;
-        execute(cargo("fmt").args(["--all", "--check"]))?;
+    setup::ensure(Purpose::Lint)?;
+    execute(Command::new("python3").arg("xtask/prose.py").current_dir(root()))?;
+    execute(
+        cargo("clippy")
+            .args(["--workspace", "--exclude", "imds-ebpf", "--all-targets", "--locked"])
+            .args(["--", "--deny", "warnings"]),
+    )?;
 
-        setup::ensure(Purpose::Lint)?;
-        execute(Command::new("python3").arg("xtask/prose.py").current_dir(root()))?;
-        execute(
-            cargo("clippy")
-                .args(["--workspace", "--exclude", "imds-ebpf", "--all-targets", "--locked"])
-                .args(["--", "--deny", "warnings"]),
-        )?;
-
-        let target_dir = artifacts("ebpf-lint")?;
-        execute(&mut Toolchain::detect()?.clippy(root(), &target_dir))?;
-        Ok(ExitCode::SUCCESS)
-    }
+    let target_dir = artifacts("ebpf-lint")?;
+    execute(&mut Toolchain::detect()?.clippy(root(), &target_dir))
 }

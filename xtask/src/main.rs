@@ -31,7 +31,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use workspace::say;
+use workspace::print_status;
 
 /// Sets up, builds, runs and tests imds-agent.
 #[derive(Parser)]
@@ -44,13 +44,17 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Setup(setup::Setup),
-    Book(book::Book),
-    Build(build::Build),
+    /// Build the documentation site in target/book with `mdbook`, which must be installed
+    Book,
+    /// Build the agent in target/release, one binary that contains the BPF programs
+    Build,
     Run(run::Run),
     Test(test::Test),
-    Lint(lint::Lint),
+    /// Check formatting and prose, and run clippy on all crates; warnings are errors
+    Lint,
     Deny(deny::Deny),
-    Demo(demo::Demo),
+    /// Demonstrate the agent on a node, two pods and a metadata service in temporary network namespaces
+    Demo,
     Dist(dist::Dist),
     Image(dist::Image),
     E2e(e2e::EndToEnd),
@@ -67,30 +71,31 @@ impl Command {
     fn run(self) -> Result<ExitCode> {
         match self {
             Self::Setup(setup) => setup.run(),
-            Self::Book(book) => book.run(),
-            Self::Build(build) => build.run(),
-            Self::Run(run) => run.run(),
+            Self::Book => book::run(),
+            Self::Build => build::run(),
+            Self::Run(run) => return run.run(),
             Self::Test(test) => test.run(),
-            Self::Lint(lint) => lint.run(),
+            Self::Lint => lint::run(),
             Self::Deny(deny) => deny.run(),
-            Self::Demo(demo) => demo.run(),
+            Self::Demo => demo::run(),
             Self::Dist(dist) => dist.run(),
             Self::Image(image) => image.run(),
             Self::E2e(e2e) => e2e.run(),
             Self::Ebpf(ebpf) => ebpf.run(),
             Self::Faults(faults) => faults.run(),
             Self::Fuzz(fuzz) => fuzz.run(),
-            Self::Manifests(manifests) => manifests.run(),
+            Self::Manifests(manifests) => return manifests.run(),
             Self::Bench(bench) => bench.run(),
             Self::Soak(soak) => soak.run(),
-            Self::Vm(vm) => vm.run(),
-        }
+            Self::Vm(vm) => return vm.run(),
+        }?;
+        Ok(ExitCode::SUCCESS)
     }
 }
 
 fn main() -> ExitCode {
     Cli::parse().command.run().unwrap_or_else(|error| {
-        say(format_args!("error: {error:#}"));
+        print_status(format_args!("error: {error:#}"));
         ExitCode::FAILURE
     })
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use imds_ebpf_build::Host;
 
-use crate::{apt, cache, workspace::say};
+use crate::{apt, cache, workspace::print_status};
 
 /// Debian package that contains it.
 const PACKAGE: &str = "prometheus";
@@ -19,7 +19,7 @@ pub(crate) fn path() -> Result<PathBuf> {
     let dir = cache::dir()?.join(PACKAGE);
     let program = dir.join("usr/bin/promtool");
     if !program.exists() {
-        say(format_args!("downloading {PACKAGE} to {}", dir.display()));
+        print_status(format_args!("downloading {PACKAGE} to {}", dir.display()));
         cache::make(&dir, |root, staging| {
             let packages = staging.join("packages");
             apt::download(&[PACKAGE.to_owned()], &packages)?;

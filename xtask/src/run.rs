@@ -13,7 +13,7 @@ use nix::unistd::Uid;
 use crate::{
     build,
     supervise::{Supervisor, exit_code},
-    workspace::{execute, say},
+    workspace::{execute, print_status},
 };
 
 /// Default pin directory of the agent.
@@ -46,11 +46,11 @@ impl Run {
         // Also covers `unload`, which a second Ctrl-C must not interrupt.
         let supervisor = Supervisor::new()?;
         let status = supervisor.run(Command::new(&agent).arg("run").args(&self.agent_args))?;
-        match after(was_loaded, pin_dir.exists(), &self.agent_args) {
-            After::Nothing => {}
+        match after_run(was_loaded, pin_dir.exists(), &self.agent_args) {
+            AfterRun::Nothing => {}
             // Discards the output, because writing to a closed terminal would end the command.
-            After::Unload => execute(unload(&agent, &pin_dir, &state_dir).stdout(Stdio::null()))?,
-            After::Leave(why) => say(format_args!(
+            AfterRun::Unload => execute(unload(&agent, &pin_dir, &state_dir).stdout(Stdio::null()))?,
+            AfterRun::Leave(why) => print_status(format_args!(
                 "{why}: enforcement continues until `{} unload --pin-dir {}`",
                 agent.display(),
                 pin_dir.display()
@@ -68,21 +68,21 @@ fn unload(agent: &Path, pin_dir: &Path, state_dir: &Path) -> Command {
 
 /// Action for the programs after the agent has ended.
 #[derive(Debug, Eq, PartialEq)]
-enum After {
+enum AfterRun {
     Nothing,
     Unload,
     Leave(&'static str),
 }
 
-fn after(was_loaded: bool, is_loaded: bool, agent_args: &[OsString]) -> After {
+fn after_run(was_loaded: bool, is_loaded: bool, agent_args: &[OsString]) -> AfterRun {
     if !is_loaded {
-        After::Nothing
+        AfterRun::Nothing
     } else if was_loaded {
-        After::Leave("programs were loaded before this run")
+        AfterRun::Leave("programs were loaded before this run")
     } else if agent_args.iter().any(|argument| argument == "--once") {
-        After::Leave("the agent ran once")
+        AfterRun::Leave("the agent ran once")
     } else {
-        After::Unload
+        AfterRun::Unload
     }
 }
 
@@ -105,10 +105,10 @@ mod tests {
 
     #[test]
     fn only_own_programs_are_unloaded() {
-        assert_eq!(after(false, true, &args(&["--config", "x"])), After::Unload);
-        assert_eq!(after(false, false, &[]), After::Nothing);
-        assert!(matches!(after(true, true, &[]), After::Leave(_)));
-        assert!(matches!(after(false, true, &args(&["--once"])), After::Leave(_)));
+        assert_eq!(after_run(false, true, &args(&["--config", "x"])), AfterRun::Unload);
+        assert_eq!(after_run(false, false, &[]), AfterRun::Nothing);
+        assert!(matches!(after_run(true, true, &[]), AfterRun::Leave(_)));
+        assert!(matches!(after_run(false, true, &args(&["--once"])), AfterRun::Leave(_)));
     }
 
     #[test]

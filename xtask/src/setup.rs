@@ -1,6 +1,6 @@
 //! The command `cargo xtask setup`: requirements for building and testing.
 
-use std::{fmt, process::ExitCode};
+use std::fmt;
 
 use anyhow::{Context as _, Result, bail};
 use imds_ebpf_build::{Compiler, DEBIAN_PACKAGES, Host, Survey, compiles_programs, linker_install};
@@ -8,7 +8,7 @@ use nix::unistd::Uid;
 
 use crate::{
     apt,
-    workspace::{cargo, execute, root, say},
+    workspace::{cargo, execute, print_status, root},
 };
 
 /// Install missing requirements for building, testing and linting: Debian packages and bpf-linker
@@ -106,22 +106,22 @@ const CARGO_DENY: CargoTool = CargoTool { program: "cargo-deny", version: "0.20.
 const CLIPPY_PACKAGE: &str = "rust-web-clippy";
 
 impl Setup {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         let (host, purposes) =
             (Host::current(), [Purpose::Build, Purpose::Ebpf, Purpose::Test, Purpose::Lint]);
-        let missing = Missing::on(&host, &purposes);
+        let missing = Missing::find(&host, &purposes);
         if !self.check {
             missing.install(&host, &purposes)?;
         } else if !missing.is_empty() {
             bail!("missing: {missing}");
         }
-        let toolchain = Survey::of(&host).toolchain()?;
-        say(format_args!(
+        let toolchain = Survey::new(&host).toolchain()?;
+        print_status(format_args!(
             "no requirement is missing; the BPF object is built with {} and {}",
             toolchain.compiler(),
             toolchain.linker().display()
         ));
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 }
 
@@ -133,12 +133,12 @@ pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
         // Every build of the agent compiles the BPF programs.
         purposes.push(Purpose::Ebpf);
     }
-    Missing::on(&host, &purposes).install(&host, &purposes)
+    Missing::find(&host, &purposes).install(&host, &purposes)
 }
 
 /// Returns a list of the missing requirements of `purpose`, if any.
 pub(crate) fn missing(purpose: Purpose) -> Option<String> {
-    let missing = Missing::on(&Host::current(), &[purpose]);
+    let missing = Missing::find(&Host::current(), &[purpose]);
     (!missing.is_empty()).then(|| format!("missing: {missing}"))
 }
 
@@ -146,82 +146,83 @@ pub(crate) fn missing(purpose: Purpose) -> Option<String> {
 #[derive(Debug, Default)]
 struct Missing {
     /// Descriptions of the missing requirements with their remedies.
-    things: Vec<String>,
+    descriptions: Vec<String>,
     /// Missing Debian packages. bpf-linker is installed after them, see [`install_linker`].
     packages: Vec<&'static str>,
     cargo_tools: Vec<CargoTool>,
 }
 
 impl Missing {
-    fn on(host: &Host, purposes: &[Purpose]) -> Self {
+    fn find(host: &Host, purposes: &[Purpose]) -> Self {
         let mut missing = Self::default();
         if needs_toolchain(purposes) {
-            let survey = Survey::of(host);
+            let survey = Survey::new(host);
             let toolchain = survey.toolchain();
             if let Err(error) = &toolchain {
-                missing.things.push(error.to_string());
+                missing.descriptions.push(error.to_string());
                 if survey.debian.is_err() {
                     missing.packages.extend(DEBIAN_PACKAGES);
                 }
             }
             if purposes.contains(&Purpose::Lint) {
-                missing.look_for_tools(host, "the prose check's", &LINT_TOOLS);
+                missing.check_tools(host, "the prose check's", &LINT_TOOLS);
                 let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
-                missing.look_for_clippy(host, compiler);
+                missing.check_clippy(host, compiler);
             }
         }
         if purposes.contains(&Purpose::Demo) {
-            missing.look_for_tools(host, "the demo's", &DEMO_TOOLS);
+            missing.check_tools(host, "the demo's", &DEMO_TOOLS);
         }
         if purposes.iter().any(|purpose| {
             matches!(purpose, Purpose::Bench | Purpose::Test | Purpose::Vm | Purpose::EndToEnd)
         }) {
-            missing.look_for_tools(host, "the tests'", &TEST_TOOLS);
+            missing.check_tools(host, "the tests'", &TEST_TOOLS);
         }
         if purposes.contains(&Purpose::Fuzz) {
-            missing.look_for_tools(host, "the fuzzer's", &FUZZ_TOOLS);
+            missing.check_tools(host, "the fuzzer's", &FUZZ_TOOLS);
         }
         if purposes.contains(&Purpose::Vm) {
-            missing.look_for_tools(host, "the virtual machines'", &VM_TOOLS);
+            missing.check_tools(host, "the virtual machines'", &VM_TOOLS);
         }
         if purposes.contains(&Purpose::Bench) {
-            missing.look_for_tools(host, "the benchmarks'", &BENCH_TOOLS);
+            missing.check_tools(host, "the benchmarks'", &BENCH_TOOLS);
         }
         if purposes.contains(&Purpose::Image) {
-            missing.look_for_tools(host, "the image's", &IMAGE_TOOLS);
+            missing.check_tools(host, "the image's", &IMAGE_TOOLS);
         }
         if purposes.iter().any(|purpose| matches!(purpose, Purpose::Runtimes | Purpose::EndToEnd)) {
-            missing.look_for_tools(host, "the container runtimes'", &RUNTIME_TOOLS);
+            missing.check_tools(host, "the container runtimes'", &RUNTIME_TOOLS);
         }
         if purposes.contains(&Purpose::EndToEnd) {
-            missing.look_for_tools(host, "the end-to-end tests'", &END_TO_END_TOOLS);
+            missing.check_tools(host, "the end-to-end tests'", &END_TO_END_TOOLS);
         }
         if purposes.contains(&Purpose::Manifests) {
-            missing.look_for_tools(host, "the manifests'", &MANIFEST_TOOLS);
+            missing.check_tools(host, "the manifests'", &MANIFEST_TOOLS);
         }
         if purposes.iter().any(|purpose| matches!(purpose, Purpose::Dist | Purpose::EndToEnd)) {
-            missing.look_for_cargo_tool(host, CARGO_DEB);
+            missing.check_cargo_tool(host, CARGO_DEB);
         }
         if purposes.contains(&Purpose::Deny) {
-            missing.look_for_cargo_tool(host, CARGO_DENY);
+            missing.check_cargo_tool(host, CARGO_DENY);
         }
         missing
     }
 
-    fn look_for_tools(&mut self, host: &Host, whose: &str, tools: &[Tool]) {
+    fn check_tools(&mut self, host: &Host, purpose_name: &str, tools: &[Tool]) {
         for tool in tools.iter().filter(|tool| host.find(tool.program).is_none()) {
-            self.add(format!("{whose} {} (package {})", tool.program, tool.package), tool.package);
+            self.add(format!("{purpose_name} {} (package {})", tool.program, tool.package), tool.package);
         }
     }
 
-    fn look_for_cargo_tool(&mut self, host: &Host, tool: CargoTool) {
+    fn check_cargo_tool(&mut self, host: &Host, tool: CargoTool) {
         if host.find(tool.program).is_none() {
             self.cargo_tools.push(tool);
-            self.things.push(format!("{0} (cargo install {0} --version {1})", tool.program, tool.version));
+            self.descriptions
+                .push(format!("{0} (cargo install {0} --version {1})", tool.program, tool.version));
         }
     }
 
-    fn look_for_clippy(&mut self, host: &Host, compiler: Compiler) {
+    fn check_clippy(&mut self, host: &Host, compiler: Compiler) {
         if compiler.has_clippy(host) {
             return;
         }
@@ -230,21 +231,21 @@ impl Missing {
                 self.add(format!("clippy for the BPF crate (package {CLIPPY_PACKAGE})"), CLIPPY_PACKAGE);
             }
             // rustup's toolchains belong to the user.
-            Compiler::Nightly => self.things.push(
+            Compiler::Nightly => self.descriptions.push(
                 "clippy for the BPF crate (rustup component add clippy --toolchain nightly)".to_owned(),
             ),
         }
     }
 
     fn add(&mut self, thing: String, package: &'static str) {
-        self.things.push(thing);
+        self.descriptions.push(thing);
         if !self.packages.contains(&package) {
             self.packages.push(package);
         }
     }
 
     const fn is_empty(&self) -> bool {
-        self.things.is_empty()
+        self.descriptions.is_empty()
     }
 
     fn install(&self, host: &Host, purposes: &[Purpose]) -> Result<()> {
@@ -256,18 +257,18 @@ impl Missing {
             install_packages(host, &packages).with_context(|| format!("missing: {self}"))?;
         }
         if needs_toolchain(purposes) {
-            let survey = Survey::of(host);
+            let survey = Survey::new(host);
             if survey.toolchain().is_err() {
                 install_linker(host, &survey)?;
             }
         }
         for CargoTool { program, version, arguments } in &self.cargo_tools {
-            say(format_args!("building {program}: this takes some minutes"));
+            print_status(format_args!("building {program}: this takes some minutes"));
             let mut install = cargo("install");
             install.args([program, "--version", version, "--locked", "--quiet"]).args(*arguments);
             execute(&mut install).with_context(|| format!("failed to build {program}"))?;
         }
-        let left = Self::on(host, purposes);
+        let left = Self::find(host, purposes);
         if !left.is_empty() {
             bail!("still missing after setup: {left}");
         }
@@ -277,7 +278,7 @@ impl Missing {
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.things.join(". Also "))
+        f.write_str(&self.descriptions.join(". Also "))
     }
 }
 
@@ -295,7 +296,7 @@ fn install_linker(host: &Host, survey: &Survey) -> Result<()> {
     if !host.file(&format!("/usr/lib/llvm-{llvm}/lib/libLLVM.so")).exists() {
         install_packages(host, &[format!("llvm-{llvm}-dev")])?;
     }
-    say("building bpf-linker: this takes a minute");
+    print_status("building bpf-linker: this takes a minute");
     execute(&mut linker_install(llvm)).context("failed to build bpf-linker")
 }
 
@@ -331,7 +332,7 @@ mod tests {
     #[test]
     fn empty_machine_lacks_all_packages() {
         let root = tempfile::tempdir().unwrap();
-        let missing = Missing::on(&host(root.path(), &[]), &ALL);
+        let missing = Missing::find(&host(root.path(), &[]), &ALL);
         let mut expected = DEBIAN_PACKAGES.to_vec();
         expected.extend(["python3", CLIPPY_PACKAGE]);
         expected.extend(FOR_TESTS);
@@ -345,10 +346,10 @@ mod tests {
         let core = root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib");
         fs::create_dir_all(core).unwrap();
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo", "bin/bpf-linker"]);
-        assert!(Missing::on(&host, &[Purpose::Build, Purpose::Ebpf]).is_empty());
-        assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, ["python3", CLIPPY_PACKAGE]);
-        assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, FOR_TESTS);
-        let for_machines = Missing::on(&host, &[Purpose::Vm]).packages;
+        assert!(Missing::find(&host, &[Purpose::Build, Purpose::Ebpf]).is_empty());
+        assert_eq!(Missing::find(&host, &[Purpose::Lint]).packages, ["python3", CLIPPY_PACKAGE]);
+        assert_eq!(Missing::find(&host, &[Purpose::Test]).packages, FOR_TESTS);
+        let for_machines = Missing::find(&host, &[Purpose::Vm]).packages;
         assert!(for_machines.contains(&"bpftool") && for_machines.contains(&"xz-utils"));
     }
 
@@ -356,9 +357,9 @@ mod tests {
     fn agent_and_demo_need_no_bpf_toolchain() {
         let root = tempfile::tempdir().unwrap();
         let host = host(root.path(), &[]);
-        assert!(Missing::on(&host, &[Purpose::Build]).is_empty());
-        assert_eq!(Missing::on(&host, &[Purpose::Demo]).packages, ["iproute2"]);
-        assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, FOR_TESTS);
+        assert!(Missing::find(&host, &[Purpose::Build]).is_empty());
+        assert_eq!(Missing::find(&host, &[Purpose::Demo]).packages, ["iproute2"]);
+        assert_eq!(Missing::find(&host, &[Purpose::Test]).packages, FOR_TESTS);
     }
 
     #[test]
@@ -366,7 +367,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib")).unwrap();
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo"]);
-        let missing = Missing::on(&host, &[Purpose::Ebpf]);
+        let missing = Missing::find(&host, &[Purpose::Ebpf]);
         assert!(missing.packages.is_empty(), "{missing:?}");
         assert!(missing.to_string().contains("bpf-linker is neither"), "{missing}");
     }

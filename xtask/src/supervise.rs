@@ -46,7 +46,7 @@ impl Supervisor {
                 return Ok(status);
             }
             if let Some(signal) = self.signals.read_signal().context("failed to read a signal")? {
-                pass_on(&signal, &child);
+                forward_signal(&signal, &child);
             }
         }
     }
@@ -59,7 +59,7 @@ impl Drop for Supervisor {
     }
 }
 
-fn pass_on(signal: &siginfo, child: &Child) {
+fn forward_signal(signal: &siginfo, child: &Child) {
     let ends = match i32::try_from(signal.ssi_signo).map(Signal::try_from) {
         // The terminal sends Ctrl-C to the whole process group, including the child.
         Ok(Ok(Signal::SIGINT)) => signal.ssi_code != libc::SI_KERNEL,

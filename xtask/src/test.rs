@@ -1,6 +1,6 @@
 //! The command `cargo xtask test`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use nix::unistd::Uid;
@@ -8,7 +8,7 @@ use nix::unistd::Uid;
 use crate::{
     promtool,
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute, say},
+    workspace::{artifacts, cargo, execute, print_status},
 };
 
 /// Run the tests of all crates; needs root, changes nothing outside of its own namespaces
@@ -23,16 +23,17 @@ pub(crate) struct Test {
 pub(crate) const HOST_CRATES: [&str; 4] = ["--workspace", "--exclude", "imds-ebpf", "--locked"];
 
 impl Test {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         let agent = prepare()?;
         let mut test = cargo("test");
         test.args(HOST_CRATES).arg("--no-fail-fast").arg("--").args(self.filter).env("IMDS_AGENT", agent);
         match promtool::path() {
             Ok(path) => drop(test.env("PROMTOOL", path)),
-            Err(error) => say(format_args!("NOT running promtool on metrics and alerts: {error:#}")),
+            Err(error) => {
+                print_status(format_args!("NOT running promtool on metrics and alerts: {error:#}"));
+            }
         }
-        execute(&mut test)?;
-        Ok(ExitCode::SUCCESS)
+        execute(&mut test)
     }
 }
 

@@ -33,7 +33,7 @@ pub(crate) fn artifacts(profile: &str) -> Result<PathBuf> {
 /// Prints a command, runs it, and fails if the command fails.
 pub(crate) fn execute(command: &mut Command) -> Result<()> {
     let what = describe(command);
-    say(&what);
+    print_status(&what);
     let status = command.status().with_context(|| format!("failed to start {what}"))?;
     if !status.success() {
         bail!("{what} failed ({status})");
@@ -42,7 +42,7 @@ pub(crate) fn execute(command: &mut Command) -> Result<()> {
 }
 
 /// Prints a line for the user. Ignores errors: standard error may be closed.
-pub(crate) fn say(line: impl Display) {
+pub(crate) fn print_status(line: impl Display) {
     let _ = writeln!(io::stderr(), "xtask: {line}");
 }
 

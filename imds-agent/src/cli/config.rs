@@ -79,7 +79,7 @@ fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
             Ok(ExitCode::SUCCESS)
         }
         Err(errors) => {
-            errors.iter().for_each(|error| logging::write_last_words(&escape(&error.to_string())));
+            errors.iter().for_each(|error| logging::write_final_error(&escape(&error.to_string())));
             Ok(ExitCode::from(2))
         }
     }
@@ -116,7 +116,7 @@ fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
     if let Some(Value::Table(switches)) = table.get_mut("hooks") {
         // The allow list is a key of its own.
         for hook in Hook::ALL.into_iter().filter(|&hook| hook != Hook::NodeAllow) {
-            switches.insert(hook.name().to_owned(), hooks.has(hook).into());
+            switches.insert(hook.name().to_owned(), hooks.contains(hook).into());
         }
     }
     match args.output {

@@ -32,7 +32,7 @@ pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exe
     add("errno", &[config.on_deny_errno.name().to_owned()]);
     add("provider", &[provider(endpoint_set)]);
     add("endpoints", &endpoint_set.endpoints().iter().map(endpoint).collect::<Vec<_>>());
-    let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.has(hook)).map(Hook::name);
+    let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.contains(hook)).map(Hook::name);
     add("hooks", &[hooks.collect::<Vec<_>>().join(" ")]);
     if let Some(processes) = &config.node_allow {
         let processes = processes.iter().map(ToString::to_string).collect::<Vec<_>>();
@@ -92,9 +92,9 @@ fn exemption(rule: &Exempt, endpoint_set: &EndpointSet) -> String {
 }
 
 fn kubernetes(config: &Config) -> String {
-    let surroundings = Environment::read();
-    let node = config.kubernetes.node_name(&surroundings);
-    match config.kubernetes.access(&surroundings) {
+    let environment = Environment::read();
+    let node = config.kubernetes.node_name(&environment);
+    match config.kubernetes.access(&environment) {
         None => "no".to_owned(),
         Some(Access::InCluster) => format!("service account of the pod, node {node}"),
         Some(Access::Kubeconfig(path)) => format!("kubeconfig {}, node {node}", path.display()),
@@ -108,22 +108,22 @@ mod tests {
     use super::*;
     use crate::config::provider::Dmi;
 
-    fn of(text: &str) -> String {
+    fn summary_of(text: &str) -> String {
         let config = Config::parse(text, Path::new("f")).unwrap();
         let (endpoint_set, exempt) = config.resolve(&Dmi::default()).unwrap();
         summary(&config, &endpoint_set, &exempt)
     }
 
     #[test]
-    fn empty_lists_say_their_meaning() {
-        let text = of("[node]\nallow = []\n[metrics]\nlisten = []");
+    fn empty_lists_are_explained() {
+        let text = summary_of("[node]\nallow = []\n[metrics]\nlisten = []");
         assert!(text.contains("\nnode allow no process of the node (node.allow is empty"), "{text}");
         assert!(text.contains("\nmetrics    no address: neither metrics nor health checks"), "{text}");
-        let text = of("[node]\nallow = ['uid:0']");
+        let text = summary_of("[node]\nallow = ['uid:0']");
         assert!(
             text.contains("\nnode allow uid:0\n") && text.contains("\nmetrics    127.0.0.1:9254\n"),
             "{text}"
         );
-        assert!(!of("").contains("node allow"));
+        assert!(!summary_of("").contains("node allow"));
     }
 }

@@ -9,6 +9,6 @@ use crate::{
 };
 
 pub(super) async fn doctor(args: OutputArgs) -> Result<ExitCode, Failure> {
-    let report = doctor::examine(&args.pins()?, &Netlink::connect()?).await?;
+    let report = doctor::run_checks(&args.pins()?, &Netlink::connect()?).await?;
     args.print(&report, DoctorReport::table, report.ready)
 }

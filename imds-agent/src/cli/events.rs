@@ -22,7 +22,7 @@ use crate::{
     escape::{escape, to_json},
     node::link,
     telemetry::{
-        event_record::{self, Record, boot_time, wall_time},
+        event_record::{self, EventRecord, boot_time, wall_time},
         subscriber::EventSubscriber,
     },
 };
@@ -106,7 +106,7 @@ fn print(events: &[Event], names: &pod_names::Names, output: Output) -> io::Resu
     let booted = boot_time();
     for event in events {
         let pod = event_record::senders(event).find_map(|sender| names.get(sender));
-        let record = Record::new(event, booted, link::name_of, pod);
+        let record = EventRecord::new(event, booted, link::name_of, pod);
         match output {
             Output::Text => writeln!(out, "{}", escape(&record.to_string()))?,
             Output::Json => writeln!(out, "{}", to_json(&record)?)?,

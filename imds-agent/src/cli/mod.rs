@@ -98,7 +98,7 @@ enum Command {
     Report(report::ReportArgs),
     /// Check kernel features, permissions and other programs on this node, and print remedies. Changes nothing
     Doctor(output::OutputArgs),
-    /// Send test packets on this node: checks that pods are denied, and that exempt pods and the node are not
+    /// Send test packets on this node, to check that pods are denied, and that exempt pods and the node are not
     Verify(output::OutputArgs),
     /// Check a configuration file, or show the effective configuration
     Config(config::ConfigArgs),
@@ -222,7 +222,7 @@ fn report(code: u8, error: &anyhow::Error) -> ExitCode {
     // The advice belongs to the first line, because the log of the verifier has further ones.
     let (first, rest) =
         error.split_once('\n').map_or((&*error, String::new()), |(first, rest)| (first, format!("\n{rest}")));
-    logging::write_last_words(&format!("imds-agent: {first}{}{rest}", advice(first, limit)));
+    logging::write_final_error(&format!("imds-agent: {first}{}{rest}", advice(first, limit)));
     ExitCode::from(code)
 }
 

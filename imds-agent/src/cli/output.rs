@@ -27,7 +27,7 @@ pub(super) struct OutputArgs {
 enum Output {
     /// Text in columns
     Table,
-    /// One JSON object. Fields are only added while the value of `schema` stays the same
+    /// One JSON object. Versions with the same `schema` only add fields
     Json,
 }
 

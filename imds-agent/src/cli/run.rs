@@ -98,16 +98,17 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     }
     if args.once {
         // The process ends before the pod watch could deliver a pod.
-        start.settings.cluster = None;
+        start.resolved.cluster = None;
     }
-    let settings = &start.settings;
-    let resolver = SenderResolver::new().context("failed to identify this network namespace")?;
-    let claim = pins.claim()?;
+    let resolved = &start.resolved;
+    let senders = SenderResolver::new().context("failed to identify this network namespace")?;
+    let pin_lock = pins.lock()?;
 
     // Subscribe before the first listing, so that no change between the two is missed.
     let events = Netlink::events(node.backend == AttachMode::Clsact)?;
-    let netlink = Netlink::connect()?.with_endpoints(settings.endpoint_set.addresses());
-    let datapath = Datapath::open(claim, &settings.datapath_config, &settings.endpoint_set, netlink.clone())?;
+    let netlink = Netlink::connect()?.with_endpoints(resolved.endpoint_set.addresses());
+    let datapath =
+        Datapath::open(pin_lock, &resolved.datapath_config, &resolved.endpoint_set, netlink.clone())?;
     let mut background = JoinSet::new();
     match datapath.diagnostics() {
         Ok(diagnostics) => drop(background.spawn(async {
@@ -117,19 +118,19 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     }
     let clsact_delay = Duration::from_secs(if args.once { 0 } else { args.clsact_delay });
     let mut reconciler =
-        Reconciler::new(datapath, netlink, settings, resolver).with_clsact_delay(clsact_delay);
+        Reconciler::new(datapath, netlink, resolved, senders).with_clsact_delay(clsact_delay);
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let telemetry = Telemetry::start(pins.clone(), period)?;
-        let untaint = match args.startup_taint {
-            Some(key) if settings.cluster.is_none() && start.rejected.is_some() => {
+        let taint_removal = match args.startup_taint {
+            Some(key) if resolved.cluster.is_none() && start.rejected.is_some() => {
                 log::warn!(
                     "taint {key} stays on the node: restart the agent once its configuration is valid"
                 );
                 None
             }
             Some(key) => {
-                let api = settings.cluster.clone().ok_or_else(|| {
+                let api = resolved.cluster.clone().ok_or_else(|| {
                     let message =
                         "--startup-taint needs access to an API server: see [kubernetes] in the configuration";
                     Failure::Usage(anyhow!(message))
@@ -138,17 +139,16 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
             }
             None => None,
         };
-        let agent = Agent::new(reconciler, node, loader, settings.clone(), telemetry, period)?
-            .with_background(background);
-        let untaint = async {
-            if let Some(untaint) = untaint {
-                untaint.await;
+        let agent = Agent::new(reconciler, node, loader, resolved.clone(), telemetry, period, background)?;
+        let taint_removal = async {
+            if let Some(taint_removal) = taint_removal {
+                taint_removal.await;
             }
             future::pending::<Infallible>().await
         };
         tokio::select! {
             ended = agent.run(&start, events) => ended?,
-            never = untaint => match never {},
+            never = taint_removal => match never {},
         }
         return Ok(ExitCode::SUCCESS);
     }

@@ -27,7 +27,7 @@ use crate::{
     escape::escape,
     node::{link, netlink::Netlink},
     telemetry::{
-        event_record::{self, Record, boot_time},
+        event_record::{self, EventRecord, boot_time},
         status,
         subscriber::EventSubscriber,
         top::{Command, Model, draw},
@@ -78,7 +78,7 @@ pub(super) async fn top(args: TopArgs) -> Result<ExitCode, Failure> {
         model: Model::default(),
         last: None,
     };
-    watched.look().await?;
+    watched.refresh().await?;
     let mut terminal = ratatui::try_init().context("failed to initialize the terminal")?;
     let outcome = watched.run(&mut terminal, args.interval).await;
     ratatui::restore();
@@ -109,7 +109,7 @@ impl Watched {
         loop {
             terminal.draw(|frame| draw(frame, &self.model)).context("failed to draw")?;
             tokio::select! {
-                _ = ticks.tick() => if !self.model.is_paused { self.look().await? },
+                _ = ticks.tick() => if !self.model.is_paused { self.refresh().await? },
                 event = keys.next() => match event {
                     Some(Ok(Event::Key(key))) if key.kind != KeyEventKind::Release => match parse_key(key) {
                         Some(KeyAction::Quit) => return Ok(()),
@@ -129,7 +129,7 @@ impl Watched {
     }
 
     /// Updates the model with the current status and new events.
-    async fn look(&mut self) -> anyhow::Result<()> {
+    async fn refresh(&mut self) -> anyhow::Result<()> {
         let report = status::gather(&self.pins, &self.netlink).await?;
         let now = Instant::now();
         self.model.take(&report, self.last.replace(now).map(|last| now - last));
@@ -137,7 +137,7 @@ impl Watched {
         let names = &self.names;
         let lines = self.subscriber.read()?.into_iter().map(|event| {
             let pod = event_record::senders(&event).find_map(|sender| names.get(sender));
-            let line = Record::new(&event, booted, link::name_of, pod).to_string();
+            let line = EventRecord::new(&event, booted, link::name_of, pod).to_string();
             let line = escape(&line).into_owned();
             // The view omits the date.
             line.split_once('T').map_or(line.clone(), |(_, line)| line.to_owned())

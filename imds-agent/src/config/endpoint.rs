@@ -16,9 +16,12 @@ use super::{
     source::{Diagnostics, Location, SourceFile, check_name},
     suggest::did_you_mean,
 };
-use crate::config::{
-    endpoint_set::{AllowedPort, Endpoint, EndpointSet, address},
-    provider::{Dmi, EXTRAS, NO_PROVIDER, PROVIDERS, Provider},
+use crate::{
+    config::{
+        endpoint_set::{AllowedPort, Endpoint, EndpointSet},
+        provider::{Dmi, EXTRAS, NO_PROVIDER, PROVIDERS, Provider},
+    },
+    encode::address_key,
 };
 
 /// Selection of the protected endpoints. The default is the preset of the provider that DMI identifies.
@@ -36,7 +39,7 @@ pub struct Endpoints {
 #[derive(Clone, Debug)]
 struct PresetChange {
     name: String,
-    place: Location,
+    location: Location,
     allow_ports: Vec<AllowedPort>,
 }
 
@@ -66,10 +69,10 @@ impl Endpoints {
     pub(super) fn parse(file: &File, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Self {
         let File { provider, extra_endpoints, endpoint, preset, .. } = file;
         Self {
-            provider: diagnostics.take(parse_provider(provider, source)).flatten(),
+            provider: diagnostics.ok(parse_provider(provider, source)).flatten(),
             extra: extra_endpoints
                 .iter()
-                .filter_map(|name| diagnostics.take(parse_extra(name, source)))
+                .filter_map(|name| diagnostics.ok(parse_extra(name, source)))
                 .collect(),
             own: endpoint.iter().filter_map(|table| parse_endpoint(table, source, diagnostics)).collect(),
             presets: preset.iter().map(|change| parse_preset(change, source, diagnostics)).collect(),
@@ -85,24 +88,25 @@ impl Endpoints {
     pub fn resolve(&self, dmi: &Dmi) -> Result<EndpointSet, ConfigErrors> {
         let provider = self.provider.unwrap_or_else(|| dmi.provider());
         let mut endpoints: Vec<_> = provider.endpoints().collect();
-        let extra = self.extra.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
-        let own = self.own.iter().map(|(endpoint, place)| (endpoint.clone(), place));
+        let extra =
+            self.extra.iter().flat_map(|(extra, location)| extra.endpoints().map(move |e| (e, location)));
+        let own = self.own.iter().map(|(endpoint, location)| (endpoint.clone(), location));
         let mut diagnostics = Diagnostics::default();
-        for (endpoint, place) in extra {
+        for (endpoint, location) in extra {
             match check_new(&endpoint, &endpoints) {
                 Ok(()) => endpoints.push(endpoint),
-                Err(message) => diagnostics.note(place.error(message)),
+                Err(message) => diagnostics.push(location.error(message)),
             }
         }
         for change in &self.presets {
             if let Err(message) = change.apply(provider, &mut endpoints) {
-                diagnostics.note(change.place.error(message));
+                diagnostics.push(change.location.error(message));
             }
         }
-        for (endpoint, place) in own {
+        for (endpoint, location) in own {
             match check_new(&endpoint, &endpoints) {
                 Ok(()) => endpoints.push(endpoint),
-                Err(message) => diagnostics.note(place.error(message)),
+                Err(message) => diagnostics.push(location.error(message)),
             }
         }
         if !diagnostics.is_empty() {
@@ -122,8 +126,8 @@ impl PresetChange {
         let names: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
         let suggestion = did_you_mean(&self.name, names.iter().copied());
         let (name, provider) = (&self.name, provider.name);
-        let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-        Err(format!("preset.{name}: provider {provider} has no endpoint {name:?}, only {known}{suggestion}"))
+        let valid = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        Err(format!("preset.{name}: provider {provider} has no endpoint {name:?}, only {valid}{suggestion}"))
     }
 }
 
@@ -131,7 +135,7 @@ fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
     if others.len() >= MAX_ENDPOINTS {
         return Err(format!("endpoint: more than {MAX_ENDPOINTS} endpoints"));
     }
-    let chain = |endpoint: &Endpoint| filter::bucket(address(endpoint.address).slot());
+    let chain = |endpoint: &Endpoint| filter::bucket(address_key(endpoint.address).slot());
     let same_chain: Vec<_> = others.iter().filter(|other| chain(other) == chain(endpoint)).collect();
     if same_chain.len() >= MAX_BUCKET_LEN {
         let address = endpoint.address;
@@ -144,7 +148,9 @@ fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
     if let Some(other) = others.iter().find(|other| other.name == endpoint.name) {
         return Err(format!("endpoint.name: {:?} is already the name of {}", endpoint.name, other.address));
     }
-    if let Some(other) = others.iter().find(|other| address(other.address) == address(endpoint.address)) {
+    if let Some(other) =
+        others.iter().find(|other| address_key(other.address) == address_key(endpoint.address))
+    {
         return Err(format!(
             "endpoint.address: {} is already protected as {:?}",
             endpoint.address, other.name
@@ -161,13 +167,13 @@ fn parse_provider(
         return Ok(None);
     }
     Provider::named(name.get_ref()).map(Some).ok_or_else(|| {
-        let known: Vec<_> = PROVIDERS.iter().map(|provider| provider.name).collect();
-        let names = ["auto", "none", "generic"].into_iter().chain(known.iter().copied());
+        let valid: Vec<_> = PROVIDERS.iter().map(|provider| provider.name).collect();
+        let names = ["auto", "none", "generic"].into_iter().chain(valid.iter().copied());
         let suggestion = did_you_mean(name.get_ref(), names);
-        let known = known.join(", ");
+        let valid = valid.join(", ");
         source.error(
             name.span(),
-            format!("provider: {:?} is not one of auto, none, generic, {known}{suggestion}", name.get_ref()),
+            format!("provider: {:?} is not one of auto, none, generic, {valid}{suggestion}", name.get_ref()),
         )
     })
 }
@@ -177,13 +183,13 @@ fn parse_extra(
     source: SourceFile<'_>,
 ) -> Result<(&'static Provider, Location), ConfigError> {
     let extra = Provider::extra(name.get_ref()).ok_or_else(|| {
-        let known: Vec<_> = EXTRAS.iter().map(|extra| extra.name).collect();
+        let valid: Vec<_> = EXTRAS.iter().map(|extra| extra.name).collect();
         source.error(
             name.span(),
-            format!("extra_endpoints: {:?} is not one of {}", name.get_ref(), known.join(", ")),
+            format!("extra_endpoints: {:?} is not one of {}", name.get_ref(), valid.join(", ")),
         )
     })?;
-    Ok((extra, source.place(name.span())))
+    Ok((extra, source.location(name.span())))
 }
 
 /// Parses an endpoint. Records the errors of all its keys.
@@ -192,15 +198,15 @@ fn parse_endpoint(
     source: SourceFile<'_>,
     diagnostics: &mut Diagnostics,
 ) -> Option<(Endpoint, Location)> {
-    let name = diagnostics.take(check_name(&table.name, "endpoint.name", NAME_LEN - 1, source));
+    let name = diagnostics.ok(check_name(&table.name, "endpoint.name", NAME_LEN - 1, source));
     let address = parse_address(table.address.get_ref());
-    let address = diagnostics.take(address.map_err(|message| source.error(table.address.span(), message)));
+    let address = diagnostics.ok(address.map_err(|message| source.error(table.address.span(), message)));
     let allow_ports = parse_allow_ports("endpoint.allow_ports", &table.allow_ports, source, diagnostics);
     name?;
     // Conflicts with endpoints of the provider are checked later, when the provider is known.
     Some((
         Endpoint { name: table.name.get_ref().clone(), address: address?, allow_ports },
-        source.place(table.address.span()),
+        source.location(table.address.span()),
     ))
 }
 
@@ -211,7 +217,7 @@ fn parse_preset(
 ) -> PresetChange {
     let key = format!("preset.{}.allow_ports", name.get_ref());
     let allow_ports = parse_allow_ports(&key, &table.allow_ports, source, diagnostics);
-    PresetChange { name: name.get_ref().clone(), place: source.place(name.span()), allow_ports }
+    PresetChange { name: name.get_ref().clone(), location: source.location(name.span()), allow_ports }
 }
 
 /// Parses a list of ports. Records an error for each invalid one.
@@ -224,7 +230,7 @@ fn parse_allow_ports(
     let count = texts.get_ref().len();
     if count > MAX_ALLOWED_PORTS {
         let message = format!("{key}: {count} ports, but at most {MAX_ALLOWED_PORTS} are supported");
-        diagnostics.note(source.error(texts.span(), message));
+        diagnostics.push(source.error(texts.span(), message));
     }
     let mut ports: Vec<AllowedPort> = Vec::new();
     // One error covers all ports beyond the maximum.
@@ -233,7 +239,7 @@ fn parse_allow_ports(
             let is_new = !ports.contains(&port);
             is_new.then_some(port).ok_or_else(|| format!("{key}: {port} is listed twice"))
         });
-        ports.extend(diagnostics.take(port.map_err(|message| source.error(text.span(), message))));
+        ports.extend(diagnostics.ok(port.map_err(|message| source.error(text.span(), message))));
     }
     ports
 }
@@ -247,8 +253,8 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
         format!("endpoint.address: {text:?} is not an IPv4 or IPv6 address{hint}")
     })?;
     // Packets are compared in this form: an IPv6 address that embeds an IPv4 address becomes the latter.
-    let plain = address(written).ipv4().map_or(written, IpAddr::from);
-    for address in [written, plain] {
+    let canonical = address_key(written).ipv4().map_or(written, IpAddr::from);
+    for address in [written, canonical] {
         let is_broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
         let kind = if address.is_unspecified() {
             "the unspecified"
@@ -265,7 +271,7 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
             "endpoint.address: {text} is {kind} address, which no metadata service can have"
         ));
     }
-    Ok(plain)
+    Ok(canonical)
 }
 
 fn parse_port(key: &str, text: &str) -> Result<AllowedPort, String> {

@@ -1,16 +1,13 @@
 //! Protected endpoints after validation, and their form in the maps.
 
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::{fmt, net::IpAddr};
 
 use imds_ebpf_common::{
     Address, Endpoint as Entry, Service,
-    endpoint::{MAX_ALLOWED_PORTS, NAME_LEN, TCP, UDP},
+    endpoint::{MAX_ALLOWED_PORTS, TCP, UDP},
 };
 
-use crate::escape::escape_bytes;
+use crate::encode::{address_key, field_text, ip_address, name_field};
 
 /// A protected endpoint. All traffic to its address is denied, except to the services in `allow_ports`.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -44,15 +41,15 @@ impl Endpoint {
         for (to, from) in allow_ports.iter_mut().zip(&self.allow_ports) {
             *to = from.0;
         }
-        Entry { name: padded(&self.name), id, allow_ports }
+        Entry { name: name_field(&self.name), id, allow_ports }
     }
 
     /// Returns the endpoint that a map entry describes.
     #[must_use]
     pub fn from_entry(address: Address, entry: &Entry) -> Self {
         Self {
-            name: unpadded(&entry.name),
-            address: plain(address),
+            name: field_text(&entry.name),
+            address: ip_address(address),
             allow_ports: entry.allowed_ports().map(AllowedPort).collect(),
         }
     }
@@ -99,57 +96,6 @@ impl EndpointSet {
     }
 
     pub(crate) fn entries(&self) -> impl Iterator<Item = (Address, Entry)> {
-        (1..).zip(&self.endpoints).map(|(id, endpoint)| (address(endpoint.address), endpoint.entry(id)))
-    }
-}
-
-/// Returns the map form of an address.
-pub(crate) fn address(address: IpAddr) -> Address {
-    match address {
-        IpAddr::V4(address) => Address::from_ipv4(address.octets()),
-        IpAddr::V6(address) => Address::from_ipv6(address.octets()),
-    }
-}
-
-/// Returns the address of a map key. IPv4-mapped addresses become IPv4 addresses.
-pub(crate) fn plain(address: Address) -> IpAddr {
-    address
-        .ipv4()
-        .map_or_else(|| Ipv6Addr::from(address.octets()).into(), |address| Ipv4Addr::from(address).into())
-}
-
-/// Returns a name as a zero-padded field of a map entry. Names longer than 15 bytes are cut.
-pub(crate) fn padded(name: &str) -> [u8; NAME_LEN] {
-    let mut padded = [0; NAME_LEN];
-    for (to, from) in padded.iter_mut().zip(name.bytes().take(NAME_LEN - 1)) {
-        *to = from;
-    }
-    padded
-}
-
-/// Returns the text of a zero-padded field, escaped for output.
-pub(crate) fn unpadded(text: &[u8]) -> String {
-    escape_bytes(without_padding(text))
-}
-
-/// Returns the text of a zero-padded field without escaping, or `None` if it is not UTF-8.
-pub(crate) fn raw(text: &[u8]) -> Option<&str> {
-    str::from_utf8(without_padding(text)).ok()
-}
-
-fn without_padding(text: &[u8]) -> &[u8] {
-    text.split(|&byte| byte == 0).next().unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_escaped_for_terminals() {
-        assert_eq!(unpadded(b"curl\0\0x"), "curl");
-        assert_eq!(unpadded(b"a\x1b[2J\nb"), r"a\u{1b}[2J\nb");
-        assert_eq!(unpadded(b"\xff"), r"\xff");
-        assert_eq!((raw(b"a\nb\0"), raw(b"\xff")), (Some("a\nb"), None));
+        (1..).zip(&self.endpoints).map(|(id, endpoint)| (address_key(endpoint.address), endpoint.entry(id)))
     }
 }

@@ -29,11 +29,11 @@ const MAX_NAME: usize = 63;
 /// Exemption rules before their endpoint names are resolved, which depends on the machine.
 #[derive(Clone, Debug, Default)]
 pub struct Exemptions {
-    rules: Vec<Written>,
+    rules: Vec<UnresolvedRule>,
 }
 
 #[derive(Clone, Debug)]
-struct Written {
+struct UnresolvedRule {
     name: String,
     sender: RuleSubject,
     is_audited: bool,
@@ -142,35 +142,35 @@ impl Exemptions {
         source: SourceFile<'_>,
         diagnostics: &mut Diagnostics,
     ) -> Self {
-        let mut rules: Vec<Written> = Vec::new();
+        let mut rules: Vec<UnresolvedRule> = Vec::new();
         for table in tables {
             let Some(rule) = parse_rule(table, source, diagnostics) else { continue };
             match check_new(&rule, &rules) {
                 Ok(()) => rules.push(rule),
-                Err(message) => diagnostics.note(source.error(table.name.span(), message)),
+                Err(message) => diagnostics.push(source.error(table.name.span(), message)),
             }
         }
         Self { rules }
     }
 
     /// Returns the name of the first rule for Kubernetes pods, if the file has one.
-    pub(super) fn first_of_pods<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
-        let of_pods = |written: &&Written| matches!(written.sender, RuleSubject::Pods(_));
+    pub(super) fn first_pod_rule<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
+        let of_pods = |rule: &&UnresolvedRule| matches!(rule.sender, RuleSubject::Pods(_));
         let name = &self.rules.iter().find(of_pods)?.name;
-        tables.iter().map(|table| &table.name).find(|written| written.get_ref() == name)
+        tables.iter().map(|table| &table.name).find(|other| other.get_ref() == name)
     }
 
-    /// Returns the rules with their endpoint names resolved to addresses of `guarded`.
-    pub fn resolve(&self, guarded: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
+    /// Returns the rules with their endpoint names resolved to addresses of `endpoint_set`.
+    pub fn resolve(&self, endpoint_set: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
         let mut diagnostics = Diagnostics::default();
         let rules = self.rules.iter().map(|rule| {
-            let Written { name, sender, is_audited, endpoints } = rule.clone();
+            let UnresolvedRule { name, sender, is_audited, endpoints } = rule.clone();
             let scope = match endpoints {
                 None => EndpointSelector::All,
                 Some(names) => EndpointSelector::Only(
                     names
                         .iter()
-                        .filter_map(|(name, place)| diagnostics.take(address(name, place, guarded)))
+                        .filter_map(|(name, location)| diagnostics.ok(address(name, location, endpoint_set)))
                         .collect(),
                 ),
             };
@@ -181,19 +181,20 @@ impl Exemptions {
     }
 }
 
-fn address(name: &str, place: &Location, guarded: &EndpointSet) -> Result<IpAddr, ConfigError> {
-    let endpoints = guarded.endpoints();
+fn address(name: &str, location: &Location, endpoint_set: &EndpointSet) -> Result<IpAddr, ConfigError> {
+    let endpoints = endpoint_set.endpoints();
     endpoints.iter().find(|endpoint| endpoint.name == name).map(|endpoint| endpoint.address).ok_or_else(
         || {
-            let known: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
-            let suggestion = did_you_mean(name, known.iter().copied());
-            let known = known.join(", ");
-            place.error(format!("exempt.endpoints: no endpoint is named {name:?}, only {known}{suggestion}"))
+            let valid: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
+            let suggestion = did_you_mean(name, valid.iter().copied());
+            let valid = valid.join(", ");
+            location
+                .error(format!("exempt.endpoints: no endpoint is named {name:?}, only {valid}{suggestion}"))
         },
     )
 }
 
-fn check_new(rule: &Written, others: &[Written]) -> Result<(), String> {
+fn check_new(rule: &UnresolvedRule, others: &[UnresolvedRule]) -> Result<(), String> {
     if others.iter().any(|other| other.name == rule.name) {
         return Err(format!("exempt.name: {:?} is already the name of another rule", rule.name));
     }
@@ -208,7 +209,7 @@ fn check_new(rule: &Written, others: &[Written]) -> Result<(), String> {
     Ok(())
 }
 
-impl Written {
+impl UnresolvedRule {
     fn overlaps(&self, other: &Self) -> bool {
         match (&self.endpoints, &other.endpoints) {
             (Some(own), Some(others)) => {
@@ -220,12 +221,21 @@ impl Written {
 }
 
 /// Parses a rule. Records the errors of all its keys.
-fn parse_rule(table: &ExemptTable, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Option<Written> {
-    let name = diagnostics.take(check_name(&table.name, "exempt.name", MAX_NAME, source));
+fn parse_rule(
+    table: &ExemptTable,
+    source: SourceFile<'_>,
+    diagnostics: &mut Diagnostics,
+) -> Option<UnresolvedRule> {
+    let name = diagnostics.ok(check_name(&table.name, "exempt.name", MAX_NAME, source));
     let sender = parse_sender(table, source, diagnostics);
     let endpoints = table.endpoints.as_ref().map(|names| parse_endpoints(names, source, diagnostics));
     name?;
-    Some(Written { name: table.name.get_ref().clone(), sender: sender?, is_audited: table.audit, endpoints })
+    Some(UnresolvedRule {
+        name: table.name.get_ref().clone(),
+        sender: sender?,
+        is_audited: table.audit,
+        endpoints,
+    })
 }
 
 fn parse_sender(
@@ -235,10 +245,10 @@ fn parse_sender(
 ) -> Option<RuleSubject> {
     let ExemptTable { name, interface, netns, cgroup, namespace, .. } = table;
     if namespace.is_none()
-        && let Some(beside) = beside_namespace(table)
+        && let Some(beside) = first_pod_key(table)
     {
         let message = "exempt: service_account and pod_selector need a namespace";
-        diagnostics.note(source.error(beside, message.to_owned()));
+        diagnostics.push(source.error(beside, message.to_owned()));
         return None;
     }
     let sender = match (interface, netns, cgroup, namespace) {
@@ -257,11 +267,11 @@ fn parse_sender(
             Err(source.error(name.span(), message.to_owned()))
         }
     };
-    diagnostics.take(sender)
+    diagnostics.ok(sender)
 }
 
 /// Returns the location of a key that is only allowed together with `namespace`.
-fn beside_namespace(table: &ExemptTable) -> Option<Range<usize>> {
+fn first_pod_key(table: &ExemptTable) -> Option<Range<usize>> {
     let service_account = table.service_account.as_ref().map(Spanned::span);
     service_account.or_else(|| table.pod_selector.as_ref().map(Spanned::span))
 }
@@ -279,7 +289,7 @@ fn parse_pods(
             return Some(name.get_ref().clone());
         }
         let message = format!("exempt.{key}: {:?} is not a valid name", name.get_ref());
-        diagnostics.note(source.error(name.span(), message));
+        diagnostics.push(source.error(name.span(), message));
         None
     };
     let namespace = checked(namespace, "namespace", names::is_dns_label);
@@ -307,18 +317,18 @@ fn parse_path(path: &Spanned<PathBuf>, key: &str, source: SourceFile<'_>) -> Res
     if let Err(message) = source.check_systemd_escapes(path.span()) {
         return Err(source.error(path.span(), format!("exempt.{key}: {message}")));
     }
-    let written: &Path = path.get_ref();
-    let is_plain = written.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-    let complaint = if key == "netns" && !written.is_absolute() {
+    let value: &Path = path.get_ref();
+    let is_plain = value.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    let complaint = if key == "netns" && !value.is_absolute() {
         "is not an absolute path"
     } else if !is_plain {
         "must not contain `.` or `..`"
-    } else if written.file_name().is_none() {
+    } else if value.file_name().is_none() {
         "has no last component"
     } else {
-        return Ok(written.to_owned());
+        return Ok(value.to_owned());
     };
-    let message = format!("exempt.{key}: \"{}\" {complaint}", written.display());
+    let message = format!("exempt.{key}: \"{}\" {complaint}", value.display());
     Err(source.error(path.span(), message))
 }
 
@@ -330,12 +340,12 @@ fn parse_endpoints(
 ) -> Vec<(String, Location)> {
     if names.get_ref().is_empty() {
         let message = "exempt.endpoints: an empty list exempts the pods from nothing; remove the key to cover all endpoints";
-        diagnostics.note(source.error(names.span(), message.to_owned()));
+        diagnostics.push(source.error(names.span(), message.to_owned()));
     }
     let mut seen = BTreeSet::new();
     for twice in names.get_ref().iter().filter(|name| !seen.insert(name.get_ref())) {
         let message = format!("exempt.endpoints: {:?} is listed twice", twice.get_ref());
-        diagnostics.note(source.error(twice.span(), message));
+        diagnostics.push(source.error(twice.span(), message));
     }
-    names.get_ref().iter().map(|name| (name.get_ref().clone(), source.place(name.span()))).collect()
+    names.get_ref().iter().map(|name| (name.get_ref().clone(), source.location(name.span()))).collect()
 }

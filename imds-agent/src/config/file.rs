@@ -28,9 +28,12 @@ const MAX_ERRORS: usize = 50;
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct File {
-    pub(super) mode: ModeName,
-    pub(super) on_deny: OnDenyName,
-    pub(super) on_deny_errno: ErrnoName,
+    #[serde(with = "ModeName")]
+    pub(super) mode: Mode,
+    #[serde(with = "DenyActionName")]
+    pub(super) on_deny: DenyAction,
+    #[serde(with = "DenyErrnoName")]
+    pub(super) on_deny_errno: DenyErrno,
     pub(super) provider: Spanned<String>,
     pub(super) extra_endpoints: Vec<Spanned<String>>,
     pub(super) hooks: Spanned<HooksTable>,
@@ -47,9 +50,9 @@ pub(super) struct File {
 impl Default for File {
     fn default() -> Self {
         Self {
-            mode: ModeName::default(),
-            on_deny: OnDenyName::default(),
-            on_deny_errno: ErrnoName::default(),
+            mode: Mode::default(),
+            on_deny: DenyAction::default(),
+            on_deny_errno: DenyErrno::default(),
             provider: Spanned::new(0..0, "auto".to_owned()),
             extra_endpoints: Vec::new(),
             hooks: Spanned::new(0..0, HooksTable::default()),
@@ -71,7 +74,7 @@ impl File {
         if !errors.is_empty() {
             // The rest of a text with syntax errors is unreliable.
             for error in errors.iter().take(MAX_ERRORS) {
-                diagnostics.note(source.error(error.span().unwrap_or_default(), message(error, source)));
+                diagnostics.push(source.error(error.span().unwrap_or_default(), message(error, source)));
             }
             return Self::default();
         }
@@ -83,7 +86,7 @@ impl File {
             let span = error.span().unwrap_or_default();
             let key = remove(document.get_mut(), &span);
             let prefix = key.as_ref().map(|key| format!("{key}: ")).unwrap_or_default();
-            diagnostics.note(source.error(span, prefix + &message(&error, source)));
+            diagnostics.push(source.error(span, prefix + &message(&error, source)));
             if key.is_none() {
                 break;
             }
@@ -94,7 +97,7 @@ impl File {
     /// Returns the enabled hooks. The allow list of the node is the switch of its hook.
     pub(super) fn hooks(&self) -> Hooks {
         let node_allow = if self.node.is_empty() { 0 } else { Hook::NodeAllow.bit() };
-        Hooks::from(self.hooks.get_ref()).and(Hooks::from_bits(node_allow))
+        Hooks::from(self.hooks.get_ref()).union(Hooks::from_bits(node_allow))
     }
 
     /// Returns the file with the `socket` hook off.
@@ -110,15 +113,15 @@ impl File {
     }
 }
 
-/// Removes the smallest key or list element that contains `place`, and returns its key.
-fn remove(table: &mut DeTable<'_>, place: &Range<usize>) -> Option<String> {
+/// Removes the smallest key or list element that contains `span`, and returns its key.
+fn remove(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<String> {
     let mut removed = None;
     for (key, value) in table.iter_mut() {
         let name = key.get_ref();
-        if let Some(below) = remove_below(value.get_mut(), place) {
+        if let Some(below) = remove_below(value.get_mut(), span) {
             return Some(if below.is_empty() { name.to_string() } else { format!("{name}.{below}") });
         }
-        if contains(&key.span(), place) || contains(&value.span(), place) {
+        if contains(&key.span(), span) || contains(&value.span(), span) {
             removed = Some(key.clone());
             break;
         }
@@ -130,18 +133,18 @@ fn remove(table: &mut DeTable<'_>, place: &Range<usize>) -> Option<String> {
 }
 
 /// Variant of [`remove`] for a value. Returns an empty key for an element of a list.
-fn remove_below(value: &mut DeValue<'_>, place: &Range<usize>) -> Option<String> {
+fn remove_below(value: &mut DeValue<'_>, span: &Range<usize>) -> Option<String> {
     match value {
-        DeValue::Table(table) => remove(table, place),
+        DeValue::Table(table) => remove(table, span),
         DeValue::Array(array) => {
-            if let Some(below) = array.iter_mut().find_map(|element| remove_below(element.get_mut(), place)) {
+            if let Some(below) = array.iter_mut().find_map(|element| remove_below(element.get_mut(), span)) {
                 return Some(below);
             }
-            let (before, mut kept) = (array.len(), DeArray::new());
-            for element in array.iter().filter(|element| !contains(&element.span(), place)) {
-                kept.push(element.clone());
+            let (before, mut remaining) = (array.len(), DeArray::new());
+            for element in array.iter().filter(|element| !contains(&element.span(), span)) {
+                remaining.push(element.clone());
             }
-            *array = kept;
+            *array = remaining;
             (array.len() < before).then(String::new)
         }
         DeValue::String(_)
@@ -171,59 +174,29 @@ fn message(error: &Error, source: SourceFile<'_>) -> String {
     }
 }
 
-#[derive(Clone, Copy, Default, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum ModeName {
-    #[default]
+/// Names of [`Mode`] in the file.
+#[derive(Deserialize, Serialize)]
+#[serde(remote = "Mode", rename_all = "lowercase")]
+enum ModeName {
     Enforce,
     Audit,
     Off,
 }
 
-impl From<ModeName> for Mode {
-    fn from(mode: ModeName) -> Self {
-        match mode {
-            ModeName::Enforce => Self::Enforce,
-            ModeName::Audit => Self::Audit,
-            ModeName::Off => Self::Off,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Default, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum OnDenyName {
-    #[default]
+/// Names of [`DenyAction`] in the file.
+#[derive(Deserialize, Serialize)]
+#[serde(remote = "DenyAction", rename_all = "lowercase")]
+enum DenyActionName {
     Drop,
     Reject,
 }
 
-impl From<OnDenyName> for DenyAction {
-    fn from(name: OnDenyName) -> Self {
-        match name {
-            OnDenyName::Drop => Self::Drop,
-            OnDenyName::Reject => Self::Reject,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Default, Deserialize, Serialize)]
-#[serde(rename_all = "UPPERCASE")]
-pub(super) enum ErrnoName {
-    #[default]
+/// Names of [`DenyErrno`] in the file.
+#[derive(Deserialize, Serialize)]
+#[serde(remote = "DenyErrno", rename_all = "UPPERCASE")]
+enum DenyErrnoName {
     Eperm,
     Econnrefused,
     Ehostunreach,
     Enetunreach,
-}
-
-impl From<ErrnoName> for DenyErrno {
-    fn from(name: ErrnoName) -> Self {
-        match name {
-            ErrnoName::Eperm => Self::Eperm,
-            ErrnoName::Econnrefused => Self::Econnrefused,
-            ErrnoName::Ehostunreach => Self::Ehostunreach,
-            ErrnoName::Enetunreach => Self::Enetunreach,
-        }
-    }
 }

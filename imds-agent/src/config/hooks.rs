@@ -29,7 +29,7 @@ impl Hooks {
 
     /// Reports whether a hook is enabled.
     #[must_use]
-    pub const fn has(self, hook: Hook) -> bool {
+    pub const fn contains(self, hook: Hook) -> bool {
         self.bits & hook.bit() != 0
     }
 
@@ -41,7 +41,7 @@ impl Hooks {
 
     /// Returns the union of both sets.
     #[must_use]
-    pub const fn and(self, others: Self) -> Self {
+    pub const fn union(self, others: Self) -> Self {
         Self { bits: self.bits | others.bits }
     }
 }
@@ -136,7 +136,7 @@ impl HooksTable {
         let sendmsg = *self.sendmsg.get_ref();
         if sendmsg == Sendmsg::On && !self.socket {
             let message = "hooks.sendmsg: true needs hooks.socket = true".to_owned();
-            diagnostics.note(source.error(self.sendmsg.span(), message));
+            diagnostics.push(source.error(self.sendmsg.span(), message));
         }
         sendmsg
     }
@@ -151,7 +151,7 @@ impl HooksTable {
         let bit = *self.mark_bit.get_ref();
         1_u32.checked_shl(bit.into()).unwrap_or_else(|| {
             let message = format!("hooks.mark_bit: {bit} is out of range, a packet mark has bits 0 to 31");
-            diagnostics.note(source.error(self.mark_bit.span(), message));
+            diagnostics.push(source.error(self.mark_bit.span(), message));
             MARK
         })
     }

@@ -43,7 +43,7 @@ impl Interfaces {
             |glob: &&Spanned<String>| include.iter().any(|other| other.as_ref() == glob.as_ref());
         for glob in exclude.iter().filter(is_included) {
             let message = format!("interfaces.exclude: {:?} is also in interfaces.include", glob.as_ref());
-            diagnostics.note(source.error(glob.span(), message));
+            diagnostics.push(source.error(glob.span(), message));
         }
         Self {
             include: compile(include, "interfaces.include", source, diagnostics),
@@ -65,11 +65,11 @@ fn compile(
             text => Glob::new(text).map_err(|error| error.to_string()),
         };
         let compiled = compiled.map_err(|message| source.error(glob.span(), format!("{key}: {message}")));
-        if let Some(glob) = diagnostics.take(compiled) {
+        if let Some(glob) = diagnostics.ok(compiled) {
             set.add(glob);
         }
     }
     let all = globs.first().map(Spanned::span).unwrap_or_default();
     let built = set.build().map_err(|error| source.error(all, format!("{key}: {error}")));
-    diagnostics.take(built).unwrap_or_default()
+    diagnostics.ok(built).unwrap_or_default()
 }

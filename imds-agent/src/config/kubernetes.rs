@@ -107,12 +107,12 @@ impl Kubernetes {
     /// Returns how to access the API server, or `None` if pods are not watched.
     #[must_use]
     pub fn access(&self, environment: &Environment) -> Option<Access> {
-        let is_wanted = match self.enabled {
+        let is_enabled = match self.enabled {
             Enabled::Auto => environment.in_pod || self.kubeconfig.is_some(),
             Enabled::Yes => true,
             Enabled::No => false,
         };
-        is_wanted.then(|| self.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig))
+        is_enabled.then(|| self.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig))
     }
 
     /// Returns the name of this node in the cluster.
@@ -134,13 +134,13 @@ impl Kubernetes {
             && !Path::new(path.get_ref()).is_absolute()
         {
             let message = format!("kubernetes.kubeconfig: {:?} is not an absolute path", path.get_ref());
-            diagnostics.note(source.error(path.span(), message));
+            diagnostics.push(source.error(path.span(), message));
         }
         if let Some(name) = &node_name
             && !names::is_dns_subdomain(name.get_ref())
         {
             let message = format!("kubernetes.node_name: {:?} is not a valid node name", name.get_ref());
-            diagnostics.note(source.error(name.span(), message));
+            diagnostics.push(source.error(name.span(), message));
         }
         Self {
             enabled: table.enabled,
@@ -197,16 +197,16 @@ mod tests {
     #[test]
     fn node_name_sources() {
         let host = Environment { hostname: "Node-7.Example".to_owned(), ..Environment::default() };
-        let told = Environment { node_name: Some("node-8".to_owned()), ..host.clone() };
+        let with_node_name = Environment { node_name: Some("node-8".to_owned()), ..host.clone() };
         let named = parse("[kubernetes]\nnode_name = 'node-9'").unwrap();
         assert_eq!(Kubernetes::default().node_name(&host), "node-7.example");
-        assert_eq!(Kubernetes::default().node_name(&told), "node-8");
-        assert_eq!(named.node_name(&told), "node-9");
+        assert_eq!(Kubernetes::default().node_name(&with_node_name), "node-8");
+        assert_eq!(named.node_name(&with_node_name), "node-9");
     }
 
     #[test]
     fn errors_name_the_key() {
-        for (line, place, part) in [
+        for (line, position, part) in [
             ("enabled = 1", "2:11", "true or false"),
             ("enabled = 'maybe'", "2:11", "maybe"),
             ("kubeconfig = 'k.yaml'", "2:14", "absolute"),
@@ -214,7 +214,7 @@ mod tests {
             ("kube_config = '/k'", "2:1", "kube_config"),
         ] {
             let error = parse(&format!("[kubernetes]\n{line}")).unwrap_err();
-            assert!(error.starts_with(&format!("imds.toml:{place}: ")) && error.contains(part), "{error}");
+            assert!(error.starts_with(&format!("imds.toml:{position}: ")) && error.contains(part), "{error}");
         }
     }
 }

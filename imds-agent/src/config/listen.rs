@@ -14,7 +14,7 @@ use super::source::{Diagnostics, SourceFile};
 
 const DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9254);
 /// Upper bound of the number of addresses.
-const MOST: usize = 8;
+const MAX_LISTENERS: usize = 8;
 /// Longest path of a Unix socket in bytes (`sun_path` of unix(7), without the byte that ends it).
 const MAX_PATH_LEN: usize = 107;
 
@@ -39,32 +39,32 @@ impl fmt::Display for Listen {
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct MetricsTable {
-    listen: Spanned<Places>,
+    listen: Spanned<ListenList>,
     pub(super) program_run_time: bool,
 }
 
 /// One address or a list of them. Serialized as a list.
 #[derive(Serialize)]
 #[serde(transparent)]
-struct Places(Vec<Spanned<String>>);
+struct ListenList(Vec<Spanned<String>>);
 
-impl<'de> Deserialize<'de> for Places {
+impl<'de> Deserialize<'de> for ListenList {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Visitor;
 
         impl<'de> de::Visitor<'de> for Visitor {
-            type Value = Places;
+            type Value = ListenList;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a string or a list of strings")
             }
 
-            fn visit_str<E>(self, text: &str) -> Result<Places, E> {
-                Ok(Places(vec![Spanned::new(0..0, text.to_owned())]))
+            fn visit_str<E>(self, text: &str) -> Result<ListenList, E> {
+                Ok(ListenList(vec![Spanned::new(0..0, text.to_owned())]))
             }
 
-            fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Places, A::Error> {
-                Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(Places)
+            fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<ListenList, A::Error> {
+                Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(ListenList)
             }
         }
 
@@ -75,7 +75,7 @@ impl<'de> Deserialize<'de> for Places {
 impl Default for MetricsTable {
     fn default() -> Self {
         Self {
-            listen: Spanned::new(0..0, Places(vec![Spanned::new(0..0, DEFAULT.to_string())])),
+            listen: Spanned::new(0..0, ListenList(vec![Spanned::new(0..0, DEFAULT.to_string())])),
             program_run_time: false,
         }
     }
@@ -83,7 +83,7 @@ impl Default for MetricsTable {
 
 impl Listen {
     /// Returns the default: the loopback address only.
-    pub(super) fn by_default() -> Vec<Self> {
+    pub(super) fn default_addresses() -> Vec<Self> {
         vec![Self::Tcp(DEFAULT)]
     }
 
@@ -92,25 +92,29 @@ impl Listen {
         source: SourceFile<'_>,
         diagnostics: &mut Diagnostics,
     ) -> Vec<Self> {
-        let mut places = Vec::new();
-        let Places(texts) = table.listen.get_ref();
+        let mut addresses = Vec::new();
+        let ListenList(texts) = table.listen.get_ref();
         // A single string has the location of its value.
         let span = |text: &Spanned<String>| {
             if text.span().is_empty() { table.listen.span() } else { text.span() }
         };
         for text in texts {
-            let place = text.as_ref().parse().and_then(|place| {
-                if places.contains(&place) { Err(format!("{place} is listed twice")) } else { Ok(place) }
+            let address = text.as_ref().parse().and_then(|address| {
+                if addresses.contains(&address) {
+                    Err(format!("{address} is listed twice"))
+                } else {
+                    Ok(address)
+                }
             });
-            let place =
-                place.map_err(|message| source.error(span(text), format!("metrics.listen: {message}")));
-            places.extend(diagnostics.take(place));
+            let address =
+                address.map_err(|message| source.error(span(text), format!("metrics.listen: {message}")));
+            addresses.extend(diagnostics.ok(address));
         }
-        if let Some(beyond) = texts.get(MOST) {
-            let message = format!("metrics.listen: at most {MOST} addresses are supported");
-            diagnostics.note(source.error(beyond.span(), message));
+        if let Some(beyond) = texts.get(MAX_LISTENERS) {
+            let message = format!("metrics.listen: at most {MAX_LISTENERS} addresses are supported");
+            diagnostics.push(source.error(beyond.span(), message));
         }
-        places
+        addresses
     }
 }
 

@@ -15,7 +15,7 @@ pub struct ConfigLoader {
     listen: Vec<Listen>,
     store: LastGoodStore,
     /// Content of the file at the last read.
-    seen: Content,
+    last_read: Content,
 }
 
 /// Content of the file. `None` if it cannot be read or no file is named.
@@ -27,7 +27,7 @@ impl ConfigLoader {
     /// empty.
     #[must_use]
     pub fn new(path: Option<PathBuf>, listen: Vec<Listen>, store: LastGoodStore) -> Self {
-        Self { path, listen, store, seen: Content::default() }
+        Self { path, listen, store, last_read: Content::default() }
     }
 
     /// Reads and validates the file.
@@ -35,7 +35,7 @@ impl ConfigLoader {
         let config = match &self.path {
             Some(path) => {
                 let read = config::read(path);
-                self.seen = Content(read.as_ref().ok().cloned());
+                self.last_read = Content(read.as_ref().ok().cloned());
                 Config::parse(&read?, path)?
             }
             None => Config::default(),
@@ -52,12 +52,12 @@ impl ConfigLoader {
     /// Returns the current content of the file if it differs from the last read.
     pub(crate) fn change(&self) -> Option<Content> {
         let now = Content(config::read(self.path.as_ref()?).ok());
-        (now != self.seen).then_some(now)
+        (now != self.last_read).then_some(now)
     }
 
     /// Stores the content of the last read as the last good configuration.
     pub(crate) fn store_last_good(&self) {
-        let (Some(path), Content(Some(text))) = (&self.path, &self.seen) else { return };
+        let (Some(path), Content(Some(text))) = (&self.path, &self.last_read) else { return };
         if let Err(error) = absolute(path).and_then(|path| self.store.write(&path, text)) {
             log::warn!(
                 "failed to store the last good configuration, a start with a broken file would use the built-in \
@@ -97,7 +97,7 @@ impl ConfigLoader {
     /// [`Config::fallback`].
     pub(crate) fn fallback(&self) -> Config {
         let path = self.path.as_deref().unwrap_or(Path::new(""));
-        let Content(text) = &self.seen;
+        let Content(text) = &self.last_read;
         self.with_listen(Config::fallback(text.as_deref().unwrap_or_default(), path))
     }
 

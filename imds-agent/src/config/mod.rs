@@ -95,7 +95,7 @@ impl Default for Config {
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
             exempt: Exemptions::default(),
-            listen: Listen::by_default(),
+            listen: Listen::default_addresses(),
             program_run_time: false,
             kubernetes: Kubernetes::default(),
             text: File::default().to_toml(),
@@ -183,12 +183,12 @@ impl Config {
         let listen = Listen::parse(&file.metrics, source, &mut diagnostics);
         let kubernetes = Kubernetes::parse(&file.kubernetes, source, &mut diagnostics);
         if kubernetes.enabled == Enabled::No
-            && let Some(name) = exempt.first_of_pods(&file.exempt)
+            && let Some(name) = exempt.first_pod_rule(&file.exempt)
         {
             let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
-            diagnostics.note(source.error(name.span(), message.to_owned()));
+            diagnostics.push(source.error(name.span(), message.to_owned()));
         }
-        let mode = file.mode.into();
+        let mode = file.mode;
         let node_allow = file.node.parse(source, &mut diagnostics);
         let hooks = file.hooks();
         let sendmsg = file.hooks.get_ref().sendmsg(source, &mut diagnostics);
@@ -199,15 +199,15 @@ impl Config {
             if endpoints.is_empty() && mode != Mode::Off {
                 let message =
                     "provider: \"none\" without an [[endpoint]] protects nothing; set mode = \"off\" instead";
-                diagnostics.note(source.error(file.provider.span(), message.to_owned()));
+                diagnostics.push(source.error(file.provider.span(), message.to_owned()));
             }
             if !hooks.deny_remote() {
                 let message = "hooks: all hooks are off, so nothing is enforced; set mode = \"off\" instead";
-                diagnostics.note(source.error(file.hooks.span(), message.to_owned()));
+                diagnostics.push(source.error(file.hooks.span(), message.to_owned()));
             }
             if text.len() > CONFIG_TEXT_LEN {
                 let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
-                diagnostics.note(source.error(0..0, message));
+                diagnostics.push(source.error(0..0, message));
             }
         }
         if !diagnostics.is_empty() {
@@ -215,8 +215,8 @@ impl Config {
         }
         Ok(Self {
             mode,
-            on_deny: file.on_deny.into(),
-            on_deny_errno: file.on_deny_errno.into(),
+            on_deny: file.on_deny,
+            on_deny_errno: file.on_deny_errno,
             hooks,
             sendmsg,
             mark,
@@ -241,18 +241,12 @@ impl Config {
     pub fn fallback(text: &str, path: &Path) -> Self {
         let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
         let File { mode, metrics, .. } = File::read(source, &mut diagnostics);
-        let mut of_metrics = Diagnostics::default();
-        let listen = Listen::parse(&metrics, source, &mut of_metrics);
+        let mut metrics_diagnostics = Diagnostics::default();
+        let listen = Listen::parse(&metrics, source, &mut metrics_diagnostics);
         let node_allow = NodeTable::salvage(source);
         let file = File { mode, node: NodeTable::new(node_allow.as_deref()), ..File::default() };
-        let config = Self {
-            mode: mode.into(),
-            hooks: file.hooks(),
-            node_allow,
-            text: file.to_toml(),
-            ..Self::default()
-        };
-        if !of_metrics.is_empty() {
+        let config = Self { mode, hooks: file.hooks(), node_allow, text: file.to_toml(), ..Self::default() };
+        if !metrics_diagnostics.is_empty() {
             return config;
         }
         Self { listen, text: File { metrics, ..file }.to_toml(), ..config }
@@ -270,9 +264,9 @@ impl Config {
 
     /// Resolves the protected endpoints and the exemptions on a machine with the SMBIOS fields `dmi`.
     pub fn resolve(&self, dmi: &Dmi) -> Result<(EndpointSet, Vec<Exempt>), ConfigErrors> {
-        let guarded = self.endpoints.resolve(dmi)?;
-        let exempt = self.exempt.resolve(&guarded)?;
-        Ok((guarded, exempt))
+        let endpoints = self.endpoints.resolve(dmi)?;
+        let exempt = self.exempt.resolve(&endpoints)?;
+        Ok((endpoints, exempt))
     }
 
     /// Returns the configuration as TOML, including every default.
@@ -302,9 +296,9 @@ fn read_file(path: &Path) -> io::Result<String> {
 }
 
 fn read_limited(file: impl io::Read) -> io::Result<String> {
-    const MOST: u64 = 1 << 20;
+    const MAX_FILE_SIZE: u64 = 1 << 20;
     let mut text = String::new();
-    if file.take(MOST + 1).read_to_string(&mut text)? as u64 > MOST {
+    if file.take(MAX_FILE_SIZE + 1).read_to_string(&mut text)? as u64 > MAX_FILE_SIZE {
         return Err(io::Error::other("the file is larger than 1 MiB"));
     }
     Ok(text)

@@ -112,11 +112,11 @@ impl NodeTable {
         let count = texts.get_ref().len();
         if count > MAX_ALLOWED {
             let message = format!("node.allow: {count} entries; at most {MAX_ALLOWED} are possible");
-            diagnostics.note(source.error(texts.span(), message));
+            diagnostics.push(source.error(texts.span(), message));
         }
         let mut processes = Vec::new();
         for text in texts.get_ref() {
-            processes.extend(diagnostics.take(parse_new(text, &processes, source)));
+            processes.extend(diagnostics.ok(parse_new(text, &processes, source)));
         }
         Some(processes)
     }

@@ -56,12 +56,12 @@ impl Selector {
         let before = diagnostics.count();
         if match_labels.is_empty() && match_expressions.is_empty() {
             let message = "exempt.pod_selector: is empty; remove the key to match every pod";
-            diagnostics.note(source.error(table.span(), message.to_owned()));
+            diagnostics.push(source.error(table.span(), message.to_owned()));
         }
         let mut requirements = BTreeSet::new();
         for (key, value) in match_labels {
             for checked in [check_key(key, source), check_value(value, source)] {
-                diagnostics.take(checked);
+                diagnostics.ok(checked);
             }
             // Kubernetes treats `match_labels` as `In`, too. Equal selectors then compare as equal.
             let condition = Condition::In([value.get_ref().clone()].into());
@@ -105,21 +105,21 @@ fn parse_expression(
     diagnostics: &mut Diagnostics,
 ) -> Option<Requirement> {
     let ExpressionTable { key, operator, values } = table;
-    diagnostics.take(check_key(key, source));
-    let condition = match (diagnostics.take(parse_operator(operator, source))?, values) {
+    diagnostics.ok(check_key(key, source));
+    let condition = match (diagnostics.ok(parse_operator(operator, source))?, values) {
         (Operator::In, Some(values)) => Condition::In(parse_values(values, source, diagnostics)),
         (Operator::NotIn, Some(values)) => Condition::NotIn(parse_values(values, source, diagnostics)),
         (Operator::Exists, None) => Condition::Exists,
         (Operator::DoesNotExist, None) => Condition::DoesNotExist,
         (Operator::In | Operator::NotIn, None) => {
             let message = "exempt.pod_selector.match_expressions.values: In and NotIn require values";
-            diagnostics.note(source.error(operator.span(), message.to_owned()));
+            diagnostics.push(source.error(operator.span(), message.to_owned()));
             return None;
         }
         (Operator::Exists | Operator::DoesNotExist, Some(values)) => {
             let message =
                 "exempt.pod_selector.match_expressions.values: Exists and DoesNotExist take no values";
-            diagnostics.note(source.error(values.span(), message.to_owned()));
+            diagnostics.push(source.error(values.span(), message.to_owned()));
             return None;
         }
     };
@@ -150,10 +150,10 @@ fn parse_values(
     if values.get_ref().is_empty() {
         let message = "exempt.pod_selector.match_expressions.values: an empty list has no value to compare with; list at least \
                        one value, or use the operator Exists or DoesNotExist without values";
-        diagnostics.note(source.error(values.span(), message.to_owned()));
+        diagnostics.push(source.error(values.span(), message.to_owned()));
     }
     for value in values.get_ref() {
-        diagnostics.take(check_value(value, source));
+        diagnostics.ok(check_value(value, source));
     }
     values.get_ref().iter().map(|value| value.get_ref().clone()).collect()
 }

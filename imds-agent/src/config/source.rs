@@ -17,7 +17,7 @@ pub(super) struct SourceFile<'a> {
 }
 
 impl SourceFile<'_> {
-    pub(super) fn place(self, span: Range<usize>) -> Location {
+    pub(super) fn location(self, span: Range<usize>) -> Location {
         let before = self.text.get(..span.start).unwrap_or_default();
         let line = before.rsplit('\n').next().unwrap_or_default();
         Location {
@@ -28,7 +28,7 @@ impl SourceFile<'_> {
     }
 
     pub(super) fn error(self, span: Range<usize>, message: String) -> ConfigError {
-        self.place(span).error(message)
+        self.location(span).error(message)
     }
 
     /// Returns an error message if the string at `span` is in double quotes and has an escape such as `\x2d`, which TOML
@@ -86,13 +86,13 @@ pub(super) struct Diagnostics {
 }
 
 impl Diagnostics {
-    pub(super) fn note(&mut self, error: ConfigError) {
+    pub(super) fn push(&mut self, error: ConfigError) {
         self.found.push(error);
     }
 
     /// Returns the parsed part of the file, or records its error and returns `None`.
-    pub(super) fn take<T>(&mut self, part: Result<T, ConfigError>) -> Option<T> {
-        part.map_err(|error| self.note(error)).ok()
+    pub(super) fn ok<T>(&mut self, part: Result<T, ConfigError>) -> Option<T> {
+        part.map_err(|error| self.push(error)).ok()
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -40,12 +40,12 @@ fn mode_and_globs() {
 #[test]
 fn hook_defaults() {
     let hooks = [Hook::FromPod, Hook::NodeEgress, Hook::Socket, Hook::HostNetwork];
-    let on = |text: &str| hooks.map(|hook| parse(text).unwrap().hooks.has(hook));
+    let on = |text: &str| hooks.map(|hook| parse(text).unwrap().hooks.contains(hook));
     assert_eq!(on(""), [true, true, true, false]);
     assert_eq!(on("[hooks]\nnode_egress = false"), [true, false, true, false]);
     assert_eq!(on("[hooks]\nfrom_pod = false\nsocket = false"), [false, true, false, false]);
     assert_eq!(on("[hooks]\nhost_network = true"), [true; 4]);
-    let local_service = |text: &str| parse(text).unwrap().hooks.has(Hook::LocalService);
+    let local_service = |text: &str| parse(text).unwrap().hooks.contains(Hook::LocalService);
     assert!(local_service("") && !local_service("[hooks]\nlocal_service = false"));
     let sendmsg = |text: &str| parse(text).unwrap().sendmsg;
     assert_eq!((sendmsg(""), sendmsg("[hooks]\nsendmsg = 'auto'")), (Sendmsg::Auto, Sendmsg::Auto));
@@ -65,7 +65,7 @@ fn hook_defaults() {
 fn an_allow_list_of_the_node_switches_its_hook_on() {
     let listed = |text: &str| {
         let config = parse(text).unwrap();
-        assert_eq!(config.hooks.has(Hook::NodeAllow), config.node_allow.is_some(), "{text}");
+        assert_eq!(config.hooks.contains(Hook::NodeAllow), config.node_allow.is_some(), "{text}");
         config.node_allow.map(|processes| processes.iter().map(ToString::to_string).collect::<Vec<_>>())
     };
     assert_eq!((listed(""), listed("[node]")), (None, None));
@@ -75,7 +75,7 @@ fn an_allow_list_of_the_node_switches_its_hook_on() {
     assert_eq!(listed(text), Some(entries.clone()));
     assert_eq!(listed(parse(text).unwrap().to_toml()), Some(entries));
     assert!(!parse("").unwrap().to_toml().contains("node]"));
-    assert!(parse(text).unwrap().without_socket().hooks.has(Hook::NodeAllow));
+    assert!(parse(text).unwrap().without_socket().hooks.contains(Hook::NodeAllow));
     let most = |count: usize| {
         let entries: Vec<_> = (0..count).map(|uid| format!("'uid:{uid}'")).collect();
         parse(&format!("[node]\nallow = [{}]", entries.join(", ")))
@@ -95,12 +95,13 @@ fn systemd_escapes_are_literal_names() {
         assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow, "{text}");
     }
     // TOML 1.1 decodes the escape in double quotes, so that the entry would name another cgroup.
-    for (text, place) in [
+    for (text, position) in [
         (format!("[node]\nallow = [\"cgroup:{PATH}\"]"), "2:10: node.allow"),
         (format!("[[exempt]]\nname = 'a'\ncgroup = \"{PATH}\""), "3:10: exempt.cgroup"),
     ] {
         let error = parse(&text).unwrap_err();
-        let expected = format!(r"imds.toml:{place}: TOML reads \x2d in double quotes as another character");
+        let expected =
+            format!(r"imds.toml:{position}: TOML reads \x2d in double quotes as another character");
         assert!(error.starts_with(&expected) && error.contains(&format!("{PATH}'")), "{error}");
     }
     assert!(parse(&format!("[[exempt]]\nname = 'a'\ncgroup = '{PATH}'")).is_ok());
@@ -111,12 +112,12 @@ fn an_allow_list_of_the_node_survives_errors_elsewhere() {
     let fallback = |text: &str| Config::fallback(text, Path::new("imds.toml"));
     let broken = "mode = 'of'\n[hooks]\nsocket = 0\n";
     let config = fallback(&format!("{broken}[node]\nallow = ['uid:0']"));
-    assert!(config.hooks.has(Hook::NodeAllow) && config.hooks.has(Hook::Socket));
+    assert!(config.hooks.contains(Hook::NodeAllow) && config.hooks.contains(Hook::Socket));
     assert_eq!(config.node_allow, Some(vec![NodeProcess::Uid(0)]));
     assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow);
     for node in ["", "[node]"] {
         let config = fallback(&format!("{broken}{node}"));
-        assert!(config.node_allow.is_none() && !config.hooks.has(Hook::NodeAllow), "{node}");
+        assert!(config.node_allow.is_none() && !config.hooks.contains(Hook::NodeAllow), "{node}");
     }
 }
 
@@ -143,7 +144,7 @@ fn a_broken_allow_list_of_the_node_opens_nothing() {
         let config = Config::fallback(text, Path::new("imds.toml"));
         let allow: Vec<_> = config.node_allow.iter().flatten().map(ToString::to_string).collect();
         assert_eq!(allow, expected, "{text}");
-        assert!(config.node_allow.is_some() && config.hooks.has(Hook::NodeAllow), "{text}");
+        assert!(config.node_allow.is_some() && config.hooks.contains(Hook::NodeAllow), "{text}");
         assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow, "{text}");
     }
 }
@@ -184,9 +185,12 @@ fn preset_ports_can_be_overridden() {
 #[test]
 fn metrics_listen_one_or_several() {
     let listen = |text: &str| parse(&format!("[metrics]\nlisten = {text}")).map(|config| config.listen);
-    let place = |text: &str| text.parse::<Listen>().unwrap();
-    assert_eq!(listen("'127.0.0.1:1'"), Ok(vec![place("127.0.0.1:1")]));
-    assert_eq!(listen("['127.0.0.1:1', '/run/a']"), Ok(vec![place("127.0.0.1:1"), place("/run/a")]));
+    let listen_address = |text: &str| text.parse::<Listen>().unwrap();
+    assert_eq!(listen("'127.0.0.1:1'"), Ok(vec![listen_address("127.0.0.1:1")]));
+    assert_eq!(
+        listen("['127.0.0.1:1', '/run/a']"),
+        Ok(vec![listen_address("127.0.0.1:1"), listen_address("/run/a")])
+    );
     assert_eq!(listen("[]"), Ok(Vec::new()));
     for wrong in ["'nowhere'", "3", "[3]", "['nowhere']"] {
         let column = if wrong.starts_with('[') { 11 } else { 10 };
@@ -327,7 +331,7 @@ fn invalid_endpoints_are_reported() {
     let many = (0..256).map(own).collect::<Vec<_>>().concat();
     let nine =
         "allow_ports = ['tcp/1', 'tcp/2', 'tcp/3', 'tcp/4', 'tcp/5', 'tcp/6', 'tcp/7', 'tcp/8', 'tcp/9']";
-    for (text, place, part) in [
+    for (text, position, part) in [
         ("provider = 'gpc'".to_owned(), "1:12", "gcp"),
         ("mode = 'audit'\nprovider = 'none'".to_owned(), "2:12", "protects nothing"),
         ("extra_endpoints = ['eks']".to_owned(), "1:20", "ecs"),
@@ -358,7 +362,7 @@ fn invalid_endpoints_are_reported() {
     ] {
         let error = resolve(&text, "").unwrap_err();
         assert!(
-            error.starts_with(&format!("imds.toml:{place}: ")) && error.contains(part),
+            error.starts_with(&format!("imds.toml:{position}: ")) && error.contains(part),
             "{text}: {error}"
         );
     }

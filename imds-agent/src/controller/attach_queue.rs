@@ -14,16 +14,16 @@ use tokio::time::Instant;
 use crate::datapath::pin::dir::AttachPoint;
 
 /// Time without link events after which the queue is drained without pauses.
-const CALM: Duration = Duration::from_millis(250);
+const QUIET_INTERVAL: Duration = Duration::from_millis(250);
 /// Queue length from which on the longer pause applies: pods are created faster than links can be attached without delaying CNI
 /// plugins.
 const BURST: usize = 3;
-/// Pause after an attachment outside of a burst. Pods that are created more than 55 ms apart (pause and attachment) are attached
-/// without a delay.
+/// Pause after an attachment outside of a burst. Pods that are created more than 55 ms apart (pause and attachment) are
+/// attached without a delay.
 const PAUSE: Duration = Duration::from_millis(40);
 /// Pause between two attachments in a burst.
 const BURST_PAUSE: Duration = Duration::from_millis(250);
-/// Longest time that an attachment of low priority waits for calm.
+/// Longest time that an attachment of low priority waits for a quiet period.
 const MAX_DELAY: Duration = Duration::from_secs(10);
 
 /// Attachments that wait, and the time of the next turn.
@@ -39,7 +39,7 @@ struct Waiting {
     since: Instant,
     not_before: Instant,
     /// True for `node_egress` of a link of unknown role, which is not needed if Kubernetes names a pod behind the link.
-    is_spare: bool,
+    is_optional: bool,
 }
 
 impl AttachQueue {
@@ -56,12 +56,16 @@ impl AttachQueue {
 
     /// Adds an attachment that the link does not need once Kubernetes names the pod behind it, unless it is queued
     /// already.
-    pub(super) fn push_spare(&mut self, point: AttachPoint, not_before: Instant) {
+    pub(super) fn push_optional(&mut self, point: AttachPoint, not_before: Instant) {
         self.insert(point, not_before, true);
     }
 
-    fn insert(&mut self, point: AttachPoint, not_before: Instant, is_spare: bool) {
-        self.waiting.entry(point).or_insert_with(|| Waiting { since: Instant::now(), not_before, is_spare });
+    fn insert(&mut self, point: AttachPoint, not_before: Instant, is_optional: bool) {
+        self.waiting.entry(point).or_insert_with(|| Waiting {
+            since: Instant::now(),
+            not_before,
+            is_optional,
+        });
     }
 
     /// Removes an attachment that has been made or is no longer desired.
@@ -100,12 +104,12 @@ impl AttachQueue {
         self.waiting.keys().copied().filter(|point| point.hook == TcHook::FromPod)
     }
 
-    /// Returns the queued attachments that are part of the initial sync: all but the spare ones.
+    /// Returns the queued attachments that are part of the initial sync: all but the optional ones.
     ///
     /// A link without `node_egress` is not enforced from the moment at which a route makes it an uplink, until the
     /// attachment.
     pub(super) fn initial(&self) -> impl Iterator<Item = AttachPoint> {
-        self.waiting.iter().filter(|(_, waiting)| !waiting.is_spare).map(|(point, _)| *point)
+        self.waiting.iter().filter(|(_, waiting)| !waiting.is_optional).map(|(point, _)| *point)
     }
 
     /// Records a link event that another program caused.
@@ -122,12 +126,12 @@ impl AttachQueue {
     /// Returns the next attachment and its time. `from_pod` comes first: on an interface that has it, `node_egress` matters
     /// only if the interface turns out to be an uplink.
     pub(super) fn next(&self) -> Option<(AttachPoint, Instant)> {
-        let calm = self.last_link_event + CALM;
+        let quiet_from = self.last_link_event + QUIET_INTERVAL;
         let due = |(&point, waiting): (&AttachPoint, &Waiting)| {
-            let turn = self.next_turn.min(calm);
+            let turn = self.next_turn.min(quiet_from);
             let earliest = match point.hook {
                 TcHook::FromPod => turn,
-                TcHook::NodeEgress => turn.max(calm.min(waiting.since + MAX_DELAY)),
+                TcHook::NodeEgress => turn.max(quiet_from.min(waiting.since + MAX_DELAY)),
             };
             (point, waiting.since, waiting.not_before.max(earliest))
         };
@@ -171,7 +175,7 @@ mod tests {
         queue.on_link_event();
         queue.on_attached();
         assert_eq!(queue.next(), Some((point(8, TcHook::FromPod), Instant::now() + BURST_PAUSE)));
-        tokio::time::advance(CALM).await;
+        tokio::time::advance(QUIET_INTERVAL).await;
         queue.on_attached();
         let (_, due) = queue.next().unwrap();
         assert!(due <= Instant::now());
@@ -182,7 +186,7 @@ mod tests {
         let mut queue = AttachQueue::new();
         queue.push(point(7, TcHook::NodeEgress), Instant::now());
         queue.on_link_event();
-        assert_eq!(queue.next(), Some((point(7, TcHook::NodeEgress), Instant::now() + CALM)));
+        assert_eq!(queue.next(), Some((point(7, TcHook::NodeEgress), Instant::now() + QUIET_INTERVAL)));
         queue.push(point(8, TcHook::FromPod), Instant::now());
         assert_eq!(queue.next().unwrap().0, point(8, TcHook::FromPod));
         queue.remove(point(8, TcHook::FromPod));
@@ -209,7 +213,7 @@ mod tests {
         let mut queue = AttachQueue::new();
         let later = Instant::now() + Duration::from_secs(5);
         queue.push(point(7, TcHook::NodeEgress), later);
-        queue.push_spare(point(8, TcHook::NodeEgress), later);
+        queue.push_optional(point(8, TcHook::NodeEgress), later);
         assert_eq!(queue.initial().collect::<Vec<_>>(), [point(7, TcHook::NodeEgress)]);
     }
 }

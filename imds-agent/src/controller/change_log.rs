@@ -77,7 +77,7 @@ impl Pass {
 }
 
 impl Change {
-    const fn phrase(self) -> &'static str {
+    const fn description(self) -> &'static str {
         match self {
             Self::NotEnforced => "not enforced",
             Self::EnforcedAgain => "enforced again",
@@ -113,8 +113,8 @@ impl ChangeLog {
     }
 
     /// Logs a change, or adds it to the tally if too many lines were logged.
-    pub(super) fn note(&mut self, level: Level, change: Change, text: String) {
-        if self.has_line(level) {
+    pub(super) fn log_change(&mut self, level: Level, change: Change, text: String) {
+        if self.is_logged(level) {
             self.report_flood();
             log::log!(level, "{text}");
         } else {
@@ -124,7 +124,7 @@ impl ChangeLog {
     }
 
     /// Reports whether a change gets a line of its own.
-    fn has_line(&mut self, level: Level) -> bool {
+    fn is_logged(&mut self, level: Level) -> bool {
         if level > Level::Info {
             return true;
         }
@@ -177,7 +177,7 @@ impl Tally {
         for (index, (change, count)) in self.counts.iter().enumerate() {
             let comma = if index == 0 { "" } else { ", " };
             // Writing to a string does not fail.
-            let _ok = write!(line, "{comma}{count} {}", change.phrase());
+            let _ok = write!(line, "{comma}{count} {}", change.description());
         }
         line += " (log level debug lists each)";
         Some((self.level?, line))
@@ -229,7 +229,7 @@ impl Reconciler {
                 (level, Change::Detached, format!("detached {hook} from {at} ({})", mode.name()))
             }
         };
-        self.changes.note(level, change, text);
+        self.changes.log_change(level, change, text);
     }
 }
 
@@ -238,7 +238,7 @@ mod tests {
     use super::*;
 
     fn note(log: &mut ChangeLog, level: Level, change: Change, number: usize) {
-        log.note(level, change, format!("veth{number}"));
+        log.log_change(level, change, format!("veth{number}"));
     }
 
     #[tokio::test(start_paused = true)]
@@ -249,7 +249,7 @@ mod tests {
             note(&mut log, Level::Info, Change::Attached, number);
         }
         for number in 0..10 {
-            assert_eq!(log.has_line(Level::Error), number < 5);
+            assert_eq!(log.is_logged(Level::Error), number < 5);
         }
         note(&mut log, Level::Error, Change::NotEnforced, 7);
         log.begin(Pass::Resync);
@@ -277,9 +277,9 @@ mod tests {
         }
         assert_eq!(log.flood.counts[&Change::Deleted], 980);
         tokio::time::advance(REFILL_INTERVAL * 2).await;
-        assert!(log.has_line(Level::Warn) && log.has_line(Level::Warn) && !log.has_line(Level::Warn));
+        assert!(log.is_logged(Level::Warn) && log.is_logged(Level::Warn) && !log.is_logged(Level::Warn));
         log.begin(Pass::Resync);
         assert!(log.flood.counts.is_empty());
-        assert!(log.has_line(Level::Debug));
+        assert!(log.is_logged(Level::Debug));
     }
 }

@@ -52,7 +52,7 @@ pub struct Agent {
     options: RunOptions,
     loader: ConfigLoader,
     /// Settings that the datapath enforces now.
-    settings: ResolvedConfig,
+    resolved: ResolvedConfig,
     reloads: Reloads,
     run_time_stats: RunTimeStats,
     trim_schedule: TrimSchedule,
@@ -68,15 +68,16 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Creates an agent that manages the attachments of `reconciler`. `settings` are the effective ones. The agent resyncs
-    /// every `period`, and uses `loader` to load changed configurations.
+    /// Creates an agent that manages the attachments of `reconciler`. `resolved` is the effective configuration. The agent
+    /// resyncs every `period`, and uses `loader` to load changed configurations.
     pub fn new(
         reconciler: Reconciler,
         options: RunOptions,
         loader: ConfigLoader,
-        settings: ResolvedConfig,
+        resolved: ResolvedConfig,
         telemetry: Telemetry,
         period: Duration,
+        background: JoinSet<()>,
     ) -> anyhow::Result<Self> {
         let mut timer = interval_at(Instant::now() + period, period);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -84,26 +85,19 @@ impl Agent {
             reconciler,
             options,
             loader,
-            settings,
+            resolved,
             reloads: Reloads::default(),
             run_time_stats: RunTimeStats::default(),
             trim_schedule: TrimSchedule::new(),
             telemetry,
             systemd: Systemd::from_env(),
             cluster: Cluster::default(),
-            background: JoinSet::new(),
+            background,
             timer,
             hangup: signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?,
             terminate: signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?,
         })
-    }
-
-    /// Adds tasks that are aborted when the agent ends.
-    #[must_use]
-    pub fn with_background(mut self, background: JoinSet<()>) -> Self {
-        self.background = background;
-        self
     }
 
     /// Returns the numbers of configuration reloads.
@@ -127,13 +121,13 @@ impl Agent {
         let mut watch = self.watch();
         let mut unload_request = self.watch_unload_request();
         // The file may have changed after it was read and before the watch started.
-        let mut due = self.loader.change().map(|_| Debounce::now());
-        let mut half_seen = None;
+        let mut reload_due = self.loader.change().map(|_| Debounce::now());
+        let mut pending_change = None;
         let mut resyncs = 0_u32;
         self.telemetry.listen(&start.config.listen);
         self.run_time_stats.set(start.config.program_run_time);
-        self.follow_cluster().await;
-        self.systemd.ready(&self.reconciler.state(&self.settings));
+        self.update_pod_watch().await;
+        self.systemd.ready(&self.reconciler.state(&self.resolved));
         loop {
             self.telemetry.report_progress(self.stats());
             tokio::select! {
@@ -142,8 +136,8 @@ impl Agent {
                 () = future::ready(()), if self.reconciler.resync_in_progress() => log_error(self.reconciler.resync_step().await),
                 point = self.reconciler.attachment_due() => self.reconciler.attach(point).await,
                 () = future::ready(()), if self.reconciler.is_resolving() => log_error(self.reconciler.resolve_next().await),
-                () = self.reconciler.search_due() => log_error(self.reconciler.search_exempt().await),
-                () = self.reconciler.kubepods_changed() => log_error(self.reconciler.follow_kubepods()),
+                () = self.reconciler.search_due() => log_error(self.reconciler.poll_exemptions().await),
+                () = self.reconciler.kubepods_changed() => log_error(self.reconciler.on_kubepods_changed()),
                 _ = self.timer.tick() => {
                     resyncs = resyncs.wrapping_add(1);
                     let is_full = resyncs.is_multiple_of(FULL_RESYNC_EVERY);
@@ -151,20 +145,20 @@ impl Agent {
                     if is_full && self.trim_schedule.take(self.reconciler.is_ready()) {
                         memory::trim();
                     }
-                    self.systemd.ready(&self.reconciler.state(&self.settings));
+                    self.systemd.ready(&self.reconciler.state(&self.resolved));
                     if self.reconciler.pins().is_unload_requested() {
                         return self.unload().run().await;
                     }
                     // Covers changes without inotify events, as on some network file systems. A change must be seen
                     // twice: at first the file may be half written.
                     let change = self.loader.change();
-                    if change.is_some() && change == half_seen {
+                    if change.is_some() && change == pending_change {
                         self.reload().await;
                     }
-                    half_seen = change;
+                    pending_change = change;
                 }
                 changed = changed(&mut watch) => match changed {
-                    Ok(()) => due = Some(Debounce::after(due)),
+                    Ok(()) => reload_due = Some(Debounce::after(reload_due)),
                     Err(error) => {
                         log::error!("stopped watching the configuration file, the resync checks it: {error}");
                         watch = None;
@@ -178,14 +172,14 @@ impl Agent {
                         unload_request = None;
                     }
                 },
-                () = wait_for(due) => {
-                    due = None;
+                () = wait_for(reload_due) => {
+                    reload_due = None;
                     self.reload().await;
                 }
                 error = self.telemetry.ended() => return Err(error),
                 () = self.systemd.watchdog() => {}
                 _ = self.hangup.recv() => {
-                    due = None;
+                    reload_due = None;
                     self.reload().await;
                 }
                 _ = self.terminate.recv() => break,
@@ -222,7 +216,7 @@ impl Agent {
             if matches!(link_event, Event::Overrun) {
                 self.trim_schedule.on_large_change();
             }
-            log_error(self.reconciler.handle(link_event).await);
+            log_error(self.reconciler.on_netlink_event(link_event).await);
             // An event that is read here must be handled, or it is lost.
             match (left > 0).then(|| events.next().now_or_never()).flatten() {
                 Some(next) => event = next,
@@ -233,10 +227,10 @@ impl Agent {
         Ok(())
     }
 
-    async fn follow_cluster(&mut self) {
-        self.cluster.follow(self.settings.cluster.as_ref());
+    async fn update_pod_watch(&mut self) {
+        self.cluster.set_api(self.resolved.cluster.as_ref());
         if self.cluster.node().is_none() {
-            log_error(self.reconciler.forget_cluster().await);
+            log_error(self.reconciler.clear_pods().await);
         }
     }
 
@@ -289,7 +283,7 @@ impl Agent {
         match self.try_reload().await {
             Ok(generation) => {
                 self.reloads.succeeded += 1;
-                log::info!("loaded configuration {generation}: {}", self.reconciler.summary(&self.settings));
+                log::info!("loaded configuration {generation}: {}", self.reconciler.summary(&self.resolved));
             }
             Err(error) => {
                 self.reloads.failed += 1;
@@ -298,21 +292,21 @@ impl Agent {
                 log_error(self.reconciler.record_rejected_config(&error));
             }
         }
-        self.systemd.ready(&self.reconciler.state(&self.settings));
+        self.systemd.ready(&self.reconciler.state(&self.resolved));
     }
 
     async fn try_reload(&mut self) -> anyhow::Result<u64> {
         let config = self.loader.load()?;
-        let resolved = self.options.resolve(&config)?;
-        let settings = self.options.settings(&config, resolved)?;
-        if let Err(error) = self.reconciler.reconfigure(&settings).await {
-            log_error(self.reconciler.reconfigure(&self.settings).await);
+        let endpoints = self.options.resolve(&config)?;
+        let resolved = self.options.resolve_on_node(&config, endpoints)?;
+        if let Err(error) = self.reconciler.reconfigure(&resolved).await {
+            log_error(self.reconciler.reconfigure(&self.resolved).await);
             return Err(error.into());
         }
-        self.settings = settings;
+        self.resolved = resolved;
         self.telemetry.listen(&config.listen);
         self.run_time_stats.set(config.program_run_time);
-        self.follow_cluster().await;
+        self.update_pod_watch().await;
         let generation = self.reconciler.record_config(self.loader.path(), &config)?;
         self.loader.store_last_good();
         Ok(generation)

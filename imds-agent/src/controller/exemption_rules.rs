@@ -6,12 +6,13 @@ use std::{
     path::Path,
 };
 
-use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
+use imds_ebpf_common::{Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict};
 
 use crate::{
-    config::{self, EndpointSelector, Exempt, RuleSubject, endpoint_set::address},
+    config::{self, EndpointSelector, Exempt, RuleSubject},
     controller::pod_tracker::PodTracker,
-    datapath::grants::Grants,
+    datapath::exemption_set::ExemptionSet,
+    encode::address_key,
     node::{
         link::Link,
         netlink::Netlink,
@@ -21,28 +22,28 @@ use crate::{
 
 /// Exemption rules of the effective configuration.
 #[derive(Debug, Default)]
-pub struct Rules {
+pub struct ExemptionRules {
     exempt: Vec<Exempt>,
-    traces: Vec<Fingerprint>,
+    fingerprints: Vec<Fingerprint>,
     /// Reason why a rule cannot be applied completely, by name of the rule.
     errors: BTreeMap<String, String>,
 }
 
-impl Rules {
+impl ExemptionRules {
     /// Creates the set of effective rules from those of the configuration.
     #[must_use]
     pub fn new(exempt: Vec<Exempt>) -> Self {
         Self { exempt, ..Self::default() }
     }
 
-    /// Reports whether `rules` are the effective ones.
+    /// Returns the rules in the order of the configuration.
     #[must_use]
-    pub fn are(&self, rules: &[Exempt]) -> bool {
-        self.exempt == rules
+    pub fn as_slice(&self) -> &[Exempt] {
+        &self.exempt
     }
 
     /// Returns the selectors of the rules for Kubernetes pods.
-    pub fn of_pods(&self) -> impl Iterator<Item = &config::PodSelector> {
+    pub fn pod_selectors(&self) -> impl Iterator<Item = &config::PodSelector> {
         self.exempt.iter().filter_map(|rule| match &rule.sender {
             RuleSubject::Pods(pods) => Some(pods),
             RuleSubject::Interface(_) | RuleSubject::Netns(_) | RuleSubject::Cgroup(_) => None,
@@ -70,44 +71,44 @@ impl Rules {
 
     /// Reports whether a rule depends on paths whose changes the kernel does not report.
     #[must_use]
-    pub fn are_to_be_asked(&self) -> bool {
+    pub fn need_polling(&self) -> bool {
         self.exempt.iter().any(|rule| rule.sender.path().is_some())
     }
 
-    /// Reports whether rules with a path may match other senders than at the last [`Rules::find`].
+    /// Reports whether rules with a path may match other senders than at the last [`ExemptionRules::resolve`].
     #[must_use]
     pub fn may_have_changed(&self) -> bool {
-        self.traces() != self.traces
+        self.fingerprints() != self.fingerprints
     }
 
-    fn traces(&self) -> Vec<Fingerprint> {
+    fn fingerprints(&self) -> Vec<Fingerprint> {
         self.exempt.iter().filter_map(|rule| rule.sender.path()).map(SenderResolver::fingerprint).collect()
     }
 
     /// Computes the exemptions on a node with these `links` of `pods`. `socket_hook_on`: the socket hook is on.
-    pub async fn find(
+    pub async fn resolve(
         &mut self,
         resolver: &mut SenderResolver,
         netlink: &Netlink,
         links: &[&Link],
         pods: &PodTracker,
         socket_hook_on: bool,
-    ) -> Grants {
-        self.traces = self.traces();
+    ) -> ExemptionSet {
+        self.fingerprints = self.fingerprints();
         let mut found = Vec::new();
         let mut errors = BTreeMap::new();
         for rule in &self.exempt {
             let senders = match &rule.sender {
                 RuleSubject::Interface(glob) => {
-                    let of_rule: Vec<_> =
+                    let matching: Vec<_> =
                         links.iter().copied().filter(|link| glob.matches(&link.name)).collect();
-                    resolver.from_links(netlink, &of_rule).await
+                    resolver.from_links(netlink, &matching).await
                 }
                 RuleSubject::Netns(path) => resolver.from_netns(netlink, links, path).await,
                 RuleSubject::Cgroup(path) => resolver.from_cgroup(netlink, links, path).await,
                 RuleSubject::Pods(rule) => pods.senders(rule),
             };
-            if let Some(failure) = failure(&senders, socket_hook_on) {
+            if let Some(failure) = incomplete_reason(&senders, socket_hook_on) {
                 errors.insert(rule.name.clone(), failure);
             }
             found.push(senders);
@@ -118,7 +119,7 @@ impl Rules {
             }
         }
         self.errors = errors;
-        Grants { entries: grants(&self.exempt, &found), sources: sources(&found) }
+        ExemptionSet { entries: exemption_entries(&self.exempt, &found), sources: source_entries(&found) }
     }
 }
 
@@ -132,7 +133,7 @@ impl RuleSubject {
 }
 
 /// Returns the reason why a rule cannot be applied to all senders that it matches.
-fn failure(senders: &IdentitySet, socket_hook_on: bool) -> Option<String> {
+fn incomplete_reason(senders: &IdentitySet, socket_hook_on: bool) -> Option<String> {
     let without_cookie = || {
         let pod = senders.without_cookie.as_ref().filter(|_| socket_hook_on)?;
         Some(format!(
@@ -145,37 +146,38 @@ fn failure(senders: &IdentitySet, socket_hook_on: bool) -> Option<String> {
 
 /// Returns the exemptions that these rules give to the senders found for each. An exempting rule takes precedence over
 /// an auditing one.
-fn grants(rules: &[Exempt], found: &[IdentitySet]) -> BTreeMap<Exemption, Grant> {
-    let mut grants = BTreeMap::new();
+fn exemption_entries(rules: &[Exempt], found: &[IdentitySet]) -> BTreeMap<ExemptionKey, ExemptionRecord> {
+    let mut entries = BTreeMap::new();
     for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
         let verdict = if rule.is_audited { Verdict::Audited } else { Verdict::Exempt };
-        let grant = Grant::new(verdict, number);
+        let record = ExemptionRecord::new(verdict, number);
         for subject in subjects(senders) {
             for address in addresses(&rule.scope) {
-                let granted: &mut Grant = grants.entry(Exemption { address, subject }).or_insert(grant);
-                if granted.verdict == Verdict::Audited as u32 && verdict == Verdict::Exempt {
-                    *granted = grant;
+                let entry: &mut ExemptionRecord =
+                    entries.entry(ExemptionKey { address, subject }).or_insert(record);
+                if entry.verdict == Verdict::Audited as u32 && verdict == Verdict::Exempt {
+                    *entry = record;
                 }
             }
         }
     }
     // The programs look up the entry of an endpoint first, which must not hide an exemption for all endpoints.
-    let is_of_all = |exemption: &Exemption| exemption.address == Address::ANY;
-    let exempt_from_all: BTreeSet<_> = grants
+    let is_of_all = |exemption: &ExemptionKey| exemption.address == Address::ANY;
+    let exempt_from_all: BTreeSet<_> = entries
         .iter()
-        .filter(|(exemption, grant)| is_of_all(exemption) && grant.verdict == Verdict::Exempt as u32)
+        .filter(|(exemption, record)| is_of_all(exemption) && record.verdict == Verdict::Exempt as u32)
         .map(|(exemption, _)| exemption.subject)
         .collect();
-    grants.retain(|exemption, _| is_of_all(exemption) || !exempt_from_all.contains(&exemption.subject));
-    grants
+    entries.retain(|exemption, _| is_of_all(exemption) || !exempt_from_all.contains(&exemption.subject));
+    entries
 }
 
 /// Returns the source addresses of the pods that were found.
-fn sources(found: &[IdentitySet]) -> BTreeSet<Exemption> {
+fn source_entries(found: &[IdentitySet]) -> BTreeSet<ExemptionKey> {
     let of_links = found.iter().flat_map(|senders| &senders.addresses);
     let exemption = |&(index, source): &(u32, IpAddr)| {
         let subject = Subject::new(SubjectKind::Interface, index.into());
-        Exemption { address: address(source), subject }
+        ExemptionKey { address: address_key(source), subject }
     };
     of_links.map(exemption).collect()
 }
@@ -190,7 +192,7 @@ fn subjects(IdentitySet { interfaces, cookies, cgroups, .. }: &IdentitySet) -> i
 fn addresses(scope: &EndpointSelector) -> Vec<Address> {
     match scope {
         EndpointSelector::All => vec![Address::ANY],
-        EndpointSelector::Only(addresses) => addresses.iter().copied().map(address).collect(),
+        EndpointSelector::Only(addresses) => addresses.iter().copied().map(address_key).collect(),
     }
 }
 
@@ -212,43 +214,43 @@ mod tests {
         IdentitySet { interfaces: [interface].into(), ..IdentitySet::default() }
     }
 
-    fn of(rules: &[(Exempt, IdentitySet)]) -> Vec<(Address, u64, u32, u32)> {
+    fn entries(rules: &[(Exempt, IdentitySet)]) -> Vec<(Address, u64, u32, u32)> {
         let (rules, found): (Vec<_>, Vec<_>) = rules.iter().cloned().unzip();
-        let plain = |(exemption, grant): (Exemption, Grant)| {
-            (exemption.address, exemption.subject.id, grant.verdict, grant.rule)
+        let plain = |(exemption, record): (ExemptionKey, ExemptionRecord)| {
+            (exemption.address, exemption.subject.id, record.verdict, record.rule)
         };
-        grants(&rules, &found).into_iter().map(plain).collect()
+        exemption_entries(&rules, &found).into_iter().map(plain).collect()
     }
 
     #[test]
     fn missing_cookie_is_reported_for_socket() {
         let senders = IdentitySet { without_cookie: Some("/n".to_owned()), ..found(7) };
         assert!(
-            failure(&senders, true)
+            incomplete_reason(&senders, true)
                 .unwrap()
                 .contains("network namespace of /n: the socket hook does not exempt its")
         );
-        assert_eq!(failure(&senders, false), None);
+        assert_eq!(incomplete_reason(&senders, false), None);
         let unknown = IdentitySet { errors: ["gone".to_owned()].into(), ..senders };
-        assert_eq!(failure(&unknown, false).unwrap(), "gone");
+        assert_eq!(incomplete_reason(&unknown, false).unwrap(), "gone");
     }
 
     #[test]
     fn senders_get_their_rules() {
         let (exempt, audit) = (Verdict::Exempt as u32, Verdict::Audited as u32);
         let (all, one) = (Address::ANY, Address::from_ipv4(ONE));
-        assert_eq!(of(&[]), []);
-        assert_eq!(of(&[(rule(None, false), IdentitySet::default())]), []);
-        assert_eq!(of(&[(rule(None, false), found(7))]), [(all, 7, exempt, 1)]);
-        assert_eq!(of(&[(rule(Some(ONE), true), found(7))]), [(one, 7, audit, 1)]);
+        assert_eq!(entries(&[]), []);
+        assert_eq!(entries(&[(rule(None, false), IdentitySet::default())]), []);
+        assert_eq!(entries(&[(rule(None, false), found(7))]), [(all, 7, exempt, 1)]);
+        assert_eq!(entries(&[(rule(Some(ONE), true), found(7))]), [(one, 7, audit, 1)]);
         let both = [(rule(Some(ONE), true), found(7)), (rule(Some(ONE), false), found(7))];
-        assert_eq!(of(&both), [(one, 7, exempt, 2)]);
+        assert_eq!(entries(&both), [(one, 7, exempt, 2)]);
         let both = [(rule(Some(ONE), true), found(7)), (rule(None, false), found(7))];
-        assert_eq!(of(&both), [(all, 7, exempt, 2)]);
+        assert_eq!(entries(&both), [(all, 7, exempt, 2)]);
         let both = [(rule(Some(ONE), false), found(7)), (rule(None, true), found(7))];
-        assert_eq!(of(&both), [(all, 7, audit, 2), (one, 7, exempt, 1)]);
+        assert_eq!(entries(&both), [(all, 7, audit, 2), (one, 7, exempt, 1)]);
         let others = [(rule(Some(ONE), true), found(7)), (rule(None, false), found(8))];
-        assert_eq!(of(&others), [(all, 8, exempt, 2), (one, 7, audit, 1)]);
+        assert_eq!(entries(&others), [(all, 8, exempt, 2), (one, 7, audit, 1)]);
         let everything = IdentitySet { cookies: [9].into(), cgroups: [10].into(), ..found(7) };
         let kinds: Vec<_> = subjects(&everything).map(|subject| (subject.kind, subject.id)).collect();
         assert_eq!(kinds, [(1, 7), (2, 9), (3, 10)]);

@@ -8,8 +8,8 @@ use tokio::time::{Instant, sleep_until};
 use super::Reconciler;
 use crate::{
     config::{Exempt, Interfaces},
-    controller::{exemption_rules::Rules, pod_tracker::PodTracker},
-    datapath::{DatapathError, grants::Grants},
+    controller::{exemption_rules::ExemptionRules, pod_tracker::PodTracker},
+    datapath::{DatapathError, exemption_set::ExemptionSet},
     kube::{PodEvent, WatchState},
     node::{
         interface_role::{Uplinks, assign},
@@ -27,7 +27,7 @@ const SANDBOX_BATCH: usize = 2;
 /// Exemption rules, and the pods and identities that they match.
 pub(super) struct ExemptionState {
     /// Exemption rules of the configuration.
-    pub(super) rules: Rules,
+    pub(super) rules: ExemptionRules,
     /// Resolves a rule to the identities of the senders that it exempts.
     pub(super) resolver: SenderResolver,
     pub(super) pods: PodTracker,
@@ -37,7 +37,7 @@ pub(super) struct ExemptionState {
     pub(super) last_search: Instant,
     /// True until the first pod sync if the previous agent ran with this configuration: its exemptions for pods are
     /// then kept.
-    pub(super) retain_previous_grants: bool,
+    pub(super) retain_previous_exemptions: bool,
     /// Links have changed since exemptions were computed.
     pub(super) dirty: bool,
 }
@@ -46,12 +46,12 @@ impl ExemptionState {
     /// Returns the state before any pod is known. `has_pod_watch`: a pod watch will report pods.
     pub(super) fn new(exempt: Vec<Exempt>, resolver: SenderResolver, has_pod_watch: bool) -> Self {
         Self {
-            rules: Rules::new(exempt),
+            rules: ExemptionRules::new(exempt),
             resolver,
             pods: PodTracker::new(has_pod_watch),
             watched: None,
             last_search: Instant::now(),
-            retain_previous_grants: false,
+            retain_previous_exemptions: false,
             dirty: false,
         }
     }
@@ -60,7 +60,7 @@ impl ExemptionState {
 impl Reconciler {
     /// Waits until the next poll for changes that the kernel does not report.
     pub async fn search_due(&self) {
-        let polls = self.exemptions.rules.are_to_be_asked()
+        let polls = self.exemptions.rules.need_polling()
             || self.node_processes.has_cgroups()
             || self.waits_for_plugins();
         let of_rules = polls.then_some(PERIOD);
@@ -71,14 +71,14 @@ impl Reconciler {
     }
 
     /// Polls for changes of network namespaces, cgroups and sandboxes, and updates the exemptions.
-    pub async fn search_exempt(&mut self) -> Result<(), DatapathError> {
+    pub async fn poll_exemptions(&mut self) -> Result<(), DatapathError> {
         self.exemptions.last_search = Instant::now();
         self.release_started_pods().await;
         // Only queues the pods: `resolve_next` resolves their sandboxes.
         self.exemptions.pods.enqueue_changed();
-        let followed = self.follow_node_allow();
+        let followed = self.update_node_allow();
         if self.exemptions.rules.may_have_changed() {
-            self.restore_exemptions().await?;
+            self.reconcile_exemptions().await?;
         }
         followed
     }
@@ -95,20 +95,20 @@ impl Reconciler {
         if self.is_resolving() {
             return Ok(());
         }
-        let restored = self.restore_exemptions().await;
+        let restored = self.reconcile_exemptions().await;
         self.record_watch_status().and(restored)
     }
 
     /// Resolves the sandboxes of the next `count` queued pods.
     pub(super) async fn resolve_sandboxes(&mut self, count: usize) {
-        let pods = of_pods(&self.node.links, &self.node.uplinks, &self.interfaces);
+        let pods = pod_links(&self.node.links, &self.node.uplinks, &self.interfaces);
         self.exemptions.pods.resolve_sandboxes(&self.exemptions.resolver, &self.netlink, &pods, count).await;
     }
 
     /// Computes the exemptions of the pods on this node, and updates the maps to match.
-    pub async fn restore_exemptions(&mut self) -> Result<(), DatapathError> {
-        let desired = self.find_exempt().await?;
-        let map_updates = self.datapath.grant(&desired)?;
+    pub async fn reconcile_exemptions(&mut self) -> Result<(), DatapathError> {
+        let desired = self.resolve_exemptions().await?;
+        let map_updates = self.datapath.sync_exemptions(&desired)?;
         self.map_updates.exemptions += map_updates as u64;
         if map_updates > 0 {
             log::info!("updated exemptions: {} active", desired.entries.len());
@@ -123,63 +123,66 @@ impl Reconciler {
     /// Handles an event of the pod watch. [`Reconciler::resolve_next`] resolves the sandboxes of new pods.
     pub async fn on_pod_event(&mut self, event: PodEvent) -> Result<(), DatapathError> {
         let disputed = self.exemptions.pods.disputed();
-        if !self.exemptions.pods.handle(event) {
+        if !self.exemptions.pods.on_pod_event(event) {
             return Ok(());
         }
         if self.exemptions.watched.is_some() && self.exemptions.pods.disputed() != disputed {
             self.record_watch_status()?;
         }
-        self.restore_exemptions().await
+        self.reconcile_exemptions().await
     }
 
     /// Handles a state change of the watch of the pods of `node`.
     pub async fn on_watch_status(&mut self, node: &str, state: &WatchState) -> Result<(), DatapathError> {
         if self.exemptions.pods.on_watch_status(state) {
-            self.restore_exemptions().await?;
+            self.reconcile_exemptions().await?;
         }
         self.exemptions.watched = Some((node.to_owned(), state.clone()));
         self.record_watch_status()
     }
 
     fn record_watch_status(&mut self) -> Result<(), DatapathError> {
-        let lookup =
-            self.exemptions.watched.as_ref().map(|(node, state)| self.exemptions.pods.lookup(node, state));
+        let lookup = self
+            .exemptions
+            .watched
+            .as_ref()
+            .map(|(node, state)| self.exemptions.pods.watch_status(node, state));
         self.datapath.record_watch_status(lookup.as_ref())
     }
 
     /// Drops all pods and their exemptions, after the pod watch was disabled.
-    pub async fn forget_cluster(&mut self) -> Result<(), DatapathError> {
+    pub async fn clear_pods(&mut self) -> Result<(), DatapathError> {
         self.exemptions.pods = PodTracker::new(false);
         self.exemptions.watched = None;
-        self.exemptions.retain_previous_grants = false;
+        self.exemptions.retain_previous_exemptions = false;
         self.datapath.sync_pod_names(&self.exemptions.pods.names())?;
         self.record_watch_status()?;
-        self.restore_exemptions().await
+        self.reconcile_exemptions().await
     }
 
-    /// Applies other rules. Exemptions of the old rules are removed only by [`Reconciler::restore_exemptions`], so that an
+    /// Applies other rules. Exemptions of the old rules are removed only by [`Reconciler::reconcile_exemptions`], so that an
     /// exemption that both old and new rules contain is never interrupted.
     pub(super) async fn change_rules(&mut self, rules: Vec<Exempt>) -> Result<(), DatapathError> {
         self.exemptions.rules.set(rules);
-        let mut either = self.datapath.granted()?;
-        either.extend(self.find_exempt().await?);
+        let mut either = self.datapath.exemptions()?;
+        either.extend(self.resolve_exemptions().await?);
         // If the map has no room for both, the new rules must still revoke the exemptions of the old ones.
-        if let Err(error) = self.datapath.grant(&either) {
+        if let Err(error) = self.datapath.sync_exemptions(&either) {
             log::warn!("failed to keep all exemptions during the reload: {:#}", anyhow::Error::from(error));
         }
         Ok(())
     }
 
-    async fn find_exempt(&mut self) -> Result<Grants, DatapathError> {
-        let pods = of_pods(&self.node.links, &self.node.uplinks, &self.interfaces);
+    async fn resolve_exemptions(&mut self) -> Result<ExemptionSet, DatapathError> {
+        let pods = pod_links(&self.node.links, &self.node.uplinks, &self.interfaces);
         self.exemptions.resolver.retain(&self.node.links);
-        let tracks_host_network = self.kubepods.is_some() || self.datapath.hooks().has(Hook::NodeAllow);
+        let tracks_host_network = self.kubepods.is_some() || self.datapath.hooks().contains(Hook::NodeAllow);
         self.exemptions
             .pods
-            .track_host_network_pods(self.exemptions.rules.of_pods().filter(|_| tracks_host_network));
+            .track_host_network_pods(self.exemptions.rules.pod_selectors().filter(|_| tracks_host_network));
         let socket_hook_on =
-            self.datapath.hooks().has(Hook::Socket) && !self.datapath.lacks_identity(Hook::Socket);
-        let found = self.exemptions.rules.find(
+            self.datapath.hooks().contains(Hook::Socket) && !self.datapath.lacks_identity(Hook::Socket);
+        let found = self.exemptions.rules.resolve(
             &mut self.exemptions.resolver,
             &self.netlink,
             &pods,
@@ -188,21 +191,22 @@ impl Reconciler {
         );
         let mut desired = found.await;
         desired.add_bridges(&self.node.links);
-        if !self.datapath.hooks().has(Hook::FromPod) && !desired.entries.is_empty() {
-            desired.add_node(netns::addresses().unwrap_or_default());
+        if !self.datapath.hooks().contains(Hook::FromPod) && !desired.entries.is_empty() {
+            desired.add_node_addresses(netns::addresses().unwrap_or_default());
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
-        self.exemptions.retain_previous_grants &= self.is_resolving() || !self.exemptions.pods.is_synced();
-        if self.exemptions.retain_previous_grants {
+        self.exemptions.retain_previous_exemptions &=
+            self.is_resolving() || !self.exemptions.pods.is_synced();
+        if self.exemptions.retain_previous_exemptions {
             // Until then, the exemptions of the previous agent stay. The kernel never reuses a netns cookie or cgroup
             // id, and an interface that reuses the index of a deleted one has lost its exemptions already.
-            let granted = self.datapath.granted()?;
-            for (exemption, grant) in granted.entries {
-                if self.exemptions.rules.selects_pods(grant.rule) {
-                    desired.entries.entry(exemption).or_insert(grant);
+            let previous = self.datapath.exemptions()?;
+            for (exemption, record) in previous.entries {
+                if self.exemptions.rules.selects_pods(record.rule) {
+                    desired.entries.entry(exemption).or_insert(record);
                 }
             }
-            desired.sources.extend(granted.sources);
+            desired.sources.extend(previous.sources);
         }
         Ok(desired)
     }
@@ -210,7 +214,12 @@ impl Reconciler {
 
 /// Returns the interfaces from which pods can send: those with `from_pod`. A route through a pod, for example to an
 /// egress gateway, makes the pod's interface an uplink, but it remains a pod interface.
-fn of_pods<'l>(links: &'l BTreeMap<u32, Link>, uplinks: &Uplinks, interfaces: &Interfaces) -> Vec<&'l Link> {
-    let has_from_pod = |link: &&Link| assign(link, uplinks, interfaces, false).hooks.has(TcHook::FromPod);
+fn pod_links<'l>(
+    links: &'l BTreeMap<u32, Link>,
+    uplinks: &Uplinks,
+    interfaces: &Interfaces,
+) -> Vec<&'l Link> {
+    let has_from_pod =
+        |link: &&Link| assign(link, uplinks, interfaces, false).hooks.contains(TcHook::FromPod);
     links.values().filter(has_from_pod).collect()
 }

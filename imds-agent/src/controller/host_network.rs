@@ -20,18 +20,18 @@ impl Reconciler {
     }
 
     /// Handles changes of the cgroups of Kubernetes pods.
-    pub fn follow_kubepods(&mut self) -> Result<(), DatapathError> {
+    pub fn on_kubepods_changed(&mut self) -> Result<(), DatapathError> {
         let followed = self.kubepods.as_mut().map(Kubepods::follow);
-        self.restore_hosts(followed.as_ref().is_none_or(was_seen))
+        self.reconcile_host_network(followed.as_ref().is_none_or(log_scan_error))
     }
 
-    pub(super) fn search_kubepods(&mut self) -> Result<(), DatapathError> {
+    pub(super) fn rescan_kubepods(&mut self) -> Result<(), DatapathError> {
         let searched = self.kubepods.as_mut().map(Kubepods::search);
-        self.restore_hosts(searched.as_ref().is_none_or(was_seen))
+        self.reconcile_host_network(searched.as_ref().is_none_or(log_scan_error))
     }
 
     /// Restores the `host_network` hook. `all`: the known cgroups of Kubernetes pods are all that exist.
-    pub(super) fn restore_hosts(&mut self, all: bool) -> Result<(), DatapathError> {
+    pub(super) fn reconcile_host_network(&mut self, all: bool) -> Result<(), DatapathError> {
         // If no hierarchy was searched, other cgroups may exist: keep the links of an earlier agent.
         let all = all && self.kubepods.is_some();
         let none = BTreeSet::new();
@@ -45,7 +45,7 @@ impl Reconciler {
                 let root = kubepods.root().display();
                 Some(format!("no cgroup of Kubernetes pods (kubepods) below {root}"))
             }
-            None if self.datapath.hooks().has(Hook::HostNetwork) => {
+            None if self.datapath.hooks().contains(Hook::HostNetwork) => {
                 Some("no cgroup v2 hierarchy is mounted".to_owned())
             }
             Some(_) | None => None,
@@ -66,7 +66,7 @@ impl Reconciler {
 }
 
 /// Reports whether the cgroups could be read, and logs the error otherwise.
-fn was_seen(looked: &io::Result<()>) -> bool {
+fn log_scan_error(looked: &io::Result<()>) -> bool {
     if let Err(error) = looked {
         log::error!("failed to search the cgroups of Kubernetes pods: {error}");
     }

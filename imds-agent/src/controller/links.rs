@@ -34,7 +34,7 @@ impl Reconciler {
     pub(super) async fn reclassify(&mut self) -> Result<(), DatapathError> {
         self.node.routed = self.netlink.uplinks().await?;
         self.update_uplinks().await;
-        self.follow_local_service().await
+        self.reconcile_local_service().await
     }
 
     /// Recomputes the uplinks among the known interfaces, and reconciles the interfaces whose role or hooks changed.
@@ -45,7 +45,7 @@ impl Reconciler {
     }
 
     /// Attaches the sendmsg programs while an interface lacks a desired program, and detaches them otherwise.
-    pub(super) fn follow_enforcement(&mut self) -> Result<(), DatapathError> {
+    pub(super) fn reconcile_sendmsg(&mut self) -> Result<(), DatapathError> {
         let changes = self.datapath.set_enforced(self.node.errors.is_empty())?;
         self.report_cgroups(changes);
         Ok(())
@@ -60,7 +60,7 @@ impl Reconciler {
             Ok(Reconciled::AsDesired) => {
                 if self.node.errors.remove(&link.index).is_some() {
                     let text = format!("{} (ifindex {}): enforced again", link.name, link.index);
-                    self.changes.note(Level::Info, Change::EnforcedAgain, text);
+                    self.changes.log_change(Level::Info, Change::EnforcedAgain, text);
                 }
             }
             Ok(Reconciled::Postponed) => {
@@ -71,7 +71,7 @@ impl Reconciler {
                 self.node.errors.insert(link.index, "another imds-agent has its filter there".to_owned());
             }
             // RTM_DELLINK follows.
-            Err(error) if error.is_interface_gone() => {
+            Err(error) if error.is_interface_deleted() => {
                 log::debug!("{} (ifindex {}): deleted during reconciliation", link.name, link.index);
             }
             Err(error) => self.fail(&link, format!("{:#}", anyhow::Error::from(error))),
@@ -81,7 +81,7 @@ impl Reconciler {
     fn fail(&mut self, link: &Link, error: String) {
         if self.node.errors.get(&link.index) != Some(&error) {
             let text = format!("{} (ifindex {}): not enforced: {error}", link.name, link.index);
-            self.changes.note(Level::Error, Change::NotEnforced, text);
+            self.changes.log_change(Level::Error, Change::NotEnforced, text);
             self.node.errors.insert(link.index, error);
         }
     }
@@ -94,7 +94,7 @@ impl Reconciler {
         // A record that cannot be written, for example because a map is full, must not prevent the attachment.
         let mut recorded = Ok(());
         // The exemptions under this index belong to this link if an earlier agent ended before the link had its turn.
-        let was_queued = self.exemptions.retain_previous_grants && self.datapath.was_pending(link);
+        let was_queued = self.exemptions.retain_previous_exemptions && self.datapath.was_pending(link);
         if is_new && !was_queued && observed.iter().all(|(_, attachments)| attachments.is_empty()) {
             // Otherwise records and counters under this index belong to a deleted interface.
             recorded = self.datapath.claim_ifindex(link);
@@ -108,7 +108,7 @@ impl Reconciler {
                 interface_role::assign(link, &self.node.uplinks, &self.interfaces, false).hooks;
         }
         // Desired programs are attached before others are detached.
-        observed.sort_by_key(|(hook, _)| !assignment.hooks.has(*hook));
+        observed.sort_by_key(|(hook, _)| !assignment.hooks.contains(*hook));
         let mut state = LinkState { assignment, attach_modes: [AttachMode::None; 2], is_pending: false };
         let (mut failed, mut reconciled) = (None, Reconciled::AsDesired);
         for (hook, attachments) in observed {
@@ -118,7 +118,7 @@ impl Reconciler {
                 attachments.is_empty() && desired != AttachMode::None && self.attaching.turn != Some(point);
             if hook == TcHook::FromPod && is_lost && !was_queued && !self.attaching.queue.contains(point) {
                 // No program of the agent is there: the exemptions of this index may belong to a deleted interface.
-                recorded = recorded.and(self.datapath.revoke(link.index));
+                recorded = recorded.and(self.datapath.remove_exemptions(link.index));
                 self.exemptions.dirty = true;
             }
             if self.must_wait(link, point, desired, &attachments).await? {
@@ -140,7 +140,7 @@ impl Reconciler {
                     reconciled = postponed;
                 }
                 // The hook only prepares this link for a route to an endpoint, so an obstacle is not an error.
-                Err(error) if self.node.is_spare(link, hook) && error.obstacle().is_some() => {
+                Err(error) if self.node.is_optional(link, hook) && error.obstacle().is_some() => {
                     log::debug!("{} (ifindex {}): {:#}", link.name, link.index, anyhow::Error::from(error));
                     state.assignment.hooks = TcHookSet::FROM_POD;
                 }
@@ -208,7 +208,7 @@ impl Reconciler {
 
     async fn warn_if_blocked(&mut self, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
         let attachments = self.datapath.observe(link, hook, false).await?;
-        if attachments.iter().any(|attachment| attachment.place == Order::Blocked) {
+        if attachments.iter().any(|attachment| attachment.order == Order::Blocked) {
             let Link { name, index, .. } = link;
             log::warn!(
                 "{name} (ifindex {index}): another filter runs before {}: see `tc filter show dev {name} ingress` or \
@@ -226,7 +226,7 @@ impl Reconciler {
         self.attaching.failed.retain(|point| point.ifindex != index);
         if let Some(link) = self.node.links.remove(&index) {
             let text = format!("{} (ifindex {index}) was deleted", link.name);
-            self.changes.note(Level::Info, Change::Deleted, text);
+            self.changes.log_change(Level::Info, Change::Deleted, text);
         }
         self.node.errors.remove(&index);
         if let Err(error) = self.datapath.remove_interface(index) {

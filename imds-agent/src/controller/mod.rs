@@ -120,8 +120,8 @@ impl Reconciler {
 
     /// Records the configuration, and does the first full resync.
     pub async fn start(&mut self, start: &StartConfig) -> Result<(), DatapathError> {
-        let StartConfig { config, settings, path, rejected } = start;
-        self.exemptions.retain_previous_grants = self.datapath.was_effective(config.to_toml())?;
+        let StartConfig { config, resolved, path, rejected } = start;
+        self.exemptions.retain_previous_exemptions = self.datapath.was_effective(config.to_toml())?;
         self.record_config(path.as_deref(), config)?;
         // Before the agent is ready, so that `status` never shows the fallback without its reason.
         if let Some(error) = rejected {
@@ -129,40 +129,40 @@ impl Reconciler {
         }
         self.changes.begin(Pass::InitialSync);
         self.resync().await?;
-        log::info!("{}", self.summary(settings));
+        log::info!("{}", self.summary(resolved));
         Ok(())
     }
 
-    /// Applies other settings. A protected endpoint that both the old and the new settings contain stays protected
+    /// Applies another configuration. A protected endpoint that both the old and the new one contain stays protected
     /// throughout.
     ///
-    /// After an error the settings may be applied in part: call this again with the previous ones.
-    pub async fn reconfigure(&mut self, settings: &ResolvedConfig) -> Result<(), DatapathError> {
+    /// After an error the configuration may be applied in part: call this again with the previous ones.
+    pub async fn reconfigure(&mut self, resolved: &ResolvedConfig) -> Result<(), DatapathError> {
         self.progress.in_reload = true;
         self.changes.begin(Pass::Reload);
-        let result = self.change_to(settings).await;
+        let result = self.apply_config(resolved).await;
         self.changes.end(Pass::Reload);
         self.progress.in_reload = false;
         result
     }
 
-    async fn change_to(&mut self, settings: &ResolvedConfig) -> Result<(), DatapathError> {
+    async fn apply_config(&mut self, resolved: &ResolvedConfig) -> Result<(), DatapathError> {
         let ResolvedConfig {
             datapath_config, endpoint_set, interfaces, exempt, node_allow, kubepods, ..
-        } = settings;
+        } = resolved;
         // The datapath refers to rules by number, and other rules may change the numbers.
-        self.exemptions.retain_previous_grants &= self.exemptions.rules.are(exempt);
+        self.exemptions.retain_previous_exemptions &= self.exemptions.rules.as_slice() == exempt;
         // New programs are attached before the maps refer to their hooks, and old ones are detached after that.
         let before = self.datapath.hooks();
         self.datapath.prepare(datapath_config)?;
         // Programs that are attached below read this map.
         self.change_node_allow(node_allow)?;
-        // A hook that already failed before the reload must not make the new settings fail.
-        log_if_preexisting(before.has(Hook::Socket), self.restore_sockets())?;
+        // A hook that already failed before the reload must not make the new configuration fail.
+        log_if_preexisting(before.contains(Hook::Socket), self.reconcile_sockets())?;
         if let (None, Some(root)) = (&self.kubepods, kubepods) {
             self.kubepods = Some(Kubepods::new(root.clone()));
         }
-        log_if_preexisting(before.has(Hook::HostNetwork), self.search_kubepods())?;
+        log_if_preexisting(before.contains(Hook::HostNetwork), self.rescan_kubepods())?;
         self.interfaces = interfaces.clone();
         self.netlink = self.netlink.clone().with_endpoints(endpoint_set.addresses());
         self.node.routed = self.netlink.uplinks().await?;
@@ -173,16 +173,16 @@ impl Reconciler {
         self.datapath.enforce(datapath_config, endpoint_set)?;
         if !self.datapath.matches(datapath_config) {
             self.datapath.release(datapath_config)?;
-            self.restore_sockets()?;
+            self.reconcile_sockets()?;
             if kubepods.is_none() {
                 self.kubepods = None;
             }
-            self.restore_hosts(true)?;
+            self.reconcile_host_network(true)?;
             self.reconcile_all_links().await;
         }
         // The programs that read this map are detached above if the hook is off.
-        self.restore_node_allow()?;
-        self.restore_exemptions().await
+        self.reconcile_node_allow()?;
+        self.reconcile_exemptions().await
     }
 
     /// Records the configuration that is effective from now on, for `status` and `config show`. Returns its generation.
@@ -261,9 +261,9 @@ impl Reconciler {
         of_programs.chain(of_interfaces).chain(of_cgroups).chain(of_hosts).chain(of_rules)
     }
 
-    /// Handles a netlink event. Exemptions are recomputed by [`Reconciler::flush_pending_sync`] later, but those of deleted interfaces
-    /// and of reused interface indexes are removed immediately.
-    pub async fn handle(&mut self, event: Event) -> Result<(), DatapathError> {
+    /// Handles a netlink event. Exemptions are recomputed by [`Reconciler::flush_pending_sync`] later, but those of deleted
+    /// interfaces and of reused interface indexes are removed immediately.
+    pub async fn on_netlink_event(&mut self, event: Event) -> Result<(), DatapathError> {
         if let Event::Link(_) | Event::LinkGone(_) = &event {
             self.attaching.queue.on_link_event();
         }
@@ -289,7 +289,7 @@ impl Reconciler {
             Event::Route(_) | Event::Rule => self.reclassify().await?,
             Event::Overrun => {
                 self.corrections.overruns += 1;
-                self.exemptions.pods.forget_sandboxes();
+                self.exemptions.pods.drop_sandboxes();
                 log::warn!("netlink receive buffer overrun (ENOBUFS): starting a full resync");
                 self.resync().await?;
             }
@@ -300,9 +300,9 @@ impl Reconciler {
     /// Recomputes exemptions if links changed since the last call. Runs once per batch of events, because the cost
     /// grows with the number of pods.
     pub async fn flush_pending_sync(&mut self) -> Result<(), DatapathError> {
-        let followed = self.follow_enforcement();
+        let followed = self.reconcile_sendmsg();
         if std::mem::take(&mut self.exemptions.dirty) {
-            self.restore_exemptions().await?;
+            self.reconcile_exemptions().await?;
         }
         followed
     }
@@ -313,7 +313,7 @@ impl Reconciler {
         }
     }
 
-    fn restore_sockets(&mut self) -> Result<(), DatapathError> {
+    fn reconcile_sockets(&mut self) -> Result<(), DatapathError> {
         let changes = self.datapath.restore_sockets()?;
         self.report_cgroups(changes);
         Ok(())

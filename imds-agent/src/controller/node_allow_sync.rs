@@ -9,7 +9,7 @@ use crate::{
 
 impl Reconciler {
     /// Writes the allow list, as its cgroups are now.
-    pub(super) fn restore_node_allow(&mut self) -> Result<(), DatapathError> {
+    pub(super) fn reconcile_node_allow(&mut self) -> Result<(), DatapathError> {
         let before: AllowedProcesses = self.node_processes.resolved().clone();
         let map_updates = self.datapath.set_node_allow(self.node_processes.resolve())?;
         if map_updates > 0 {
@@ -25,12 +25,12 @@ impl Reconciler {
     }
 
     /// Writes the allow list if a cgroup of it was created, removed or replaced.
-    pub(super) fn follow_node_allow(&mut self) -> Result<(), DatapathError> {
-        if self.node_processes.have_changed() { self.restore_node_allow() } else { Ok(()) }
+    pub(super) fn update_node_allow(&mut self) -> Result<(), DatapathError> {
+        if self.node_processes.have_changed() { self.reconcile_node_allow() } else { Ok(()) }
     }
 
     /// Changes the entries of the allow list. Processes that lose their entry keep their access until
-    /// [`Reconciler::restore_node_allow`].
+    /// [`Reconciler::reconcile_node_allow`].
     pub(super) fn change_node_allow(&mut self, entries: &[NodeProcess]) -> Result<(), DatapathError> {
         self.node_processes = NodeProcesses::new(entries.to_owned());
         self.datapath.add_node_allow(self.node_processes.resolve())

@@ -33,7 +33,7 @@ impl ObservedNode {
     }
 
     /// Reports whether `node_egress` on the link is only a precaution: no route to an endpoint uses the link yet.
-    pub(super) fn is_spare(&self, link: &Link, hook: TcHook) -> bool {
+    pub(super) fn is_optional(&self, link: &Link, hook: TcHook) -> bool {
         hook == TcHook::NodeEgress && link.leads_elsewhere() && !self.uplinks.contain(link.index)
     }
 }

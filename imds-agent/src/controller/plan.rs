@@ -13,14 +13,14 @@ pub fn plan(desired: AttachMode, observed: &[Attachment]) -> Vec<Action> {
     if desired != AttachMode::None {
         match observed.iter().find(|attachment| attachment.backend == desired) {
             None => actions.push(Action::Attach(desired)),
-            Some(Attachment { current, pinned, place, .. }) => {
+            Some(Attachment { current, pinned, order, .. }) => {
                 if !current {
                     actions.push(Action::Replace(desired));
                 }
                 if !pinned {
                     actions.push(Action::Pin(desired));
                 }
-                if *place == Order::NotFirst {
+                if *order == Order::NotFirst {
                     actions.push(Action::Reorder(desired));
                 }
             }
@@ -41,7 +41,7 @@ mod tests {
         *,
     };
 
-    const GOOD: Attachment = Attachment { backend: Tcx, current: true, pinned: true, place: Order::First };
+    const GOOD: Attachment = Attachment { backend: Tcx, current: true, pinned: true, order: Order::First };
     const FILTER: Attachment = Attachment { backend: Clsact, ..GOOD };
     const NETKIT: Attachment = Attachment { backend: Netkit, ..GOOD };
 
@@ -49,7 +49,7 @@ mod tests {
     fn nothing_to_do() {
         assert_eq!(plan(Tcx, &[GOOD]), []);
         assert_eq!(plan(Clsact, &[FILTER]), []);
-        assert_eq!(plan(Clsact, &[Attachment { place: Order::Blocked, ..FILTER }]), []);
+        assert_eq!(plan(Clsact, &[Attachment { order: Order::Blocked, ..FILTER }]), []);
         assert_eq!(plan(None, &[]), []);
         assert_eq!(plan(Netkit, &[NETKIT]), []);
     }
@@ -59,7 +59,7 @@ mod tests {
         assert_eq!(plan(Tcx, &[]), [Attach(Tcx)]);
         assert_eq!(plan(Tcx, &[Attachment { current: false, ..GOOD }]), [Replace(Tcx)]);
         assert_eq!(plan(Tcx, &[Attachment { pinned: false, ..GOOD }]), [Pin(Tcx)]);
-        assert_eq!(plan(Tcx, &[Attachment { place: Order::NotFirst, ..GOOD }]), [Reorder(Tcx)]);
+        assert_eq!(plan(Tcx, &[Attachment { order: Order::NotFirst, ..GOOD }]), [Reorder(Tcx)]);
         assert_eq!(plan(None, &[GOOD, FILTER]), [Detach(Tcx), Detach(Clsact)]);
     }
 
@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn netkit_links_are_repaired() {
         assert_eq!(plan(Netkit, &[]), [Attach(Netkit)]);
-        let drifted = Attachment { current: false, pinned: false, place: Order::NotFirst, ..NETKIT };
+        let drifted = Attachment { current: false, pinned: false, order: Order::NotFirst, ..NETKIT };
         assert_eq!(plan(Netkit, &[drifted]), [Replace(Netkit), Pin(Netkit), Reorder(Netkit)]);
         assert_eq!(plan(None, &[NETKIT]), [Detach(Netkit)]);
     }

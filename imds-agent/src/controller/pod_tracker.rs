@@ -90,11 +90,11 @@ impl PodTracker {
     }
 
     /// Applies an event of the pod watch. Returns whether it changed anything.
-    pub fn handle(&mut self, event: PodEvent) -> bool {
+    pub fn on_pod_event(&mut self, event: PodEvent) -> bool {
         let is_first = matches!(event, PodEvent::Relist(_)) && !std::mem::replace(&mut self.is_synced, true);
         let changed = self.index.handle(event);
-        let is_news = is_first || !changed.is_empty();
-        self.names_dirty |= is_news;
+        let is_changed = is_first || !changed.is_empty();
+        self.names_dirty |= is_changed;
         self.log_disputes();
         for uid in changed {
             self.last_change = Instant::now();
@@ -105,7 +105,7 @@ impl PodTracker {
                 self.sandboxes.remove(&uid);
             }
         }
-        is_news
+        is_changed
     }
 
     /// Returns the number of pods that claim the cgroup of another pod.
@@ -133,7 +133,7 @@ impl PodTracker {
 
     /// Returns the status of the pod watch. `state` is the state of the watch of this node.
     #[must_use]
-    pub fn lookup(&self, node: &str, state: &WatchState) -> PodWatchStatus {
+    pub fn watch_status(&self, node: &str, state: &WatchState) -> PodWatchStatus {
         let (failed_at, error) =
             state.last_error.as_ref().map(|failure| (failure.time, failure.message.clone())).unzip();
         let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
@@ -183,16 +183,16 @@ impl PodTracker {
 
     /// Handles the deletion of a link. The sandbox behind it may still exist.
     pub fn on_link_deleted(&mut self, index: u32) {
-        let led_to = |sandbox: &Sandbox| sandbox.senders.interfaces.contains(&index);
-        self.enqueue(led_to);
+        let leads_to = |sandbox: &Sandbox| sandbox.senders.interfaces.contains(&index);
+        self.enqueue(leads_to);
         // The link of another pod may get this index next.
         let count = self.sandboxes.len();
-        self.sandboxes.retain(|_, sandbox| !led_to(sandbox));
+        self.sandboxes.retain(|_, sandbox| !leads_to(sandbox));
         self.names_dirty |= self.sandboxes.len() < count;
     }
 
     /// Drops all sandboxes, after events were lost.
-    pub fn forget_sandboxes(&mut self) {
+    pub fn drop_sandboxes(&mut self) {
         self.sandboxes.clear();
         self.names_dirty = true;
         self.enqueue_unresolved();
@@ -273,8 +273,8 @@ impl PodTracker {
     #[must_use]
     pub fn retry_delay(&self) -> Option<Duration> {
         let (shortest, longest) = RETRY_DELAYS;
-        let is_worth_it = self.unresolved().next().is_some() || !self.host_network_pods.is_empty();
-        is_worth_it.then(|| (self.last_change.elapsed() / 10).clamp(shortest, longest))
+        let needs_polling = self.unresolved().next().is_some() || !self.host_network_pods.is_empty();
+        needs_polling.then(|| (self.last_change.elapsed() / 10).clamp(shortest, longest))
     }
 
     /// Returns the identities of the pods that a rule matches.

@@ -16,7 +16,7 @@ const MAX_DELAY: Duration = Duration::from_mins(5);
 const MAX_DELAY_IF_MISSING: Duration = Duration::from_secs(10);
 /// Time without a repair after which the next one starts a new burst. Longer than the longest delay plus a resync
 /// interval, because only the resync requests a repair that is due.
-const QUIET: Duration = Duration::from_mins(10);
+const BURST_RESET_INTERVAL: Duration = Duration::from_mins(10);
 
 /// Decides when a hook of an interface may be repaired: attached again, reordered, or given another program.
 #[derive(Debug, Default)]
@@ -43,7 +43,7 @@ impl RepairBackoff {
     pub fn allow(&mut self, point: AttachPoint, is_missing: bool, now: Instant) -> bool {
         let repairs =
             self.points.entry(point).or_insert(HookRepairs { count: 0, next: now, is_waiting: false });
-        if now >= repairs.next + QUIET {
+        if now >= repairs.next + BURST_RESET_INTERVAL {
             repairs.count = 0;
         }
         if now < repairs.next {
@@ -151,7 +151,7 @@ mod tests {
         let mut backoff = RepairBackoff::default();
         fight(&mut backoff, Duration::from_secs(20)).await;
         let next = backoff.next_retry(POINT).unwrap();
-        advance(next - Instant::now() + QUIET).await;
+        advance(next - Instant::now() + BURST_RESET_INTERVAL).await;
         for _ in 0..BURST {
             assert!(backoff.allow(POINT, false, Instant::now()));
         }

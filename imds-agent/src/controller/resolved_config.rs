@@ -51,8 +51,8 @@ impl RunOptions {
         config.resolve(&Dmi::read(&self.dmi_dir))
     }
 
-    /// Resolves the remaining settings of `config`. The tuple is the result of [`RunOptions::resolve`].
-    pub fn settings(
+    /// Resolves `config` on this node. The tuple is the result of [`RunOptions::resolve`].
+    pub fn resolve_on_node(
         &self,
         config: &Config,
         (endpoint_set, exempt): (EndpointSet, Vec<Exempt>),
@@ -71,20 +71,20 @@ impl RunOptions {
             on_deny: config.on_deny,
             on_deny_errno: config.on_deny_errno,
             hooks: config.hooks,
-            local_service: cgroup.clone().filter(|_| config.hooks.has(Hook::LocalService)),
+            local_service: cgroup.clone().filter(|_| config.hooks.contains(Hook::LocalService)),
             sendmsg: config.sendmsg,
             backend: self.backend,
-            cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket) && identity.is_some()),
-            node_allow: cgroup.clone().filter(|_| config.hooks.has(Hook::NodeAllow)),
+            cgroup: cgroup.clone().filter(|_| config.hooks.contains(Hook::Socket) && identity.is_some()),
+            node_allow: cgroup.clone().filter(|_| config.hooks.contains(Hook::NodeAllow)),
             identity,
             mark: config.mark,
         };
-        let kubepods = cgroup.filter(|_| config.hooks.has(Hook::HostNetwork));
-        let surroundings = Environment::read();
+        let kubepods = cgroup.filter(|_| config.hooks.contains(Hook::HostNetwork));
+        let environment = Environment::read();
         let cluster = config
             .kubernetes
-            .access(&surroundings)
-            .map(|access| ApiConfig { access, node: config.kubernetes.node_name(&surroundings) });
+            .access(&environment)
+            .map(|access| ApiConfig { access, node: config.kubernetes.node_name(&environment) });
         Ok(ResolvedConfig {
             datapath_config,
             endpoint_set,
@@ -98,7 +98,7 @@ impl RunOptions {
 
     /// Returns the cgroup for the hooks that need one, or `None` if they are off or no cgroup v2 hierarchy is mounted.
     fn cgroup(&self, hooks: Hooks) -> anyhow::Result<Option<PathBuf>> {
-        if !has_process_hooks(hooks) && !hooks.has(Hook::LocalService) {
+        if !has_process_hooks(hooks) && !hooks.contains(Hook::LocalService) {
             return Ok(None);
         }
         // The other hooks do not need a hierarchy.
@@ -108,5 +108,5 @@ impl RunOptions {
 }
 
 fn has_process_hooks(hooks: Hooks) -> bool {
-    hooks.has(Hook::Socket) || hooks.has(Hook::HostNetwork) || hooks.has(Hook::NodeAllow)
+    hooks.contains(Hook::Socket) || hooks.contains(Hook::HostNetwork) || hooks.contains(Hook::NodeAllow)
 }

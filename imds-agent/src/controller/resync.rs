@@ -28,8 +28,8 @@ pub(super) struct SyncProgress {
 }
 
 impl Reconciler {
-    /// Starts a resync of attachments and pins. [`Reconciler::resync_step`] then reconciles a few links at a time, so that events
-    /// need not wait for all of them. A full resync also lists interfaces and routes, although the kernel reports
+    /// Starts a resync of attachments and pins. [`Reconciler::resync_step`] then reconciles a few links at a time, so that
+    /// events need not wait for all of them. A full resync also lists interfaces and routes, although the kernel reports
     /// their changes.
     pub async fn start_resync(&mut self, full: bool) -> Result<(), DatapathError> {
         if self.resync_in_progress() {
@@ -57,7 +57,7 @@ impl Reconciler {
                 }
             }
             self.update_uplinks().await;
-            self.follow_local_service().await?;
+            self.reconcile_local_service().await?;
         }
         self.progress.resync_queue = self.node.links.keys().copied().collect();
         begun
@@ -81,8 +81,8 @@ impl Reconciler {
             return Ok(());
         }
         self.changes.end(Pass::Resync);
-        self.follow_enforcement()?;
-        self.restore_exemptions().await?;
+        self.reconcile_sendmsg()?;
+        self.reconcile_exemptions().await?;
         // Mark the agent as ready again, in case another program removed the pin directory.
         if self.progress.is_ready { self.datapath.set_ready() } else { Ok(()) }
     }
@@ -93,7 +93,7 @@ impl Reconciler {
         self.changes.begin(Pass::Resync);
         self.find_other_agents();
         // Enforcement continues without pins: the error is logged at the end.
-        let around = self.reconcile_node().and(self.follow_local_service().await);
+        let around = self.reconcile_node().and(self.reconcile_local_service().await);
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
         let mut links = self.read_links().await?;
         self.node.uplinks = Uplinks::new(self.node.routed.clone(), links.iter());
@@ -103,14 +103,14 @@ impl Reconciler {
         }
         self.resolve_sandboxes(usize::MAX).await;
         // A failure to exempt some pods must not keep the agent from denying the others.
-        log_if_preexisting(true, self.restore_exemptions().await)?;
+        log_if_preexisting(true, self.reconcile_exemptions().await)?;
         if !std::mem::replace(&mut self.progress.initial_sync_done, true) {
             self.attaching.start_initial();
             self.set_ready();
         }
         self.changes.end(Pass::Resync);
         // An agent that runs with the remaining hooks is better than none. The next resync tries again.
-        log_if_preexisting(true, around.and(self.follow_enforcement()))
+        log_if_preexisting(true, around.and(self.reconcile_sendmsg()))
     }
 
     /// Resyncs everything except links: pins, socket hook and cgroups.
@@ -123,11 +123,11 @@ impl Reconciler {
             log::warn!("restored missing entries of {}", self.datapath.pins().root().display());
         }
         // Programs that are attached below read this map.
-        let node_allow = self.restore_node_allow();
-        let sockets = self.restore_sockets();
-        self.datapath.forget_granted();
+        let node_allow = self.reconcile_node_allow();
+        let sockets = self.reconcile_sockets();
+        self.datapath.invalidate_exemptions();
         self.exemptions.pods.retry();
-        let hosts = self.search_kubepods();
+        let hosts = self.rescan_kubepods();
         restored?;
         node_allow?;
         sockets?;
@@ -139,7 +139,7 @@ impl Reconciler {
         self.node.routed = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
-        let known = self.node.links.keys().copied().chain(self.datapath.known());
+        let known = self.node.links.keys().copied().chain(self.datapath.recorded_ifindexes());
         let missing: BTreeSet<_> = known.filter(|index| !present.contains(index)).collect();
         // A dump may leave out an interface if others are deleted at that moment.
         for gone in missing.into_iter().filter(|&index| link::is_deleted(index)) {

@@ -8,7 +8,7 @@ use imds_ebpf_common::names::MAP_CONFIG;
 use crate::{
     config::{Config, ConfigErrors, NodeProcess, loader::ConfigLoader},
     controller::resolved_config::{ResolvedConfig, RunOptions},
-    datapath::{self, maps::config_record::Record, pin::dir::PinDir},
+    datapath::{self, maps::config_record::EffectiveConfig, pin::dir::PinDir},
 };
 
 /// Configuration that the agent starts with, and its source.
@@ -17,7 +17,7 @@ pub struct StartConfig {
     /// Validated configuration, before it is applied to this node.
     pub config: Config,
     /// The configuration applied to this node.
-    pub settings: ResolvedConfig,
+    pub resolved: ResolvedConfig,
     /// File that it was read from; `None` for the built-in defaults.
     pub path: Option<PathBuf>,
     /// Reason why the configured file is not used, if it is not.
@@ -37,9 +37,9 @@ impl StartConfig {
         });
         match result {
             Ok((config, resolved)) => {
-                let settings = options.settings(&config, resolved)?;
+                let resolved = options.resolve_on_node(&config, resolved)?;
                 let path = loader.path().map(Path::to_owned);
-                Ok(Self { config, settings, path, rejected: None })
+                Ok(Self { config, resolved, path, rejected: None })
             }
             Err(errors) => Self::fall_back(loader, options, pins, &errors),
         }
@@ -54,10 +54,10 @@ impl StartConfig {
         let path = loader.last_good_path();
         let no_last_good =
             match loader.load_last_good().map(|config| config.map(|config| usable(config, options))) {
-                Ok(Some(Ok((config, settings)))) => {
+                Ok(Some(Ok((config, resolved)))) => {
                     let rejected =
                         format!("{errors}; enforcing the last good configuration, {}", path.display());
-                    return Ok(Self { config, settings, path: Some(path), rejected: Some(rejected) });
+                    return Ok(Self { config, resolved, path: Some(path), rejected: Some(rejected) });
                 }
                 Ok(Some(Err(error))) | Err(error) => {
                     format!("ignoring the last good configuration: {error:#}")
@@ -65,22 +65,22 @@ impl StartConfig {
                 Ok(None) => format!("no last good configuration is stored at {}", path.display()),
             };
         let no_pinned = match pinned(loader, options, pins) {
-            Some((record, Ok((config, settings)))) => {
+            Some((record, Ok((config, resolved)))) => {
                 let generation = record.generation;
                 let rejected =
                     format!("{errors}; {no_last_good}; keeping the effective configuration {generation}");
-                return Ok(Self { config, settings, path: record.path, rejected: Some(rejected) });
+                return Ok(Self { config, resolved, path: record.path, rejected: Some(rejected) });
             }
             Some((_, Err(error))) => format!("; ignoring the effective configuration: {error:#}"),
             None => String::new(),
         };
-        let (config, settings) = built_in(loader, options)?;
+        let (config, resolved) = built_in(loader, options)?;
         let mode = config.mode.name();
         let node = config.node_allow.as_deref().map(describe_node_allow).unwrap_or_default();
         let rejected = format!(
             "{errors}; {no_last_good}{no_pinned}; enforcing the built-in defaults without exemptions in mode {mode}{node}"
         );
-        Ok(Self { config, settings, path: None, rejected: Some(rejected) })
+        Ok(Self { config, resolved, path: None, rejected: Some(rejected) })
     }
 }
 
@@ -100,7 +100,7 @@ fn pinned(
     loader: &ConfigLoader,
     options: &RunOptions,
     pins: &PinDir,
-) -> Option<(Record, anyhow::Result<(Config, ResolvedConfig)>)> {
+) -> Option<(EffectiveConfig, anyhow::Result<(Config, ResolvedConfig)>)> {
     let record = datapath::maps::config_record::pinned(pins)?;
     let config = loader.load_pinned(record.path.as_deref(), &record.text, &pins.map(MAP_CONFIG))?;
     Some((record, config.map_err(Into::into).and_then(|config| usable(config, options))))
@@ -118,6 +118,6 @@ fn built_in(loader: &ConfigLoader, options: &RunOptions) -> anyhow::Result<(Conf
 
 fn usable(config: Config, options: &RunOptions) -> anyhow::Result<(Config, ResolvedConfig)> {
     let resolved = options.resolve(&config)?;
-    let settings = options.settings(&config, resolved)?;
-    Ok((config, settings))
+    let resolved = options.resolve_on_node(&config, resolved)?;
+    Ok((config, resolved))
 }

@@ -66,7 +66,7 @@ pub enum DatapathError {
 impl DatapathError {
     /// Reports whether the interface was deleted concurrently, which is not a failure.
     #[must_use]
-    pub fn is_interface_gone(&self) -> bool {
+    pub fn is_interface_deleted(&self) -> bool {
         self.errno() == Some(libc::ENODEV)
     }
 

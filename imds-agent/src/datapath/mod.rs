@@ -3,7 +3,7 @@
 pub mod attach;
 pub mod bpf_log;
 mod datapath_error;
-pub mod grants;
+pub mod exemption_set;
 mod loader;
 pub mod maps;
 pub mod object;
@@ -35,15 +35,13 @@ pub use self::{
     pin::unload::{Progress, Removed, unload},
 };
 use crate::{
-    config::{
-        Hooks, Sendmsg,
-        endpoint_set::{EndpointSet, padded},
-    },
+    config::{Hooks, Sendmsg, endpoint_set::EndpointSet},
     datapath::{
         bpf_log::{BpfLog, BpfLogError},
-        grants::Grants,
+        exemption_set::ExemptionSet,
         pin::rollback::Rollback,
     },
+    encode::name_field,
     kube::pod_ref::{PodContainer, PodWatchStatus},
     memory,
     node::{link::Link, netlink::Netlink, netns::OwnNetns},
@@ -51,13 +49,13 @@ use crate::{
 
 /// Programs, maps and links of the pin directory that this process has locked.
 pub struct Datapath {
-    claim: PinLock,
+    pin_lock: PinLock,
     programs: Programs,
     maps: Maps,
     links: Links,
     cgroups: Cgroups,
     written_names: maps::pod_names::WrittenNames,
-    granted: maps::exemption_maps::Known,
+    exemption_cache: maps::exemption_maps::ExemptionCache,
     netlink: Netlink,
     backend: AttachMode,
     /// Indices of interfaces on which the kernel rejected a netkit link.
@@ -100,22 +98,22 @@ impl Datapath {
     /// On failure, restores pins, endpoints and policy as they were before. A rejected program is no failure as long as
     /// another one is loaded.
     pub fn open(
-        claim: PinLock,
+        pin_lock: PinLock,
         datapath_config: &DatapathConfig,
         endpoint_set: &EndpointSet,
         netlink: Netlink,
     ) -> Result<Self, DatapathError> {
         let DatapathConfig { backend, hooks, .. } = *datapath_config;
-        match Self::load(claim.dir(), datapath_config, endpoint_set) {
+        match Self::load(pin_lock.dir(), datapath_config, endpoint_set) {
             Ok((programs, maps, links, cgroups)) => {
                 let datapath = Self {
-                    claim,
+                    pin_lock,
                     programs,
                     maps,
                     links,
                     cgroups,
                     written_names: maps::pod_names::WrittenNames::default(),
-                    granted: maps::exemption_maps::Known::default(),
+                    exemption_cache: maps::exemption_maps::ExemptionCache::default(),
                     netlink,
                     backend,
                     refused_netkit: BTreeSet::new(),
@@ -124,8 +122,8 @@ impl Datapath {
                 Ok(datapath)
             }
             Err(error) => {
-                if claim.is_new() {
-                    claim.remove()?;
+                if pin_lock.is_new() {
+                    pin_lock.remove()?;
                 }
                 Err(error)
             }
@@ -159,8 +157,8 @@ impl Datapath {
         }
     }
 
-    /// Creates or opens everything first, then replaces the pins. Writes the policy last, because attached programs of an earlier
-    /// agent use it immediately.
+    /// Creates or opens everything first, then replaces the pins. Writes the policy last, because attached programs of an
+    /// earlier agent use it immediately.
     fn load_all(
         pins: &PinDir,
         datapath_config: &DatapathConfig,
@@ -185,7 +183,7 @@ impl Datapath {
     /// Returns the pin directory of this agent.
     #[must_use]
     pub fn pins(&self) -> &PinDir {
-        self.claim.dir()
+        self.pin_lock.dir()
     }
 
     /// Returns an error text for each rejected program.
@@ -195,7 +193,7 @@ impl Datapath {
 
     /// Tries to load the programs that the kernel rejected again.
     pub fn retry_rejected(&mut self) -> Result<(), DatapathError> {
-        let pins = self.claim.dir();
+        let pins = self.pin_lock.dir();
         if self.programs.retry_rejected(pins)? {
             self.programs.pin(pins)?;
             self.programs.record_rejected(&mut self.maps)?;
@@ -211,22 +209,23 @@ impl Datapath {
     /// Returns the desired attach mode of a hook, on an interface with the desired `hooks`.
     #[must_use]
     pub fn desired_mode(&self, link: &Link, hooks: TcHookSet, hook: TcHook) -> AttachMode {
-        let is_desired = self.hooks.has(hook.hook()) && hooks.has(hook);
+        let is_desired = self.hooks.contains(hook.hook()) && hooks.contains(hook);
         if is_desired { self.attach_mode(link, hook) } else { AttachMode::None }
     }
 
     /// Returns the indices of interfaces with a pinned link or a record.
     #[must_use]
-    pub fn known(&self) -> Vec<u32> {
-        let mut known: Vec<u32> = self.links.indices().chain(self.maps.interfaces.keys().flatten()).collect();
-        known.sort_unstable();
-        known.dedup();
-        known
+    pub fn recorded_ifindexes(&self) -> Vec<u32> {
+        let mut ifindexes: Vec<u32> =
+            self.links.ifindexes().chain(self.maps.interfaces.keys().flatten()).collect();
+        ifindexes.sort_unstable();
+        ifindexes.dedup();
+        ifindexes
     }
 
     /// Records the state of an interface, for `status` and for the agent after a restart.
     pub fn record(&mut self, link: &Link, state: LinkState) -> Result<(), DatapathError> {
-        maps::interface_records::put(&mut self.maps, link, state)
+        maps::interface_records::update(&mut self.maps, link, state)
     }
 
     /// Updates the record of an interface after its veth peer was reconciled.
@@ -244,13 +243,13 @@ impl Datapath {
     #[must_use]
     pub fn was_pending(&self, link: &Link) -> bool {
         maps::interface_records::get(&self.maps, link.index)
-            .is_some_and(|record| record.pending == 1 && record.name == padded(&link.name))
+            .is_some_and(|record| record.pending == 1 && record.name == name_field(&link.name))
     }
 
     /// Removes the state of a deleted interface whose index `link` has now.
     pub fn claim_ifindex(&mut self, link: &Link) -> Result<(), DatapathError> {
         let owns_qdisc = maps::interface_records::get(&self.maps, link.index)
-            .is_some_and(|record| record.owns_qdisc == 1 && record.name == padded(&link.name));
+            .is_some_and(|record| record.owns_qdisc == 1 && record.name == name_field(&link.name));
         self.remove_interface(link.index)?;
         // The name has not changed, so it is probably the same interface, and another program has removed the filter. The
         // qdisc still belongs to the agent.
@@ -263,33 +262,34 @@ impl Datapath {
 
     /// Removes all state of a deleted interface. Adds its counters to those of deleted interfaces.
     pub fn remove_interface(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        // Revokes the exemptions first, because a new interface may already have the index.
-        self.revoke(ifindex)?;
+        // Removes the exemptions first, because a new interface may already have the index.
+        self.remove_exemptions(ifindex)?;
         self.refused_netkit.remove(&ifindex);
         for hook in TcHook::ALL {
-            self.links.forget(self.claim.dir(), AttachPoint { ifindex, hook })?;
+            self.links.remove_point(self.pin_lock.dir(), AttachPoint { ifindex, hook })?;
         }
         // A killed `verify` may have left its probe.
         let _no_probe = self.maps.probes.remove(&Subject::new(SubjectKind::Interface, ifindex.into()));
-        maps::counters::fold(&mut self.maps, ifindex)?;
+        maps::counters::retire(&mut self.maps, ifindex)?;
         maps::interface_records::remove(&mut self.maps, ifindex);
         Ok(())
     }
 
     /// Replaces all exemptions. Returns the number of map updates.
-    pub fn grant(&mut self, desired: &Grants) -> Result<usize, DatapathError> {
-        maps::exemption_maps::write(&mut self.maps, &mut self.granted, desired)
+    pub fn sync_exemptions(&mut self, desired: &ExemptionSet) -> Result<usize, DatapathError> {
+        maps::exemption_maps::write(&mut self.maps, &mut self.exemption_cache, desired)
     }
 
-    /// Drops the cached exemptions, so that the next [`Datapath::grant`] reads the map and corrects changes of other programs.
-    pub fn forget_granted(&mut self) {
-        self.granted.forget();
+    /// Drops the cached exemptions, so that the next [`Datapath::sync_exemptions`] reads the map and corrects changes of
+    /// other programs.
+    pub fn invalidate_exemptions(&mut self) {
+        self.exemption_cache.clear();
     }
 
     /// Removes the exemptions of an interface.
-    pub fn revoke(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+    pub fn remove_exemptions(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-        maps::exemption_maps::revoke(&mut self.maps, &mut self.granted, subject)
+        maps::exemption_maps::remove_subject(&mut self.maps, &mut self.exemption_cache, subject)
     }
 
     /// Replaces the pod names in the map. Returns the number of map updates.
@@ -302,24 +302,24 @@ impl Datapath {
 
     /// Records the status of the pod watch; `None` means that it is off.
     pub fn record_watch_status(&mut self, lookup: Option<&PodWatchStatus>) -> Result<(), DatapathError> {
-        maps::pod_names::put(&mut self.maps, lookup)
+        maps::pod_names::write_watch_status(&mut self.maps, lookup)
     }
 
     /// Reads all exemptions from the map.
-    pub fn granted(&self) -> Result<Grants, DatapathError> {
+    pub fn exemptions(&self) -> Result<ExemptionSet, DatapathError> {
         maps::exemption_maps::read(&self.maps)
             .map_err(|source| DatapathError::Map { map: MAP_EXEMPT, source })
     }
 
     /// Marks the agent as ready: `status` then reports that every interface was reconciled.
     pub fn set_ready(&mut self) -> Result<(), DatapathError> {
-        Ok(self.claim.set_ready()?)
+        Ok(self.pin_lock.set_ready()?)
     }
 
     /// Restores missing pins. Returns `true` if any was missing.
     pub fn restore_pins(&mut self) -> Result<bool, DatapathError> {
-        let mut missing = self.claim.restore()?;
-        let pins = self.claim.dir();
+        let mut missing = self.pin_lock.restore()?;
+        let pins = self.pin_lock.dir();
         if self.programs.is_unpinned(pins) {
             self.programs.pin(pins)?;
             missing = true;

@@ -4,7 +4,7 @@ use std::{io, ptr, slice};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 use imds_ebpf_common::{
-    PolicyTable,
+    PolicyFilter,
     names::{MAPS, SYMBOL_FILTER, in_object},
 };
 use thiserror::Error;
@@ -89,7 +89,7 @@ pub enum ObjectError {
 ///
 /// Writes the variables of the object to their map, even if that is pinned and attached programs use it. `filter` must
 /// therefore match all endpoints that are protected now.
-pub(super) fn load_maps(pins: Option<&PinDir>, filter: &PolicyTable) -> Result<LoadedObject, ObjectError> {
+pub(super) fn load_maps(pins: Option<&PinDir>, filter: &PolicyFilter) -> Result<LoadedObject, ObjectError> {
     let features = kernel_features();
     let features = features.iter().map(|(name, value)| (*name, (slice::from_ref(value), true)));
     let globals = features.chain([(SYMBOL_FILTER, (bytes_of(filter), true))]).collect();
@@ -100,7 +100,7 @@ pub(super) fn load_maps(pins: Option<&PinDir>, filter: &PolicyTable) -> Result<L
     Ok(LoadedObject::new(OBJECT, globals, pin)?)
 }
 
-fn bytes_of(filter: &PolicyTable) -> &[u8] {
-    // SAFETY: `PolicyTable` is plain data without padding (`aya::Pod`), and the result borrows it.
-    unsafe { slice::from_raw_parts(ptr::from_ref(filter).cast(), size_of::<PolicyTable>()) }
+fn bytes_of(filter: &PolicyFilter) -> &[u8] {
+    // SAFETY: `PolicyFilter` is plain data without padding (`aya::Pod`), and the result borrows it.
+    unsafe { slice::from_raw_parts(ptr::from_ref(filter).cast(), size_of::<PolicyFilter>()) }
 }

@@ -45,8 +45,8 @@ struct LoadedProgram {
 }
 
 impl Programs {
-    /// Loads the programs of these hooks. If the kernel rejects a program, adopts the one that an earlier agent pinned in `pins`
-    /// for the same maps.
+    /// Loads the programs of these hooks. If the kernel rejects a program, adopts the one that an earlier agent pinned in
+    /// `pins` for the same maps.
     ///
     /// Returns an error if the kernel rejects all programs.
     pub(super) fn load(object: LoadedObject, pins: &PinDir, hooks: Hooks) -> Result<Self, ObjectError> {
@@ -110,7 +110,7 @@ impl Programs {
             log::error!("{text}{log}");
         }
         if !self.loaded.contains_key(name)
-            && let Some(earlier) = self.earlier(pins, name)
+            && let Some(earlier) = self.open_earlier(pins, name)
         {
             log::warn!("{name} of an earlier agent (program {}) runs on", earlier.id);
             self.loaded.insert(name, earlier);
@@ -119,7 +119,7 @@ impl Programs {
     }
 
     /// Opens the program that an earlier agent pinned under this name, if it uses the maps of this object.
-    fn earlier(&self, pins: &PinDir, name: &'static str) -> Option<LoadedProgram> {
+    fn open_earlier(&self, pins: &PinDir, name: &'static str) -> Option<LoadedProgram> {
         let path = pins.program(name);
         let info = ProgramInfo::from_pin(&path).ok()?;
         let policy = self.object.map(MAP_POLICY)?.info().ok()?.id();
@@ -130,7 +130,7 @@ impl Programs {
     }
 
     /// Releases the programs of other hooks. Attached programs stay attached.
-    pub fn keep(&mut self, hooks: Hooks) {
+    pub fn retain_hooks(&mut self, hooks: Hooks) {
         let kept: Vec<_> = names(hooks).collect();
         self.loaded.retain(|name, _| kept.contains(name));
         self.rejected.retain(|name, _| kept.contains(name));
@@ -165,7 +165,7 @@ impl Programs {
 
     /// Reports whether all programs of a hook are loaded.
     #[must_use]
-    pub fn has_all_of(&self, hook: Hook) -> bool {
+    pub fn has_programs_of(&self, hook: Hook) -> bool {
         programs_of(hook).iter().all(|name| self.loaded.contains_key(name))
     }
 
@@ -213,7 +213,7 @@ impl Programs {
 
 /// Returns the names of the programs of these hooks.
 fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
-    Hook::ALL.into_iter().filter(move |&hook| hooks.has(hook)).flat_map(programs_of).copied()
+    Hook::ALL.into_iter().filter(move |&hook| hooks.contains(hook)).flat_map(programs_of).copied()
 }
 
 /// Returns the id of the program that is pinned under this name.

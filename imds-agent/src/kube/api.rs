@@ -28,7 +28,7 @@ pub(super) const PODS: &str = "/api/v1/pods";
 /// Name of the agent in the audit log of the API server.
 const USER_AGENT: &str = concat!("imds-agent/", env!("CARGO_PKG_VERSION"));
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Client of the API server for the pods of one node.
 pub(super) struct Api {
@@ -112,9 +112,10 @@ impl Api {
         let request = Request::builder().method(method).uri(target);
         let request = request.header(header::CONTENT_TYPE, "application/json-patch+json");
         let body = patch.map_or_else(Body::empty, |patch| patch.to_string().into_bytes().into());
-        let answer = timeout(ANSWER_TIMEOUT, async { read(self.send(request, body).await?, MAX_LINE).await });
-        let answer = answer.await.map_err(|_| ApiError::Timeout { after: ANSWER_TIMEOUT })??;
-        serde_json::from_slice(&answer).map_err(|source| ApiError::Malformed { source })
+        let response =
+            timeout(RESPONSE_TIMEOUT, async { read(self.send(request, body).await?, MAX_LINE).await });
+        let response = response.await.map_err(|_| ApiError::Timeout { after: RESPONSE_TIMEOUT })??;
+        serde_json::from_slice(&response).map_err(|source| ApiError::Malformed { source })
     }
 
     async fn get(&self, query: &[(&str, &str)]) -> Result<Body, ApiError> {
@@ -127,15 +128,15 @@ impl Api {
             .header(header::USER_AGENT, USER_AGENT)
             .body(body)
             .map_err(|source| ApiError::Client { source: Box::new(kube_client::Error::HttpError(source)) })?;
-        let answer = self.client.send(request).await;
-        let answer = answer.map_err(|source| ApiError::Unreachable { source: Box::new(source) })?;
-        if answer.status() == StatusCode::OK {
-            return Ok(answer.into_body());
+        let response = self.client.send(request).await;
+        let response = response.map_err(|source| ApiError::Unreachable { source: Box::new(source) })?;
+        if response.status() == StatusCode::OK {
+            return Ok(response.into_body());
         }
-        let code = answer.status().as_u16();
+        let code = response.status().as_u16();
         let header =
-            answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-        let body = read(answer.into_body(), MAX_LINE).await.unwrap_or_default();
+            response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        let body = read(response.into_body(), MAX_LINE).await.unwrap_or_default();
         let mut status: Status = serde_json::from_slice(&body)
             .unwrap_or_else(|_| Status::from_text(String::from_utf8_lossy(&body).into_owned()));
         status.code = code;

@@ -35,7 +35,7 @@ pub struct Cluster {
 
 impl Cluster {
     /// Starts, replaces or stops the watch according to `desired`. Must be called within a tokio runtime.
-    pub fn follow(&mut self, desired: Option<&ApiConfig>) {
+    pub fn set_api(&mut self, desired: Option<&ApiConfig>) {
         if self.watched.as_ref().map(|(desired, ..)| desired) == desired {
             return;
         }

@@ -34,12 +34,12 @@ pub struct Options {
     pub page: u32,
     /// Upper bound of the pages of a list. Must suffice for all pods of the largest clusters, because a server may
     /// ignore field selectors.
-    pub most_pages: usize,
+    pub max_pages: usize,
     /// Duration of a watch, after which the next one continues. Bounds the time for which a silently broken connection
     /// stays unnoticed.
     pub watch: Duration,
     /// Timeout for an answer of the server.
-    pub answer: Duration,
+    pub response_timeout: Duration,
     /// Backoff between attempts after an error.
     pub backoff: Backoff,
 }
@@ -51,9 +51,9 @@ impl Options {
         Self {
             node,
             page: 50,
-            most_pages: 10_000,
+            max_pages: 10_000,
             watch: Duration::from_mins(2),
-            answer: Duration::from_secs(30),
+            response_timeout: Duration::from_secs(30),
             backoff: Backoff::default(),
         }
     }
@@ -103,7 +103,7 @@ impl PodWatcher {
     pub fn start(access: Access, options: Options) -> Self {
         let (to_events, events) = mpsc::channel(64);
         let (to_state, state) = watch::channel(WatchState::new());
-        let follower = Reflector {
+        let reflector = Reflector {
             attempts: Attempts::new(options.backoff),
             access,
             options,
@@ -114,7 +114,7 @@ impl PodWatcher {
             state: to_state,
             last_logged: None,
         };
-        Self { events, state, task: tokio::spawn(follower.run()) }
+        Self { events, state, task: tokio::spawn(reflector.run()) }
     }
 
     /// Waits for the next event. Cancel safe.
@@ -173,7 +173,7 @@ struct Reflector {
 impl Reflector {
     async fn run(mut self) {
         loop {
-            let error = match self.follow().await {
+            let error = match self.list_and_watch().await {
                 Ok(()) => continue,
                 Err(StopReason::ReceiverDropped) => return,
                 Err(StopReason::Failed(error)) => error,
@@ -185,27 +185,27 @@ impl Reflector {
     }
 
     /// Lists all pods if necessary, then watches them until the server ends the watch.
-    async fn follow(&mut self) -> Result<(), StopReason> {
+    async fn list_and_watch(&mut self) -> Result<(), StopReason> {
         let api = match self.api.take() {
             Some(api) => api,
             None => Api::new(&self.access, &self.options.node).await?,
         };
-        let followed = self.follow_by(&api).await;
+        let result = self.list_and_watch_with(&api).await;
         self.api = Some(api);
-        followed
+        result
     }
 
-    async fn follow_by(&mut self, api: &Api) -> Result<(), StopReason> {
+    async fn list_and_watch_with(&mut self, api: &Api) -> Result<(), StopReason> {
         let version = match &self.version {
             Some(version) => version.clone(),
             None => self.relist(api).await?,
         };
         let start = Instant::now();
-        let answer = self.options.answer;
-        let lines = timeout(answer, api.watch(&version, self.options.watch)).await;
-        let mut lines = lines.map_err(|_| ApiError::Timeout { after: answer })??;
+        let response_timeout = self.options.response_timeout;
+        let lines = timeout(response_timeout, api.watch(&version, self.options.watch)).await;
+        let mut lines = lines.map_err(|_| ApiError::Timeout { after: response_timeout })??;
         self.connected();
-        let deadline = start + self.options.watch + answer;
+        let deadline = start + self.options.watch + response_timeout;
         let mut is_silent = true;
         loop {
             let Ok(event) = timeout_at(deadline, lines.next()).await else {
@@ -226,9 +226,11 @@ impl Reflector {
     async fn relist(&mut self, api: &Api) -> Result<String, StopReason> {
         let (mut pods, mut next, mut pages) = (Vec::new(), None::<String>, 0);
         let version = loop {
-            let answer = self.options.answer;
-            let page = timeout(answer, api.list(&self.list_since, self.options.page, next.as_deref())).await;
-            let page = page.map_err(|_| ApiError::Timeout { after: answer })?;
+            let response_timeout = self.options.response_timeout;
+            let page =
+                timeout(response_timeout, api.list(&self.list_since, self.options.page, next.as_deref()))
+                    .await;
+            let page = page.map_err(|_| ApiError::Timeout { after: response_timeout })?;
             if let Err(ApiError::Expired { .. }) = page {
                 self.list_since = ResourceVersionMatch::MostRecent;
             }
@@ -240,7 +242,7 @@ impl Reflector {
             if next.is_none() {
                 break version;
             }
-            if pods.len() > MAX_PODS || pages >= self.options.most_pages {
+            if pods.len() > MAX_PODS || pages >= self.options.max_pages {
                 return Err(ApiError::ListTooLong { pages, pods: pods.len() }.into());
             }
         };
@@ -299,8 +301,8 @@ impl Reflector {
         }
         let kind = error.kind();
         self.state.send_modify(|state| state.fail(kind, text.clone(), pause));
-        let is_usual = matches!(kind, ErrorKind::Expired | ErrorKind::Closed);
-        if is_usual || self.last_logged.as_ref() == Some(&text) {
+        let is_expected = matches!(kind, ErrorKind::Expired | ErrorKind::Closed);
+        if is_expected || self.last_logged.as_ref() == Some(&text) {
             log::debug!("{text}");
         } else {
             log::warn!("pod watch failed, keeping existing exemptions: {text}");

@@ -125,10 +125,10 @@ impl SenderResolver {
     pub async fn inhabited(&self, netlink: &Netlink) -> BTreeSet<i32> {
         let mut ids = BTreeSet::new();
         let mounts = |process: &Path| fs::metadata(process.join("ns/mnt")).ok().map(|file| file.ino());
-        let of_node = mounts(&Path::new(PROC).join("1"));
+        let node_diagnostics = mounts(&Path::new(PROC).join("1"));
         let is_container = |file: &PathBuf| {
             let process = file.parent().and_then(Path::parent);
-            process.and_then(mounts).is_some_and(|inode| Some(inode) != of_node)
+            process.and_then(mounts).is_some_and(|inode| Some(inode) != node_diagnostics)
         };
         for namespace in self.namespaces_of(process_namespaces().filter(is_container)) {
             ids.extend(netlink.netns_id(&namespace.file).await.ok().flatten());

@@ -33,7 +33,7 @@ pub(super) struct CgroupUnits {
 }
 
 /// A cgroup that was found and not searched yet.
-struct Found {
+struct QueuedCgroup {
     path: PathBuf,
     /// Unit of the cgroup above, if it belongs to one.
     unit: Option<Rc<[u8]>>,
@@ -50,18 +50,18 @@ impl CgroupUnits {
     pub(super) fn unit(&mut self, id: u64) -> Rc<[u8]> {
         if id != 0 && !self.units.contains_key(&id) && self.next_search <= Instant::now() {
             let start = thread_cpu_time();
-            self.search();
+            self.scan();
             let used = thread_cpu_time().saturating_sub(start);
             self.next_search = Instant::now() + (used * PAUSE).max(Duration::from_millis(10));
         }
         self.units.get(&id).cloned().unwrap_or_default()
     }
 
-    fn search(&mut self) {
+    fn scan(&mut self) {
         self.units.clear();
         let Some(root) = cgroup::root().ok().flatten() else { return };
-        let mut found = vec![Found { path: root.clone(), unit: None, depth: 0 }];
-        while let Some(Found { path, unit, depth }) = found.pop() {
+        let mut found = vec![QueuedCgroup { path: root.clone(), unit: None, depth: 0 }];
+        while let Some(QueuedCgroup { path, unit, depth }) = found.pop() {
             // An error means that the cgroup was removed.
             let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
             let below = path.strip_prefix(&root).unwrap_or(&path);
@@ -75,7 +75,11 @@ impl CgroupUnits {
             // Two links without a cgroup below, one more for each (kernfs).
             if metadata.nlink() > 2 && depth < MAX_DEPTH {
                 let children = cgroup::children(&path).unwrap_or_default().into_iter();
-                found.extend(children.map(|path| Found { path, unit: unit.clone(), depth: depth + 1 }));
+                found.extend(children.map(|path| QueuedCgroup {
+                    path,
+                    unit: unit.clone(),
+                    depth: depth + 1,
+                }));
             }
         }
     }

@@ -28,18 +28,12 @@ use thiserror::Error;
 
 use super::{cgroup_units::CgroupUnits, totals::Totals, unresolved::Unresolved};
 use crate::{
-    config::endpoint_set::unpadded,
     datapath::{
-        maps::{
-            config_record::{nanoseconds, padded, padded_bytes},
-            counters::Count,
-            denial_records::Denials,
-            pod_names::Names,
-            recent_events::Recent,
-        },
+        maps::{counters::Count, denial_records::Denials, pod_names::Names, recent_events::Recent},
         object::{self, ObjectError},
         pin::dir::{PinDir, PinError},
     },
+    encode::{bytes_field, field_text, nanoseconds, text_field},
     kube::pod_ref::PodRef,
     node::{
         link::{self, VERIFY_PREFIX},
@@ -180,13 +174,13 @@ impl Collector {
             bytes: 0,
             first: now,
             last: now,
-            namespace: padded(pod.map_or("", |pod| &pod.namespace)),
-            service_account: padded(pod.map_or("", |pod| &pod.service_account)),
-            label: padded(pod.and_then(|pod| pod.label.as_deref()).unwrap_or_default()),
-            pod: padded(""),
-            interface: padded(interface),
-            comm: padded(""),
-            cgroup: padded_bytes(&unit),
+            namespace: text_field(pod.map_or("", |pod| &pod.namespace)),
+            service_account: text_field(pod.map_or("", |pod| &pod.service_account)),
+            label: text_field(pod.and_then(|pod| pod.label.as_deref()).unwrap_or_default()),
+            pod: text_field(""),
+            interface: text_field(interface),
+            comm: text_field(""),
+            cgroup: bytes_field(&unit),
         });
         let packets = event.suppressed.saturating_add(1);
         record.count = record.count.saturating_add(packets);
@@ -196,12 +190,12 @@ impl Collector {
         if event.comm != [0; _] {
             record.comm = event.comm;
         }
-        record.pod = padded(pod.map_or("", |pod| &pod.pod));
-        self.denials.put(&key, &record)?;
+        record.pod = text_field(pod.map_or("", |pod| &pod.pod));
+        self.denials.insert(&key, &record)?;
         if pod.is_none() {
             self.note_unresolved(key, event, &unit);
         }
-        let namespace = unpadded(&record.namespace);
+        let namespace = field_text(&record.namespace);
         self.totals.borrow_mut().add(&namespace, &key, Count { packets, bytes: event.bytes });
         Ok(())
     }
@@ -226,10 +220,10 @@ impl Collector {
                 count: 0,
                 bytes: 0,
                 last: 0,
-                namespace: padded(&pod.namespace),
-                service_account: padded(&pod.service_account),
-                label: padded(pod.label.as_deref().unwrap_or_default()),
-                cgroup: padded(""),
+                namespace: text_field(&pod.namespace),
+                service_account: text_field(&pod.service_account),
+                label: text_field(pod.label.as_deref().unwrap_or_default()),
+                cgroup: text_field(""),
                 ..earlier
             });
             record.count = record.count.saturating_add(earlier.count);
@@ -237,11 +231,11 @@ impl Collector {
             record.first = record.first.min(earlier.first);
             if earlier.last >= record.last {
                 record.last = earlier.last;
-                record.pod = padded(&pod.pod);
+                record.pod = text_field(&pod.pod);
             }
             // Removed first, because the insertion into a full map evicts other records.
             self.denials.remove(&key)?;
-            self.denials.put(&of_pod, &record)?;
+            self.denials.insert(&of_pod, &record)?;
             let count = Count { packets: earlier.count, bytes: earlier.bytes };
             self.totals.borrow_mut().record_merge(&pod.namespace, &key, count);
         }

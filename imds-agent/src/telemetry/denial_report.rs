@@ -19,12 +19,12 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    config::endpoint_set::{Endpoint, plain, raw},
-    datapath::maps::config_record::{text, timestamp},
+    config::endpoint_set::Endpoint,
+    encode::{field_text, ip_address, nonempty_text, raw_field_text, timestamp},
     node::{kubepods, netns},
 };
 
-/// Schema version of the JSON output. Fields are only added while it stays the same.
+/// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
 /// Maximum length of a rule's name in characters.
 const MAX_NAME: usize = 63;
@@ -32,7 +32,7 @@ const MAX_NAME: usize = 63;
 /// Report that `imds-agent report` prints.
 #[derive(Clone, Debug, Serialize)]
 pub struct DenialReport {
-    /// Schema version. Fields are only added while it stays the same.
+    /// Schema version. Removed and changed fields increase it.
     pub schema: u32,
     /// Directory of the pinned maps, programs and links.
     pub pin_dir: PathBuf,
@@ -98,7 +98,7 @@ impl DenialReport {
     ) -> Self {
         let mut merged: BTreeMap<(DenialSubject, IpAddr, u32), Denial> = BTreeMap::new();
         for (key, record) in records {
-            let (sender, address) = (DenialSubject::of(record), plain(key.address));
+            let (sender, address) = (DenialSubject::from_record(record), ip_address(key.address));
             let (first, last) = (timestamp(record.first), timestamp(record.last));
             let named = protected.iter().find(|endpoint| endpoint.address == address);
             let verdict =
@@ -121,7 +121,7 @@ impl DenialReport {
             denial.first = denial.first.min(first);
             if last >= denial.last {
                 denial.last = last;
-                denial.pod = unless_empty(&record.pod);
+                denial.pod = nonempty_text(&record.pod);
             }
         }
         let mut denials: Vec<_> = merged.into_values().collect();
@@ -161,17 +161,17 @@ impl DenialReport {
 }
 
 impl DenialSubject {
-    fn of(record: &DenialRecord) -> Self {
+    fn from_record(record: &DenialRecord) -> Self {
         let names: [&[u8]; 5] =
             [&record.namespace, &record.service_account, &record.label, &record.interface, &record.cgroup];
         Self {
-            is_escaped: names.iter().any(|name| raw(name) != Some(&text(name))),
-            namespace: unless_empty(&record.namespace),
-            service_account: unless_empty(&record.service_account),
-            label: unless_empty(&record.label),
-            interface: unless_empty(&record.interface).filter(|_| record.namespace[0] == 0),
-            comm: unless_empty(&record.comm).filter(|_| record.namespace[0] == 0),
-            cgroup: unless_empty(&record.cgroup),
+            is_escaped: names.iter().any(|name| raw_field_text(name) != Some(&field_text(name))),
+            namespace: nonempty_text(&record.namespace),
+            service_account: nonempty_text(&record.service_account),
+            label: nonempty_text(&record.label),
+            interface: nonempty_text(&record.interface).filter(|_| record.namespace[0] == 0),
+            comm: nonempty_text(&record.comm).filter(|_| record.namespace[0] == 0),
+            cgroup: nonempty_text(&record.cgroup),
         }
     }
 
@@ -269,8 +269,4 @@ fn rules(denials: &[Denial], pods: &BTreeSet<String>) -> String {
         );
     }
     text
-}
-
-fn unless_empty(padded: &[u8]) -> Option<String> {
-    Some(text(padded)).filter(|text| !text.is_empty())
 }

@@ -10,7 +10,7 @@ use crate::{escape::escape, kube::pod_ref::PodRef};
 
 /// An event, resolved for users. Later versions only add fields to the JSON form.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
-pub struct Record {
+pub struct EventRecord {
     /// Wall-clock time of the event.
     pub time: Timestamp,
     /// Hook that gave the verdict.
@@ -51,7 +51,7 @@ pub struct Record {
     pub bytes: u64,
 }
 
-impl Record {
+impl EventRecord {
     /// Converts an event. `booted` is the wall-clock time of boot, `interface` returns the name of an interface, and `pod` is
     /// the pod of the sender.
     #[must_use]
@@ -108,7 +108,7 @@ pub fn wall_time(event: &Event, booted: Timestamp) -> Timestamp {
 /// Returns the name of the calling thread; empty for packets.
 #[must_use]
 pub fn comm(event: &Event) -> String {
-    crate::config::endpoint_set::unpadded(&event.comm)
+    crate::encode::field_text(&event.comm)
 }
 
 /// Returns the index of the interface through which a packet entered the node; 0 if it entered through none.
@@ -134,7 +134,7 @@ pub fn senders(event: &Event) -> impl Iterator<Item = Subject> {
     .map(|(kind, id)| Subject::new(kind, id))
 }
 
-impl fmt::Display for Record {
+impl fmt::Display for EventRecord {
     /// Formats one line: `2026-11-23T15:04:05.123Z denied from_pod veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.3} {:7} {:11} ", self.time, self.verdict, self.hook)?;
@@ -226,7 +226,8 @@ mod tests {
             protocol: 6,
             ..Event::default()
         };
-        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |index| Some(format!("veth{index}")), None);
+        let record =
+            EventRecord::new(&event, Timestamp::UNIX_EPOCH, |index| Some(format!("veth{index}")), None);
         assert_eq!(
             record.to_string(),
             "1970-01-01T00:00:01.500Z denied  from_pod    veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, 41 more \
@@ -248,7 +249,7 @@ mod tests {
             ..Event::default()
         };
         event.comm[..4].copy_from_slice(b"curl");
-        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |_| None, None);
+        let record = EventRecord::new(&event, Timestamp::UNIX_EPOCH, |_| None, None);
         assert_eq!(
             record.to_string(),
             "1970-01-01T00:00:00.000Z audited socket      curl (pid 1234) -> [fd00:ec2::254]:80 udp"

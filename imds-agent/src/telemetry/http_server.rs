@@ -87,7 +87,7 @@ struct AppState {
     progress: Arc<Mutex<Progress>>,
     events: Rc<EventStats>,
     /// Time without progress after which the agent is not healthy.
-    patience: Duration,
+    liveness_timeout: Duration,
 }
 
 impl Server {
@@ -100,42 +100,42 @@ impl Server {
         events: Rc<EventStats>,
         period: Duration,
     ) -> Self {
-        let patience = period * 3 + Duration::from_secs(10);
+        let liveness_timeout = period * 3 + Duration::from_secs(10);
         Self {
             configured: Vec::new(),
             listening: Vec::new(),
             failed: Vec::new(),
             connections: Vec::new(),
             paused_until: None,
-            state: Rc::new(AppState { pins, netlink, progress, events, patience }),
+            state: Rc::new(AppState { pins, netlink, progress, events, liveness_timeout }),
         }
     }
 
     /// Replaces the addresses on which the server listens.
-    pub(super) fn listen(&mut self, places: &[Listen]) {
-        places.clone_into(&mut self.configured);
-        self.listening.retain(|socket| places.contains(&socket.place));
-        self.failed.retain(|place| places.contains(place));
+    pub(super) fn listen(&mut self, addresses: &[Listen]) {
+        addresses.clone_into(&mut self.configured);
+        self.listening.retain(|socket| addresses.contains(&socket.address));
+        self.failed.retain(|address| addresses.contains(address));
         self.retry();
     }
 
     /// Retries the addresses that could not be bound.
     pub(super) fn retry(&mut self) {
-        for place in &self.configured {
-            if self.listening.iter().any(|socket| socket.place == *place) {
+        for address in &self.configured {
+            if self.listening.iter().any(|socket| socket.address == *address) {
                 continue;
             }
-            match Socket::bind(place) {
+            match Socket::bind(address) {
                 Ok(socket) => {
-                    log::info!("serving metrics and health at {place}");
+                    log::info!("serving metrics and health at {address}");
                     self.listening.push(socket);
-                    self.failed.retain(|failed| failed != place);
+                    self.failed.retain(|failed| failed != address);
                 }
-                Err(error) if !self.failed.contains(place) => {
+                Err(error) if !self.failed.contains(address) => {
                     log::error!(
-                        "failed to serve metrics and health at {place} (metrics.listen), retrying at each resync: {error}"
+                        "failed to serve metrics and health at {address} (metrics.listen), retrying at each resync: {error}"
                     );
-                    self.failed.push(place.clone());
+                    self.failed.push(address.clone());
                 }
                 Err(_) => {}
             }
@@ -214,7 +214,7 @@ async fn accept(sockets: &[Socket]) -> io::Result<Stream> {
 
 /// Listening socket with its address.
 struct Socket {
-    place: Listen,
+    address: Listen,
     listener: Listener,
 }
 
@@ -229,8 +229,8 @@ enum Stream {
 }
 
 impl Socket {
-    fn bind(place: &Listen) -> io::Result<Self> {
-        let listener = match place {
+    fn bind(address: &Listen) -> io::Result<Self> {
+        let listener = match address {
             Listen::Tcp(address) => {
                 let listener = std::net::TcpListener::bind(address)?;
                 listener.set_nonblocking(true)?;
@@ -238,7 +238,7 @@ impl Socket {
             }
             Listen::Unix(path) => Listener::Unix(bind_unix(path)?),
         };
-        Ok(Self { place: place.clone(), listener })
+        Ok(Self { address: address.clone(), listener })
     }
 
     fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Stream>> {
@@ -255,7 +255,7 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if let Listen::Unix(path) = &self.place
+        if let Listen::Unix(path) = &self.address
             && let Err(error) = fs::remove_file(path)
         {
             log::debug!("failed to remove {}: {error}", path.display());
@@ -265,7 +265,7 @@ impl Drop for Socket {
 
 /// Binds a Unix socket. Replaces a socket file without a listener, as a killed agent leaves it.
 fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
-    if is_abandoned(path) {
+    if is_stale_socket(path) {
         fs::remove_file(path)?;
     }
     let listener = UnixListener::bind(path)?;
@@ -273,7 +273,7 @@ fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-fn is_abandoned(path: &Path) -> bool {
+fn is_stale_socket(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
         && std::os::unix::net::UnixStream::connect(path)
             .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
@@ -282,10 +282,10 @@ fn is_abandoned(path: &Path) -> bool {
 impl Stream {
     fn serve(self, state: Rc<AppState>) -> Connection {
         let (since, has_asked) = (Instant::now(), Rc::default());
-        let of_work = Rc::clone(&has_asked);
+        let asked_in_task = Rc::clone(&has_asked);
         let work: Pin<Box<dyn Future<Output = ()>>> = match self {
-            Self::Tcp(stream) => Box::pin(serve(stream, state, of_work)),
-            Self::Unix(stream) => Box::pin(serve(stream, state, of_work)),
+            Self::Tcp(stream) => Box::pin(serve(stream, state, asked_in_task)),
+            Self::Unix(stream) => Box::pin(serve(stream, state, asked_in_task)),
         };
         Connection { work, since, has_asked }
     }
@@ -329,7 +329,7 @@ impl AppState {
     /// Answers `/healthz`: 200 while the reconciler makes progress.
     fn health(&self) -> Response<Full<Bytes>> {
         let idle = self.progress().reported.elapsed();
-        if idle <= self.patience {
+        if idle <= self.liveness_timeout {
             return text(StatusCode::OK, "ok");
         }
         text(StatusCode::SERVICE_UNAVAILABLE, &format!("no progress for {} s", idle.as_secs()))

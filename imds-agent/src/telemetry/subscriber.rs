@@ -34,7 +34,7 @@ impl EventSubscriber {
     /// Opens a reader that starts with the first unread event of the pin directory.
     pub fn open(pins: PinDir) -> Result<Self, CollectorError> {
         let recent = Recent::open(&pins)?;
-        let position = recent.shown()?;
+        let position = recent.last_printed()?;
         let collector = Collector::open(&pins)?;
         Ok(Self { pins, recent, collector, position, missed: None, marks: true })
     }
@@ -61,7 +61,7 @@ impl EventSubscriber {
         self.missed = Some(self.missed.map_or(0, |_| missed));
         self.position = last;
         if self.marks {
-            self.recent.set_shown(last)?;
+            self.recent.set_last_printed(last)?;
         }
         Ok(events)
     }

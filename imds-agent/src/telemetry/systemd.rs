@@ -20,9 +20,9 @@ impl Systemd {
     /// Connects to the service manager that `NOTIFY_SOCKET` and `WATCHDOG_USEC` name.
     #[must_use]
     pub fn from_env() -> Self {
-        let watchdog = sd_notify::watchdog_enabled().map(|patience| {
+        let watchdog = sd_notify::watchdog_enabled().map(|timeout| {
             // Half of the timeout, as sd_watchdog_enabled(3) advises.
-            let mut watchdog = interval((patience / 2).max(Duration::from_millis(1)));
+            let mut watchdog = interval((timeout / 2).max(Duration::from_millis(1)));
             watchdog.set_missed_tick_behavior(MissedTickBehavior::Delay);
             watchdog
         });

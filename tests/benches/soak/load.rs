@@ -26,7 +26,7 @@ use imds_tests::{
 
 const NODE: &str = "node-0";
 /// Number of short-lived pods at a time, besides the flooding ones.
-const LIVING: usize = 20;
+const RUNNING_PODS: usize = 20;
 const BETWEEN_PODS: Duration = Duration::from_millis(400);
 const BETWEEN_CONFIGURATIONS: Duration = Duration::from_secs(4);
 const BETWEEN_SCRAPES: Duration = Duration::from_secs(1);
@@ -129,13 +129,13 @@ struct Tenant {
 pub(crate) struct Load<'c> {
     cluster: &'c Cluster<'c>,
     flooders: &'c [Pod; 2],
-    is_over: AtomicBool,
+    is_stopped: AtomicBool,
     failed_scrapes: AtomicU64,
 }
 
 impl<'c> Load<'c> {
     pub(crate) fn new(cluster: &'c Cluster<'c>, flooders: &'c [Pod; 2]) -> Self {
-        Self { cluster, flooders, is_over: AtomicBool::new(false), failed_scrapes: AtomicU64::new(0) }
+        Self { cluster, flooders, is_stopped: AtomicBool::new(false), failed_scrapes: AtomicU64::new(0) }
     }
 
     /// Starts the load in the background. [`Self::stop`] ends it.
@@ -147,7 +147,7 @@ impl<'c> Load<'c> {
     }
 
     pub(crate) fn stop(&self) {
-        self.is_over.store(true, Ordering::Relaxed);
+        self.is_stopped.store(true, Ordering::Relaxed);
     }
 
     /// Returns the number of pods created so far, for all agents.
@@ -171,11 +171,11 @@ impl<'c> Load<'c> {
     }
 
     fn goes_on(&self) -> bool {
-        !self.is_over.load(Ordering::Relaxed)
+        !self.is_stopped.load(Ordering::Relaxed)
     }
 
     fn come_and_go(&self) {
-        let (cluster, mut living) = (self.cluster, VecDeque::new());
+        let (cluster, mut running_pods) = (self.cluster, VecDeque::new());
         for number in (0..).take_while(|_| self.goes_on()) {
             let tenant = cluster.add_pod(number);
             // One request with a socket in the cgroup of the socket hook, one with a socket outside.
@@ -184,9 +184,9 @@ impl<'c> Load<'c> {
             if number % 8 == 4 {
                 cluster.tell(&tenant, false);
             }
-            living.push_back((tenant, number));
-            if living.len() > LIVING
-                && let Some((oldest, number)) = living.pop_front()
+            running_pods.push_back((tenant, number));
+            if running_pods.len() > RUNNING_PODS
+                && let Some((oldest, number)) = running_pods.pop_front()
             {
                 udp_echo(&oldest.pod.netns, METADATA, Duration::from_millis(20));
                 cluster.remove(oldest, number);
@@ -197,7 +197,7 @@ impl<'c> Load<'c> {
             }
             sleep(BETWEEN_PODS);
         }
-        for (tenant, number) in living {
+        for (tenant, number) in running_pods {
             cluster.remove(tenant, number);
         }
     }

@@ -52,7 +52,7 @@ struct Measured {
 }
 
 impl Measured {
-    fn of(values: &[u64]) -> Self {
+    fn from_values(values: &[u64]) -> Self {
         Self { median: median(values).unwrap_or_default(), growth: growth(values) }
     }
 
@@ -75,8 +75,8 @@ impl Outcome {
     pub(crate) fn add(&mut self, rows: &[Row], last: &Row, received: (u64, u64), objects: BTreeSet<Object>) {
         let all = |get: fn(&Row) -> u64| rows.iter().map(get).collect::<Vec<_>>();
         self.agents.push(Usage {
-            memory: Measured::of(&all(|row| row.anonymous)),
-            descriptors: Measured::of(&all(|row| row.descriptors)),
+            memory: Measured::from_values(&all(|row| row.anonymous)),
+            descriptors: Measured::from_values(&all(|row| row.descriptors)),
             reloads: last.reloads,
             rejected: last.rejected,
             failed_scrapes: last.failed_scrapes,

@@ -71,20 +71,22 @@ impl Costs {
         self.0.push((restriction, traffic, cost));
     }
 
-    fn of(&self, restriction: Restriction, traffic: Traffic) -> impl Iterator<Item = f64> {
+    fn samples(&self, restriction: Restriction, traffic: Traffic) -> impl Iterator<Item = f64> {
         let is_wanted =
             move |(of, with, _): &&(Restriction, Traffic, f64)| (*of, *with) == (restriction, traffic);
         self.0.iter().filter(is_wanted).map(|(.., cost)| *cost)
     }
 
     fn median(&self, restriction: Restriction, traffic: Traffic) -> f64 {
-        Samples::new(self.of(restriction, traffic)).median()
+        Samples::new(self.samples(restriction, traffic)).median()
     }
 
     /// Returns the cost as a multiple of another alternative's cost, for each round.
     fn ratio(&self, restriction: Restriction, to: Restriction, traffic: Traffic) -> Samples {
         Samples::new(
-            self.of(restriction, traffic).zip(self.of(to, traffic)).map(|(cost, other)| cost / other),
+            self.samples(restriction, traffic)
+                .zip(self.samples(to, traffic))
+                .map(|(cost, other)| cost / other),
         )
     }
 
@@ -97,7 +99,7 @@ impl Costs {
             .into_iter()
             .filter(|&restriction| traffic.is_possible(restriction))
             .map(|restriction| {
-                let cost = Samples::new(self.of(restriction, traffic));
+                let cost = Samples::new(self.samples(restriction, traffic));
                 let spread = format!("{:.0} to {:.0}", cost.quantile(25), cost.quantile(75));
                 let mut row = vec![restriction.name().to_owned(), format!("{:.0} ns", cost.median()), spread];
                 row.extend(baselines.iter().map(|&baseline| {

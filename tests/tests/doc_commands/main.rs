@@ -15,7 +15,7 @@ mod xtask_cli;
 
 use std::{collections::BTreeSet, fs};
 
-use imds_tests::{TestEnv, WHOLE_TEST, promql::asked, skip};
+use imds_tests::{TestEnv, WHOLE_TEST, promql::names_in, skip};
 
 use agent_cli::Parsed;
 use commands::{Content, Documented, commands_in_text, content, documents, simple_commands};
@@ -215,7 +215,8 @@ fn check_demo(block: &Block) -> Result<(), String> {
 /// Checks that the document describes each metric of a query.
 fn check_expression(document: &Document, expression: &str) -> Result<(), String> {
     let described = |metric: &String| document.spans.iter().any(|span| span.text == *metric);
-    let unknown: Vec<_> = asked(expression).metrics.into_iter().filter(|metric| !described(metric)).collect();
+    let unknown: Vec<_> =
+        names_in(expression).metrics.into_iter().filter(|metric| !described(metric)).collect();
     if unknown.is_empty() {
         Ok(())
     } else {

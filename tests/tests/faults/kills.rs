@@ -15,7 +15,7 @@ use super::{Case, LINKS, Random};
 /// Maximum number of pods at a time besides those that stay.
 const CROWD: usize = 8;
 /// Number of addresses that an environment has for pods.
-const MOST: u32 = 240;
+const MAX_KILLS: u32 = 240;
 
 /// Returns a configuration that denies the same traffic, with random settings and up to 200 additional endpoints.
 fn configuration(random: &mut Random) -> String {
@@ -75,7 +75,7 @@ fn killed_during_start_and_reload_clsact() {
 /// and the number of all pods.
 fn come_and_go(env: &TestEnv, mut random: Random, stop: &StopFlag) -> (Vec<Pod>, u32) {
     let (mut pods, mut came) = (Vec::new(), 0);
-    while came < MOST && !stop.is_set() {
+    while came < MAX_KILLS && !stop.is_set() {
         if pods.is_empty() || (pods.len() < CROWD && random.below(3) > 0) {
             let pod = env.add_pod(*random.of(&LINKS));
             let syns: Vec<_> = (1..100_u16)

@@ -155,7 +155,7 @@ struct Ring {
 }
 
 impl Ring {
-    fn of(case: &Case) -> Self {
+    fn new(case: &Case) -> Self {
         let map = open(case, "imds_events");
         let page = usize::try_from(sysconf(SysconfVar::PAGE_SIZE).unwrap().unwrap()).unwrap();
         let pages = [0, page].map(|offset| {
@@ -185,7 +185,7 @@ fn unread_events() {
     let agent = case.agent().resync(1).spawn_ready();
     case.under_flood(|| {
         signal(agent.pid(), Signal::SIGSTOP);
-        let ring = Ring::of(&case);
+        let ring = Ring::new(&case);
         let flood = Flood::udp_of_all(&crowd, METADATA);
         poll_until(LONG * 12, "a full ring buffer", || ring.is_full().then_some(()));
         let denied = case.env.status().total.denied.packets;

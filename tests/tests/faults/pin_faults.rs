@@ -12,7 +12,7 @@ use std::{
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AttachMode, Pod, PodLink, Status, TestEnv,
-    foreign_bpf::{ForeignProgram, TC_ACT_OK, pin_object_over, pin_over},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK, pin_object_over, replace_pin},
     hook,
     http::{DEFAULT, try_get},
     output,
@@ -268,7 +268,7 @@ impl Others {
                 fs::remove_file(pin).unwrap();
                 symlink(other, pin).unwrap();
             }
-            _ => pin_over(other, pin),
+            _ => replace_pin(other, pin),
         }
     }
 }

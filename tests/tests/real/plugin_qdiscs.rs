@@ -5,7 +5,7 @@ use std::time::Duration;
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AttachMode, METADATA, Pod, PodLink, TestEnv,
-    doctor::{assert_has, examine, one},
+    doctor::{assert_has, doctor_report, one},
     hook::{self, qdisc_kinds},
     poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, udp_echo},
@@ -84,7 +84,7 @@ fn doctor_names_the_ingress_qdisc_of_the_uplink() {
     for interface in [uplink, &pod.host_ifname] {
         run(&env.node, &format!("tc qdisc add dev {interface} ingress"));
     }
-    let check = || one(&examine(&env), "tc_qdiscs").clone();
+    let check = || one(&doctor_report(&env), "tc_qdiscs").clone();
     assert_eq!(check()["state"], if hook::has_tcx() { "ok" } else { "degraded" }, "before the agent");
     let agent = env.agent().backend(AttachMode::Clsact).hooks(&["from_pod", "node_egress"]).resync(1).spawn();
     env.status_when("node_egress is not enforced", |status| {
@@ -112,7 +112,7 @@ fn doctor_names_a_shared_filter_block() {
     run(&env.node, &format!("tc qdisc add dev {} ingress_block 22 clsact", pod.host_ifname));
     let agent = env.agent().backend(AttachMode::Clsact).hooks(&["from_pod"]).resync(1).spawn();
     env.status_when("from_pod is not enforced", |status| status.agent.ready && !status.problems.is_empty());
-    let named = one(&examine(&env), "tc_qdiscs").clone();
+    let named = one(&doctor_report(&env), "tc_qdiscs").clone();
     assert_eq!(named["state"], "degraded", "{named:#}");
     assert_has(&named, "observed", "shared filter block 22");
     let remedy = format!("tc qdisc delete dev {} clsact", pod.host_ifname);

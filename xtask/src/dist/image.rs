@@ -1,13 +1,13 @@
 //! The command `cargo xtask image`.
 
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
 use super::build_binary;
 use crate::{
     setup::{self, Purpose},
-    workspace::{execute, root, say},
+    workspace::{execute, print_status, root},
 };
 
 /// Build the container image from the static binary, with podman
@@ -19,14 +19,14 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         setup::ensure(Purpose::Image)?;
         let dir = build_binary()?;
         let mut podman = Command::new("podman");
         podman.args(["build", "--network", "none", "--timestamp", "0", "--tag", &self.tag, "--file"]);
         podman.arg(root().join("deploy/image/Containerfile")).arg(&dir);
         execute(&mut podman).context("failed to build the image")?;
-        say(format_args!("built the image {}", self.tag));
-        Ok(ExitCode::SUCCESS)
+        print_status(format_args!("built the image {}", self.tag));
+        Ok(())
     }
 }

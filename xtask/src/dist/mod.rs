@@ -7,7 +7,7 @@ mod sbom;
 use std::{
     env, fs,
     path::{Path, PathBuf},
-    process::{Command, ExitCode},
+    process::Command,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     build,
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute, root, say},
+    workspace::{artifacts, cargo, execute, print_status, root},
 };
 
 pub(crate) use image::Image;
@@ -39,16 +39,16 @@ pub(crate) struct Dist {
 }
 
 impl Dist {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         setup::ensure(if self.binary { Purpose::Build } else { Purpose::Dist })?;
         let dir = if self.binary { build_binary()? } else { build()? };
         if self.check {
             check(&dir)?;
         }
-        let sums = sum_up(&dir)?;
-        say(format_args!("artifacts in {}:", dir.display()));
+        let sums = write_checksums(&dir)?;
+        print_status(format_args!("artifacts in {}:", dir.display()));
         eprint!("{sums}");
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 }
 
@@ -76,7 +76,7 @@ fn build_binary() -> Result<PathBuf> {
     let binary = dir.join("imds-agent");
     fs::copy(&built, &binary).with_context(|| format!("failed to copy {}", built.display()))?;
     check_binary(&binary)?;
-    let sbom = sbom::of_agent(&triple()?, &sha256(&binary)?)?;
+    let sbom = sbom::agent_sbom(&triple()?, &sha256(&binary)?)?;
     let path = dir.join("imds-agent.cdx.json");
     fs::write(&path, sbom).with_context(|| format!("failed to write {}", path.display()))?;
     Ok(dir)
@@ -135,7 +135,7 @@ fn check(dir: &Path) -> Result<()> {
     let second = compile(&again.join("elsewhere"), &again.join("built"))?;
     let (first, second) = (sha256(&dir.join("imds-agent"))?, sha256(&second)?);
     ensure!(first == second, "two builds differ: {first} and {second}");
-    say(format_args!("two builds in different directories are identical: {first}"));
+    print_status(format_args!("two builds in different directories are identical: {first}"));
     let _ = fs::remove_dir_all(&again);
     Ok(())
 }
@@ -155,7 +155,7 @@ fn manual(dir: &Path) -> Result<()> {
 }
 
 /// Writes the checksums of every file of `dir` in the format of sha256sum(1), and returns them.
-fn sum_up(dir: &Path) -> Result<String> {
+fn write_checksums(dir: &Path) -> Result<String> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir)? {
         let entry = entry?;

@@ -69,7 +69,7 @@ struct Locked {
 }
 
 /// Returns the SBOM of the agent for the target `triple`. `sha256` is the checksum of the binary.
-pub(super) fn of_agent(triple: &str, sha256: &str) -> Result<String> {
+pub(super) fn agent_sbom(triple: &str, sha256: &str) -> Result<String> {
     let mut metadata = cargo("metadata");
     metadata.args(["--format-version", "1", "--locked", "--filter-platform", triple]).current_dir(root());
     let output = metadata.output().context("failed to start cargo metadata")?;

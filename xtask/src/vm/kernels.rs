@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
 use super::archive::Archive;
-use crate::{cache, workspace::say};
+use crate::{cache, workspace::print_status};
 
 /// A kernel series that is tested.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, ValueEnum)]
@@ -107,7 +107,7 @@ impl Kernel {
 }
 
 fn download(line: Line, dir: &Path) -> Result<()> {
-    say(format_args!("downloading kernel {line}"));
+    print_status(format_args!("downloading kernel {line}"));
     cache::make(dir, |root, staging| {
         let suite = line.suite().context("no Debian suite has this kernel")?;
         let archive = Archive::open(&staging.join("apt"), suite)?;

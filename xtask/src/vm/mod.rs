@@ -28,13 +28,13 @@ use anyhow::{Context as _, Result, bail};
 use crate::{
     cache,
     setup::{self, Purpose},
-    workspace::{artifacts, say},
+    workspace::{artifacts, print_status},
 };
 use console::Guest;
 use kernels::{Kernel, Line};
 use payload::Payload;
 use plan::Plan;
-use qemu_machine::{End, Machine};
+use qemu_machine::{Machine, MachineEnd};
 use tools::Tools;
 use vm_report::Row;
 
@@ -160,20 +160,20 @@ impl Vm {
         let mut count = 0;
         let ended = |name: &str| {
             count += 1;
-            say(format_args!("kernel {line}: {name} ended, {count} of {}", plan.tests.len()));
+            print_status(format_args!("kernel {line}: {name} ended, {count} of {}", plan.tests.len()));
         };
         let end = if let Some(kernel) = kernel {
             let initramfs = results.join(format!("kernel-{line}.cpio"));
             self.emulate(kernel, plan, tools, &log, &initramfs, ended)?
         } else {
-            say(format_args!("this machine's kernel starts; its console is {}", log.display()));
+            print_status(format_args!("this machine's kernel starts; its console is {}", log.display()));
             host::run(plan, &log, ended)?;
-            End::ByItself
+            MachineEnd::ByItself
         };
         let console = fs::read(&log).with_context(|| format!("failed to read {}", log.display()))?;
         let guest = Guest::from_console(&String::from_utf8_lossy(&console));
         let row = Row::new(line, guest, plan.names(), end, start.elapsed());
-        say(format_args!("kernel {line}: {row}"));
+        print_status(format_args!("kernel {line}: {row}"));
         Ok(row)
     }
 
@@ -185,11 +185,15 @@ impl Vm {
         log: &Path,
         initramfs: &Path,
         mut ended: impl FnMut(&str),
-    ) -> Result<End> {
+    ) -> Result<MachineEnd> {
         let line = kernel.line;
         let archive = initramfs::archive(tools, kernel, plan)?;
         fs::write(initramfs, archive).with_context(|| format!("failed to write {}", initramfs.display()))?;
-        say(format_args!("kernel {line} ({}) starts; its console is {}", kernel.release, log.display()));
+        print_status(format_args!(
+            "kernel {line} ({}) starts; its console is {}",
+            kernel.release,
+            log.display()
+        ));
         let machine = Machine {
             kernel: &kernel.vmlinuz,
             initramfs,
@@ -199,7 +203,7 @@ impl Vm {
         };
         machine.run(tools, |console| {
             if console.starts_with("@kernel ") {
-                say(format_args!("kernel {line} has started"));
+                print_status(format_args!("kernel {line} has started"));
             } else if let Some(rest) = console.strip_prefix("@end ") {
                 ended(rest.split(' ').next().unwrap_or_default());
             }

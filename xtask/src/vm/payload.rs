@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use crate::{
     test::HOST_CRATES,
-    workspace::{artifacts, cargo, describe, execute, root, say},
+    workspace::{artifacts, cargo, describe, execute, print_status, root},
 };
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -60,7 +60,7 @@ impl Payload {
     fn from_build(build: &mut Command) -> Result<Self> {
         build.args(["--message-format", "json-render-diagnostics"]).stderr(Stdio::inherit());
         let command = describe(build);
-        say(&command);
+        print_status(&command);
         let output = build.output().with_context(|| format!("failed to start {command}"))?;
         if !output.status.success() {
             bail!("{command} failed ({})", output.status);

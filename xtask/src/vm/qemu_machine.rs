@@ -29,12 +29,12 @@ pub(super) struct Machine<'a> {
 
 /// Kind of a machine's end. QEMU's exit code is the same after a panic of the kernel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum End {
+pub(super) enum MachineEnd {
     ByItself,
     TimedOut(Duration),
 }
 
-impl fmt::Display for End {
+impl fmt::Display for MachineEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::ByItself => f.write_str("ended early"),
@@ -44,8 +44,8 @@ impl fmt::Display for End {
 }
 
 impl Machine<'_> {
-    /// Runs the machine until it powers off. Calls `tell` with each complete line of its console.
-    pub(super) fn run(&self, tools: &Tools, mut tell: impl FnMut(&str)) -> Result<End> {
+    /// Runs the machine until it powers off. Calls `on_line` with each complete line of its console.
+    pub(super) fn run(&self, tools: &Tools, mut on_line: impl FnMut(&str)) -> Result<MachineEnd> {
         let console =
             File::create(self.log).with_context(|| format!("failed to write {}", self.log.display()))?;
         let mut command = tools.qemu()?;
@@ -78,13 +78,13 @@ impl Machine<'_> {
             if start.elapsed() > self.timeout {
                 child.kill().context("failed to stop QEMU")?;
                 child.wait().context("failed to wait for QEMU")?;
-                return Ok(End::TimedOut(self.timeout));
+                return Ok(MachineEnd::TimedOut(self.timeout));
             }
-            console.read(&mut tell)?;
+            console.read(&mut on_line)?;
             sleep(POLL);
         }
-        console.read(&mut tell)?;
-        Ok(End::ByItself)
+        console.read(&mut on_line)?;
+        Ok(MachineEnd::ByItself)
     }
 }
 
@@ -101,11 +101,11 @@ impl Console {
         Ok(Self { log, rest: Vec::new() })
     }
 
-    fn read(&mut self, mut tell: impl FnMut(&str)) -> Result<()> {
+    fn read(&mut self, mut on_line: impl FnMut(&str)) -> Result<()> {
         self.log.read_to_end(&mut self.rest).context("failed to read a console")?;
         if let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') {
             let lines: Vec<u8> = self.rest.drain(..=end).collect();
-            String::from_utf8_lossy(&lines).lines().for_each(|line| tell(line.trim_end()));
+            String::from_utf8_lossy(&lines).lines().for_each(|line| on_line(line.trim_end()));
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use imds_ebpf_build::Host;
 
 use super::archive::Archive;
-use crate::{apt, cache, workspace::say};
+use crate::{apt, cache, workspace::print_status};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// Programs and their Debian packages.
@@ -43,7 +43,7 @@ impl Tools {
             .collect();
         if !lacking.is_empty() {
             let names = lacking.join(" and ");
-            say(format_args!("downloading {names} to {}", tools.unpacked.display()));
+            print_status(format_args!("downloading {names} to {}", tools.unpacked.display()));
             cache::make(&tools.unpacked, |root, staging| {
                 let packages = staging.join("packages");
                 apt::download(&lacking, &packages)?;
@@ -97,7 +97,7 @@ fn get_iproute2(cache: &Path) -> Result<PathBuf> {
     let (package, suite) = IPROUTE2;
     let dir = cache.join(package);
     if !dir.exists() {
-        say(format_args!("downloading {package} of {suite} to {}", dir.display()));
+        print_status(format_args!("downloading {package} of {suite} to {}", dir.display()));
         cache::make(&dir, |root, staging| {
             Archive::open(&staging.join("apt"), suite)?.unpack(&[package.to_owned()], root)
         })

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::{
     console::{Executable, Guest},
     kernels::Line,
-    qemu_machine::End,
+    qemu_machine::MachineEnd,
 };
 
 /// Number of lines that are shown of a failed test's output, and of a console that ends unexpectedly.
@@ -34,7 +34,7 @@ impl Row {
         line: Line,
         guest: Guest,
         expected: impl Iterator<Item = &'a str>,
-        end: End,
+        end: MachineEnd,
         duration: Duration,
     ) -> Self {
         let mut complaints = guest.complaints.clone();
@@ -249,7 +249,7 @@ test result: FAILED. 1 passed; 1 failed\r
 
     fn row(line: Line, console: &str, expected: &[&str]) -> Row {
         let guest = Guest::from_console(console);
-        Row::new(line, guest, expected.iter().copied(), End::ByItself, Duration::from_mins(1))
+        Row::new(line, guest, expected.iter().copied(), MachineEnd::ByItself, Duration::from_mins(1))
     }
 
     #[test]

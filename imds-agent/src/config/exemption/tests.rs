@@ -31,7 +31,7 @@ fn every_selector_is_accepted() {
 fn invalid_rules_are_reported() {
     let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\n{lines}");
     let two = |first: &str, second: &str| format!("{}\n[[exempt]]\nname = 'b'\n{second}", rule(first));
-    for (text, place, part) in [
+    for (text, position, part) in [
         ("[[exempt]]\nnetns = '/n'".to_owned(), "1:1", "name"),
         ("[[exempt]]\nname = ''\nnetns = '/n'".to_owned(), "2:8", "exempt.name"),
         (rule("netns = '/n'\n[[exempt]]\nname = 'a'\nnetns = '/m'"), "5:8", "already"),
@@ -54,7 +54,7 @@ fn invalid_rules_are_reported() {
     ] {
         let error = resolve(&text).unwrap_err();
         assert!(
-            error.starts_with(&format!("imds.toml:{place}: ")) && error.contains(part),
+            error.starts_with(&format!("imds.toml:{position}: ")) && error.contains(part),
             "{text}: {error}"
         );
     }
@@ -87,7 +87,7 @@ fn kubernetes_selectors_match_pods() {
     let expression = |rest: &str| {
         rule(&format!("namespace = 'a'\npod_selector.match_expressions = [{{ key = 'k', {rest} }}]"))
     };
-    for (text, place, part) in [
+    for (text, position, part) in [
         (rule("namespace = 'A'"), "3:13", "exempt.namespace"),
         (rule("namespace = '*'"), "3:13", "exempt.namespace"),
         (rule("namespace = 'a'\nservice_account = ''"), "4:19", "exempt.service_account"),
@@ -115,7 +115,7 @@ fn kubernetes_selectors_match_pods() {
     ] {
         let error = resolve(&text).unwrap_err();
         assert!(
-            error.starts_with(&format!("imds.toml:{place}: ")) && error.contains(part),
+            error.starts_with(&format!("imds.toml:{position}: ")) && error.contains(part),
             "{text}: {error}"
         );
     }

@@ -1,4 +1,4 @@
-//! Errors: their place, their number and their suggestions.
+//! Errors: their position, their number and their suggestions.
 
 use super::*;
 
@@ -81,10 +81,10 @@ fn all_errors_are_reported_together() {
 
 #[test]
 fn every_bad_item_of_a_list_is_reported() {
-    let places = |text: &str| {
+    let positions = |text: &str| {
         let errors = all_errors(text);
-        let place = |error: &String| error.splitn(4, ':').skip(1).take(2).collect::<Vec<_>>().join(":");
-        (errors.iter().map(place).collect::<Vec<_>>().join(" "), errors.join("\n"))
+        let position = |error: &String| error.splitn(4, ':').skip(1).take(2).collect::<Vec<_>>().join(":");
+        (errors.iter().map(position).collect::<Vec<_>>().join(" "), errors.join("\n"))
     };
     let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\n{lines}");
     for (text, expected, parts) in [
@@ -126,7 +126,7 @@ fn every_bad_item_of_a_list_is_reported() {
             &["label key", "\"/\" is not a valid label value", "\"in\" is not one of In"],
         ),
     ] {
-        let (found, errors) = places(&text);
+        let (found, errors) = positions(&text);
         assert_eq!(found, expected, "{text}: {errors}");
         for part in parts {
             assert!(errors.contains(part), "{part:?} is not in: {errors}");

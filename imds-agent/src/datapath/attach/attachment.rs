@@ -13,7 +13,7 @@ pub struct Attachment {
     /// true.
     pub pinned: bool,
     /// Position among the programs of the hook.
-    pub place: Order,
+    pub order: Order,
 }
 
 /// Position of a program among the programs of its hook.

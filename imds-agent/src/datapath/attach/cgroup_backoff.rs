@@ -22,13 +22,13 @@ impl CgroupBackoff {
     }
 
     /// Records a repair at the time `now`.
-    pub(crate) fn note(&mut self, now: Instant) {
+    pub(crate) fn record_attempt(&mut self, now: Instant) {
         let delay = self.last.map_or(MIN_DELAY, |(_, delay)| (delay * 2).min(MAX_DELAY));
         self.last = Some((now, delay));
     }
 
     /// Resets the state if the last repair is long ago. Returns `true` if no state is left.
-    pub(crate) fn has_calmed(&mut self, now: Instant) -> bool {
+    pub(crate) fn reset_if_idle(&mut self, now: Instant) -> bool {
         self.last = self.last.filter(|(at, _)| now.duration_since(*at) < RESET_AFTER);
         self.last.is_none()
     }
@@ -45,14 +45,14 @@ mod tests {
         let mut delays = Vec::new();
         for _ in 0..12 {
             assert!(backoff.is_due(now));
-            backoff.note(now);
+            backoff.record_attempt(now);
             let delay =
                 (0..=300).map(Duration::from_secs).find(|&delay| backoff.is_due(now + delay)).unwrap();
             delays.push(delay.as_secs());
             now += delay;
         }
         assert_eq!(delays, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]);
-        assert!(!backoff.has_calmed(now));
-        assert!(backoff.has_calmed(now + RESET_AFTER) && backoff.is_due(now));
+        assert!(!backoff.reset_if_idle(now));
+        assert!(backoff.reset_if_idle(now + RESET_AFTER) && backoff.is_due(now));
     }
 }

@@ -6,8 +6,8 @@ use imds_ebpf_common::{CgroupRecord, Hook, cgroup::SENDMSG_OFF, names::MAP_CGROU
 
 use super::{
     cgroup_link::{CgroupChange, CgroupChangeKind},
-    cgroup_programs::{self, LOCAL_SERVICE, NODE_ALLOW, SOCKETS, Sockets},
-    host_cgroups::{self, Hosts},
+    cgroup_programs::{self, CgroupHookLinks, LOCAL_SERVICE, NODE_ALLOW, SOCKETS},
+    host_cgroups::{self, HostNetworkLinks},
     netns_identity::{hooks_without_identity, no_cookie, no_cookie_remedy, runs_earlier_programs},
     sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
 };
@@ -34,10 +34,10 @@ pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sy
 /// Programs on cgroups, and the inputs that decide which of them are attached.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
-    sockets: Option<Sockets>,
-    hosts: Hosts,
-    local_service: Option<Sockets>,
-    node_allow: Option<Sockets>,
+    sockets: Option<CgroupHookLinks>,
+    hosts: HostNetworkLinks,
+    local_service: Option<CgroupHookLinks>,
+    node_allow: Option<CgroupHookLinks>,
     /// True if the kernel reports the network namespace of packets at cgroups, which the packet program of `node_allow` needs.
     has_cgroup_cookie: bool,
     /// Network namespace of the node, if the programs can identify it.
@@ -60,7 +60,7 @@ impl Cgroups {
     pub(crate) fn adopt(pins: &PinDir, datapath_config: &DatapathConfig) -> Result<Self, DatapathError> {
         let mut cgroups = Self {
             sockets: None,
-            hosts: Hosts::default(),
+            hosts: HostNetworkLinks::default(),
             local_service: None,
             node_allow: None,
             has_cgroup_cookie: object::cgroup_has_cookie(),
@@ -93,14 +93,14 @@ impl Cgroups {
     ) -> Result<(), DatapathError> {
         let has_identity = self.identity.is_some();
         if let (None, Some(cgroup), true) = (&self.sockets, &datapath_config.cgroup, has_identity) {
-            self.sockets = Some(Sockets::adopt(pins, cgroup, SOCKETS)?);
+            self.sockets = Some(CgroupHookLinks::adopt(pins, cgroup, SOCKETS)?);
         }
         if let (None, Some(cgroup), true) = (&self.node_allow, &datapath_config.node_allow, has_identity) {
-            self.node_allow = Some(Sockets::adopt(pins, cgroup, NODE_ALLOW)?);
+            self.node_allow = Some(CgroupHookLinks::adopt(pins, cgroup, NODE_ALLOW)?);
         }
         if let (None, Some(cgroup)) = (&self.local_service, &datapath_config.local_service) {
             // The agent starts without this hook, because most nodes never need it.
-            match Sockets::adopt(pins, cgroup, LOCAL_SERVICE) {
+            match CgroupHookLinks::adopt(pins, cgroup, LOCAL_SERVICE) {
                 Ok(local_service) => self.local_service = Some(local_service),
                 Err(error) => log::warn!("local_service is not attached: {:#}", anyhow::Error::from(error)),
             }
@@ -116,12 +116,12 @@ impl Cgroups {
 
     /// Reports whether the `socket` hook is on but has no cgroup.
     fn lacks_cgroup(&self) -> bool {
-        self.sockets.is_none() && self.hooks.has(Hook::Socket) && self.identity.is_some()
+        self.sockets.is_none() && self.hooks.contains(Hook::Socket) && self.identity.is_some()
     }
 
     /// Reports whether the `node_allow` hook is on and has no cgroup.
     fn lacks_node_cgroup(&self) -> bool {
-        self.node_allow.is_none() && self.hooks.has(Hook::NodeAllow) && self.identity.is_some()
+        self.node_allow.is_none() && self.hooks.contains(Hook::NodeAllow) && self.identity.is_some()
     }
 
     /// Finds the hooks that can't be attached because the programs can't identify the node's network namespace. Logs those that
@@ -157,7 +157,8 @@ impl Cgroups {
         self.setting == datapath_config.sendmsg && self.sendmsg == self.sendmsg_reason()
     }
 
-    /// Removes the programs that `datapath_config` does not need from the desired programs. The next reconciliation detaches them.
+    /// Removes the programs that `datapath_config` does not need from the desired programs. The next reconciliation detaches
+    /// them.
     pub(crate) fn release(
         &mut self,
         pins: &PinDir,
@@ -165,16 +166,16 @@ impl Cgroups {
     ) -> Result<(), DatapathError> {
         (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason();
-        if !datapath_config.hooks.has(Hook::Socket) {
+        if !datapath_config.hooks.contains(Hook::Socket) {
             self.sockets = None;
         }
-        if !datapath_config.hooks.has(Hook::HostNetwork) {
-            self.hosts = Hosts::default();
+        if !datapath_config.hooks.contains(Hook::HostNetwork) {
+            self.hosts = HostNetworkLinks::default();
         }
-        if !datapath_config.hooks.has(Hook::LocalService) {
+        if !datapath_config.hooks.contains(Hook::LocalService) {
             self.local_service = None;
         }
-        if !datapath_config.hooks.has(Hook::NodeAllow) {
+        if !datapath_config.hooks.contains(Hook::NodeAllow) {
             self.node_allow = None;
         }
         self.check_identity(pins)
@@ -190,7 +191,7 @@ impl Cgroups {
         let record = CgroupRecord {
             cgroup: [&self.sockets, &self.local_service, &self.node_allow]
                 .into_iter()
-                .find_map(|cgroup| cgroup.as_ref().map(Sockets::id))
+                .find_map(|cgroup| cgroup.as_ref().map(CgroupHookLinks::id))
                 .unwrap_or_default(),
             sendmsg: match (self.sendmsg, self.setting) {
                 (Some(reason), _) => reason as u32,
@@ -218,7 +219,8 @@ impl Datapath {
     /// Describes the programs that are not attached to their cgroup, or not last there.
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
         let Cgroups { sockets, hosts, local_service, node_allow, identity_problems, .. } = &self.cgroups;
-        let attached = sockets.iter().chain(local_service).chain(node_allow).flat_map(Sockets::failures);
+        let attached =
+            sockets.iter().chain(local_service).chain(node_allow).flat_map(CgroupHookLinks::failures);
         let missing = [
             (NO_CGROUP, self.cgroups.lacks_cgroup()),
             (NO_CGROUP_FOR_NODE, self.cgroups.lacks_node_cgroup()),
@@ -246,15 +248,16 @@ impl Datapath {
     pub fn has_node_wide_hook(&self) -> bool {
         let has_sockets =
             self.cgroups.sockets.as_ref().is_some_and(|sockets| sockets.failures().next().is_none());
-        let has_egress = self.hooks.has(Hook::NodeEgress) && self.programs.has_all_of(Hook::NodeEgress);
-        has_egress || (self.hooks.has(Hook::Socket) && has_sockets)
+        let has_egress =
+            self.hooks.contains(Hook::NodeEgress) && self.programs.has_programs_of(Hook::NodeEgress);
+        has_egress || (self.hooks.contains(Hook::Socket) && has_sockets)
     }
 
     fn restore_socket_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
         if self.cgroups.lacks_cgroup() {
             // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
-            self.cgroups.sockets = Some(Sockets::adopt(self.claim.dir(), &root, SOCKETS)?);
+            self.cgroups.sockets = Some(CgroupHookLinks::adopt(self.pin_lock.dir(), &root, SOCKETS)?);
             log::info!("found a cgroup v2 hierarchy at {}", root.display());
         }
         if self.cgroups.lacks_identity(Hook::Socket) {
@@ -265,7 +268,7 @@ impl Datapath {
             let is_desired = |attach_type| needs_sendmsg || !cgroup_programs::is_sendmsg(attach_type);
             return sockets.restore(&self.programs, is_desired);
         }
-        let detached = cgroup_programs::detach_all(self.claim.dir())?;
+        let detached = cgroup_programs::detach(self.pin_lock.dir(), SOCKETS)?;
         Ok(detached_hook(detached, Hook::Socket))
     }
 
@@ -275,7 +278,7 @@ impl Datapath {
             (Some(_), None) => Ok(Vec::new()),
             (Some(local_service), Some(is_local)) => local_service.restore(&self.programs, |_| is_local),
             (None, _) => {
-                let detached = cgroup_programs::detach_local_service(self.claim.dir())?;
+                let detached = cgroup_programs::detach(self.pin_lock.dir(), LOCAL_SERVICE)?;
                 Ok(detached_hook(detached, Hook::LocalService))
             }
         }
@@ -285,7 +288,7 @@ impl Datapath {
         if self.cgroups.lacks_node_cgroup() {
             // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
-            self.cgroups.node_allow = Some(Sockets::adopt(self.claim.dir(), &root, NODE_ALLOW)?);
+            self.cgroups.node_allow = Some(CgroupHookLinks::adopt(self.pin_lock.dir(), &root, NODE_ALLOW)?);
         }
         if self.cgroups.lacks_identity(Hook::NodeAllow) {
             return Ok(Vec::new());
@@ -295,7 +298,7 @@ impl Datapath {
             let is_desired = |attach_type| has_packets || !cgroup_programs::is_packet(attach_type);
             return node_allow.restore(&self.programs, is_desired);
         }
-        let detached = cgroup_programs::detach_node_allow(self.claim.dir())?;
+        let detached = cgroup_programs::detach(self.pin_lock.dir(), NODE_ALLOW)?;
         Ok(detached_hook(detached, Hook::NodeAllow))
     }
 
@@ -326,8 +329,8 @@ impl Datapath {
         cgroups: &BTreeSet<PathBuf>,
         all: bool,
     ) -> Result<Vec<CgroupChange>, DatapathError> {
-        let pins = self.claim.dir();
-        if !self.hooks.has(Hook::HostNetwork) {
+        let pins = self.pin_lock.dir();
+        if !self.hooks.contains(Hook::HostNetwork) {
             return Ok(detached_hook(host_cgroups::detach_all(pins)?, Hook::HostNetwork));
         }
         if self.cgroups.lacks_identity(Hook::HostNetwork) {
@@ -335,7 +338,7 @@ impl Datapath {
         }
         let mut changes = self.cgroups.hosts.restore(pins, &self.programs, cgroups)?;
         if all {
-            changes.extend(self.cgroups.hosts.forget_others(pins)?);
+            changes.extend(self.cgroups.hosts.detach_others(pins)?);
         }
         Ok(changes)
     }

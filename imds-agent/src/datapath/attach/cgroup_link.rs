@@ -12,7 +12,7 @@ use aya_obj::generated::bpf_attach_type;
 
 use super::{
     cgroup_backoff::CgroupBackoff,
-    cgroup_order::{self, Behind, Occupant, OtherProgram},
+    cgroup_order::{self, ExclusiveProgram, LaterProgram, OtherProgram},
     mprog,
 };
 use crate::datapath::{
@@ -118,8 +118,8 @@ impl CgroupLink {
         self.failure.as_deref()
     }
 
-    /// Reconciles the link: attaches the program, replaces the program of an earlier agent, pins the link, and moves it after the
-    /// programs of other software. A program that cannot be attached is reported as a change, not as an error.
+    /// Reconciles the link: attaches the program, replaces the program of an earlier agent, pins the link, and moves it
+    /// after the programs of other software. A program that cannot be attached is reported as a change, not as an error.
     pub(crate) fn restore(
         &mut self,
         programs: &Programs,
@@ -152,7 +152,7 @@ impl CgroupLink {
             let text = format!("pinned the link of {name} on cgroup {at} again");
             changes.push(CgroupChange::new(CgroupChangeKind::Pinned, text));
         }
-        self.keep_last(programs, cgroup, changes)
+        self.move_to_end(programs, cgroup, changes)
     }
 
     /// Attaches the program, at the end of the cgroup's list.
@@ -163,8 +163,8 @@ impl CgroupLink {
         changes: &mut Vec<CgroupChange>,
     ) -> Result<(), DatapathError> {
         let now = Instant::now();
-        let occupant = Occupant::find(&cgroup.path, self.attach_type);
-        if self.failure.is_some() && occupant.is_some() && !self.attaching.is_due(now) {
+        let exclusive = ExclusiveProgram::find(&cgroup.path, self.attach_type);
+        if self.failure.is_some() && exclusive.is_some() && !self.attaching.is_due(now) {
             return Ok(());
         }
         match bpf::link_create_cgroup(programs.fd(self.program)?, &cgroup.file, self.attach_type) {
@@ -178,9 +178,9 @@ impl CgroupLink {
                 Ok(dir::replace_pin(self.fd.insert(link), &self.pin)?)
             }
             Err(error) => {
-                self.attaching.note(now);
+                self.attaching.record_attempt(now);
                 self.fd = None;
-                let text = attach_error(self.program, &cgroup.path, &error, occupant.as_ref());
+                let text = attach_error(self.program, &cgroup.path, &error, exclusive.as_ref());
                 self.report_failure(text, changes);
                 Ok(())
             }
@@ -189,22 +189,22 @@ impl CgroupLink {
 
     /// Moves the program after those of other software on the same cgroup. A later program could change the destination after
     /// the verdict.
-    fn keep_last(
+    fn move_to_end(
         &mut self,
         programs: &Programs,
         cgroup: &OpenCgroup,
         changes: &mut Vec<CgroupChange>,
     ) -> Result<(), DatapathError> {
         let now = Instant::now();
-        let has_calmed = self.reordering.has_calmed(now);
+        let is_idle = self.reordering.reset_if_idle(now);
         let program = programs.id(self.program).unwrap_or_default();
         // If the kernel does not list the programs, for example because an LSM denies it, the order is unknown.
-        let behind =
-            cgroup_order::program_behind(&cgroup.file, self.attach_type, program).unwrap_or_default();
+        let later =
+            cgroup_order::find_later_program(&cgroup.file, self.attach_type, program).unwrap_or_default();
         let at = cgroup.path.display();
-        let behind = match behind {
-            Some(Behind::Own(program)) => program,
-            Some(Behind::Ancestor(program)) => {
+        let later = match later {
+            Some(LaterProgram::SameCgroup(program)) => program,
+            Some(LaterProgram::Ancestor(program)) => {
                 let text = format!(
                     "{}; it is attached to an ancestor of the cgroup: run the agent with --cgroup of the ancestor",
                     not_last(self.program, &cgroup.path, &program)
@@ -214,7 +214,7 @@ impl CgroupLink {
             }
             None => {
                 self.failure = None;
-                if has_calmed && self.reported.take().is_some() {
+                if is_idle && self.reported.take().is_some() {
                     let text = format!("{} on cgroup {at} is last again", self.program);
                     changes.push(CgroupChange::new(CgroupChangeKind::Recovered, text));
                 }
@@ -222,7 +222,7 @@ impl CgroupLink {
             }
         };
         if !self.reordering.is_due(now) {
-            let text = not_last(self.program, &cgroup.path, &behind);
+            let text = not_last(self.program, &cgroup.path, &later);
             if self.reported.is_some() {
                 // Logs one failure, even if another agent attaches a new program each time.
                 self.reported = Some(text.clone());
@@ -230,7 +230,7 @@ impl CgroupLink {
             self.report_failure(text, changes);
             return Ok(());
         }
-        self.reordering.note(now);
+        self.reordering.record_attempt(now);
         // The kernel appends the new link to the list. Several links may have the same program.
         match bpf::link_create_cgroup(programs.fd(self.program)?, &cgroup.file, self.attach_type) {
             Ok(link) => {
@@ -244,13 +244,13 @@ impl CgroupLink {
                         .map_err(failed("detach the earlier link from", &cgroup.path))?;
                 }
                 let text = format!(
-                    "moved {} on cgroup {at} to the end of the programs: {behind} ran after it",
+                    "moved {} on cgroup {at} to the end of the programs: {later} ran after it",
                     self.program
                 );
                 changes.push(CgroupChange::new(CgroupChangeKind::Reordered, text));
             }
             Err(error) => {
-                let text = format!("{}: {error}", not_last(self.program, &cgroup.path, &behind));
+                let text = format!("{}: {error}", not_last(self.program, &cgroup.path, &later));
                 self.report_failure(text, changes);
             }
         }
@@ -314,10 +314,10 @@ pub(crate) fn attach_error(
     program: &str,
     cgroup: &Path,
     error: &io::Error,
-    occupant: Option<&Occupant>,
+    exclusive: Option<&ExclusiveProgram>,
 ) -> String {
-    let cause = match (error.kind(), occupant) {
-        (io::ErrorKind::PermissionDenied, Some(occupant)) => format!("operation not permitted: {occupant}"),
+    let cause = match (error.kind(), exclusive) {
+        (io::ErrorKind::PermissionDenied, Some(exclusive)) => format!("operation not permitted: {exclusive}"),
         _ => error.to_string(),
     };
     format!("failed to attach {program} to cgroup {}: {cause}", cgroup.display())
@@ -330,17 +330,21 @@ fn not_loaded(error: ObjectError, cgroup: &Path) -> String {
 
 /// Describes a program that is not attached, including the program that prevents it.
 #[must_use]
-pub(crate) fn not_attached(program: &str, cgroup: Option<&Path>, occupant: Option<&Occupant>) -> String {
+pub(crate) fn not_attached(
+    program: &str,
+    cgroup: Option<&Path>,
+    exclusive: Option<&ExclusiveProgram>,
+) -> String {
     let cgroup = cgroup.map(|cgroup| format!(" {}", cgroup.display())).unwrap_or_default();
-    let cause = occupant.map(|occupant| format!(": {occupant}")).unwrap_or_default();
+    let cause = exclusive.map(|exclusive| format!(": {exclusive}")).unwrap_or_default();
     format!("{program} is not attached to cgroup{cgroup}{cause}")
 }
 
 /// Describes a program that is not the last one to run.
 #[must_use]
-pub(crate) fn not_last(program: &str, cgroup: &Path, behind: &OtherProgram) -> String {
+pub(crate) fn not_last(program: &str, cgroup: &Path, later: &OtherProgram) -> String {
     format!(
-        "{program} on cgroup {} is not last: {behind} runs after it and can change the destination",
+        "{program} on cgroup {} is not last: {later} runs after it and can change the destination",
         cgroup.display()
     )
 }

@@ -17,7 +17,7 @@ use imds_ebpf_common::names::{
 
 use super::{
     cgroup_link::{self, CgroupChange, CgroupLink, OpenCgroup},
-    cgroup_order::{self, Occupant, OtherProgram},
+    cgroup_order::{self, ExclusiveProgram, OtherProgram},
 };
 use crate::{
     datapath::{
@@ -88,12 +88,12 @@ pub(crate) const NODE_ALLOW: CgroupProgramKind = CgroupProgramKind {
 
 /// Cgroup with the links of one hook.
 #[derive(Debug)]
-pub(crate) struct Sockets {
+pub(crate) struct CgroupHookLinks {
     cgroup: OpenCgroup,
     links: Vec<CgroupLink>,
 }
 
-impl Sockets {
+impl CgroupHookLinks {
     /// Opens the cgroup at `path` and the links that earlier agents pinned for it.
     pub(crate) fn adopt(pins: &PinDir, path: &Path, kind: CgroupProgramKind) -> Result<Self, DatapathError> {
         let file = File::open(path).map_err(dir::io_error("open the cgroup", path))?;
@@ -113,7 +113,7 @@ impl Sockets {
     }
 
     /// Reports whether the cgroup still exists at its path.
-    pub(crate) fn is_there(&self) -> bool {
+    pub(crate) fn exists(&self) -> bool {
         fs::metadata(&self.cgroup.path).is_ok_and(|metadata| metadata.ino() == self.cgroup.id)
     }
 
@@ -156,27 +156,13 @@ pub(crate) fn is_packet(attach_type: bpf_attach_type) -> bool {
     matches!(attach_type, BPF_CGROUP_INET_EGRESS | BPF_CGROUP_INET_INGRESS)
 }
 
-/// Detaches and unpins the links of the `node_allow` hook on any cgroup. Returns `true` if one was attached.
-pub(crate) fn detach_node_allow(pins: &PinDir) -> Result<bool, DatapathError> {
-    detach_links(pins, &NODE_LINKS)
-}
-
-/// Detaches and unpins the links of the `socket` hook on any cgroup. Returns `true` if one was attached.
-pub(crate) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
-    detach_links(pins, &SOCKET_LINKS)
-}
-
-fn detach_links(pins: &PinDir, names: &[&str]) -> Result<bool, DatapathError> {
+/// Detaches and unpins the links of a hook that one cgroup has, on any cgroup. Returns `true` if one was attached.
+pub(crate) fn detach(pins: &PinDir, kind: CgroupProgramKind) -> Result<bool, DatapathError> {
     let mut was_attached = false;
-    for name in names {
+    for name in kind.links {
         was_attached |= cgroup_link::detach_pinned(&pins.named_link(name))?;
     }
     Ok(was_attached)
-}
-
-/// Detaches and unpins the link of the `local_service` hook on any cgroup. Returns `true` if it was attached.
-pub(crate) fn detach_local_service(pins: &PinDir) -> Result<bool, DatapathError> {
-    cgroup_link::detach_pinned(&pins.named_link(LOCAL_SERVICE_LINK))
 }
 
 /// State of one program of a cgroup, read from the kernel.
@@ -194,24 +180,6 @@ pub struct ProgramState {
     pub problem: Option<String>,
 }
 
-/// Inspects the programs of the `socket` hook on the cgroup with this id.
-#[must_use]
-pub fn inspect_sockets(pins: &PinDir, id: u64) -> Vec<ProgramState> {
-    inspect(pins, SOCKETS, id)
-}
-
-/// Inspects the program of the `local_service` hook on the cgroup with this id.
-#[must_use]
-pub fn inspect_local_service(pins: &PinDir, id: u64) -> Option<ProgramState> {
-    inspect(pins, LOCAL_SERVICE, id).pop()
-}
-
-/// Inspects the programs of the `node_allow` hook on the cgroup with this id.
-#[must_use]
-pub fn inspect_node_allow(pins: &PinDir, id: u64) -> Vec<ProgramState> {
-    inspect(pins, NODE_ALLOW, id)
-}
-
 /// Inspects the programs of a hook on the cgroup with this id.
 pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<ProgramState> {
     let path = cgroup::path_of(id).ok().flatten();
@@ -221,12 +189,12 @@ pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<Pr
         let link = dir::link_at(&pins.named_link(&pin)).filter(|link| link.cgroup() == Some(id));
         let problem = match (link, &path) {
             (Some(_), None) => None,
-            (Some(link), Some(path)) => behind(path, attach_type, link.program)
-                .map(|behind| cgroup_link::not_last(program, path, &behind)),
+            (Some(link), Some(path)) => find_later(path, attach_type, link.program)
+                .map(|later| cgroup_link::not_last(program, path, &later)),
             (None, path) => Some(cgroup_link::not_attached(
                 program,
                 path.as_deref(),
-                path.as_ref().and_then(|path| Occupant::find(path, attach_type)).as_ref(),
+                path.as_ref().and_then(|path| ExclusiveProgram::find(path, attach_type)).as_ref(),
             )),
         };
         ProgramState {
@@ -240,7 +208,7 @@ pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<Pr
     states.collect()
 }
 
-fn behind(path: &Path, attach_type: bpf_attach_type, program: u32) -> Option<OtherProgram> {
-    let behind = cgroup_order::program_behind(File::open(path).ok()?, attach_type, program).ok()?;
-    behind.map(|behind| behind.program().clone())
+fn find_later(path: &Path, attach_type: bpf_attach_type, program: u32) -> Option<OtherProgram> {
+    let later = cgroup_order::find_later_program(File::open(path).ok()?, attach_type, program).ok()?;
+    later.map(|later| later.program().clone())
 }

@@ -48,7 +48,7 @@ pub struct TcFilter {
 
 impl TcFilter {
     /// Reports whether the filter belongs to imds-agent.
-    pub(crate) fn is_ours(&self) -> bool {
+    pub(crate) fn is_agent_filter(&self) -> bool {
         HANDLES.contains(&self.handle) && self.name.as_ref().is_some_and(|name| name.starts_with(PREFIX))
     }
 
@@ -99,26 +99,26 @@ impl TcFilter {
 /// Finds the agent's filter at a hook. `program` is the id of the program that it should run.
 pub async fn attachment(
     netlink: &Netlink,
-    spot: AttachPoint,
+    point: AttachPoint,
     program: u32,
 ) -> Result<Option<Attachment>, NetlinkError> {
-    let filters = filters(netlink, spot).await?;
-    let ours = filters.iter().find(|filter| filter.is_ours());
+    let filters = filters(netlink, point).await?;
+    let ours = filters.iter().find(|filter| filter.is_agent_filter());
     Ok(ours.map(|ours| Attachment {
         backend: AttachMode::Clsact,
         current: ours.program == Some(program),
         pinned: true,
         // TCX programs run before all filters (tcx_run in net/core/dev.c). Kernels without TCX return an error.
-        place: match bpf::tcx_entries(spot.ifindex, spot.direction()) {
+        order: match bpf::tcx_entries(point.ifindex, point.direction()) {
             Ok(entries) if !entries.is_empty() => Order::Blocked,
-            Ok(_) | Err(_) => place(&filters, ours),
+            Ok(_) | Err(_) => order(&filters, ours),
         },
     }))
 }
 
 /// Returns the order of `ours` among `filters`, which are sorted by the order in which they run.
-fn place(filters: &[TcFilter], ours: &TcFilter) -> Order {
-    if filters.first().is_some_and(TcFilter::is_ours) {
+fn order(filters: &[TcFilter], ours: &TcFilter) -> Order {
+    if filters.first().is_some_and(TcFilter::is_agent_filter) {
         return Order::First;
     }
     let best = best_priority(filters);
@@ -135,18 +135,18 @@ fn best_priority(filters: &[TcFilter]) -> u16 {
 }
 
 fn foreign(filters: &[TcFilter]) -> impl Iterator<Item = &TcFilter> {
-    filters.iter().filter(|filter| !filter.is_ours())
+    filters.iter().filter(|filter| !filter.is_agent_filter())
 }
 
 /// Lists the filters of a hook in the order in which they run. Returns an empty list if the interface has no clsact or ingress
 /// qdisc.
-pub(crate) async fn filters(netlink: &Netlink, spot: AttachPoint) -> Result<Vec<TcFilter>, NetlinkError> {
-    let filters = filters_below(netlink, spot.ifindex, parent(spot.hook)).await?;
+pub(crate) async fn filters(netlink: &Netlink, point: AttachPoint) -> Result<Vec<TcFilter>, NetlinkError> {
+    let filters = filters_below(netlink, point.ifindex, parent(point.hook)).await?;
     // An `ingress` qdisc lists its ingress filters for every class (`ingress_tcf_block`), clsact lists none for class 0
     // (`clsact_tcf_block`).
-    if spot.hook == TcHook::NodeEgress
+    if point.hook == TcHook::NodeEgress
         && !filters.is_empty()
-        && !filters_below(netlink, spot.ifindex, CLSACT_HANDLE).await?.is_empty()
+        && !filters_below(netlink, point.ifindex, CLSACT_HANDLE).await?.is_empty()
     {
         return Ok(Vec::new());
     }
@@ -184,9 +184,9 @@ async fn dump_filters(
 }
 
 /// Reports whether the interface has a filter of the agent at any hook.
-pub(crate) async fn has_ours(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
+pub(crate) async fn has_agent_filter(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
     for hook in TcHook::ALL {
-        if filters(netlink, AttachPoint { ifindex, hook }).await?.iter().any(TcFilter::is_ours) {
+        if filters(netlink, AttachPoint { ifindex, hook }).await?.iter().any(TcFilter::is_agent_filter) {
             return Ok(true);
         }
     }
@@ -196,7 +196,7 @@ pub(crate) async fn has_ours(netlink: &Netlink, ifindex: u32) -> Result<bool, Ne
 /// Adds the clsact qdisc if the interface has neither a clsact nor an ingress qdisc, which share one slot. Returns `true` if it
 /// was added.
 pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
-    let call = format!("adding a clsact qdisc to interface {ifindex}");
+    let call = format!("failed to add a clsact qdisc to interface {ifindex}");
     let request = RouteNetlinkMessage::NewQueueDiscipline(qdisc(ifindex));
     match netlink.acknowledged(call, request, NLM_F_CREATE | NLM_F_EXCL).await {
         Ok(()) => Ok(true),
@@ -212,7 +212,7 @@ pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), 
             return Ok(());
         }
     }
-    let call = format!("removing the clsact qdisc of interface {ifindex}");
+    let call = format!("failed to remove the clsact qdisc of interface {ifindex}");
     ignore_missing(
         netlink.acknowledged(call, RouteNetlinkMessage::DelQueueDiscipline(qdisc(ifindex)), 0).await,
     )
@@ -222,57 +222,57 @@ pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), 
 /// the new one is active.
 pub async fn attach_first(
     netlink: &Netlink,
-    spot: AttachPoint,
+    point: AttachPoint,
     program: BorrowedFd<'_>,
     name: &str,
 ) -> Result<(), NetlinkError> {
-    let filters = filters(netlink, spot).await?;
+    let filters = filters(netlink, point).await?;
     let priority = best_priority(&filters);
-    let used: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
+    let used: Vec<_> = filters.iter().filter(|filter| filter.is_agent_filter()).collect();
     let is_free = |handle: &TcHandle| used.iter().all(|filter| filter.handle != *handle);
     let Some(handle) = HANDLES.into_iter().find(is_free) else {
         // An agent was killed between the two steps below and left both. The next reconciliation finds a free handle.
-        return detach(netlink, spot, used.last().copied()).await;
+        return detach(netlink, point, used.last().copied()).await;
     };
     // The kernel inserts a new BPF filter before the others of its priority (cls_bpf_change: list_add_rcu).
-    write(netlink, spot, priority, handle, program, name, NLM_F_CREATE | NLM_F_EXCL).await?;
-    detach(netlink, spot, used).await
+    write(netlink, point, priority, handle, program, name, NLM_F_CREATE | NLM_F_EXCL).await?;
+    detach(netlink, point, used).await
 }
 
 /// Replaces the program of the agent's filter atomically (`cls_bpf_change`: `list_replace_rcu`).
 pub async fn replace(
     netlink: &Netlink,
-    spot: AttachPoint,
+    point: AttachPoint,
     program: BorrowedFd<'_>,
     name: &str,
 ) -> Result<(), NetlinkError> {
-    let filters = filters(netlink, spot).await?;
-    let mut ours = filters.iter().filter(|filter| filter.is_ours());
+    let filters = filters(netlink, point).await?;
+    let mut ours = filters.iter().filter(|filter| filter.is_agent_filter());
     let Some(TcFilter { priority, handle, .. }) = ours.next() else {
-        return attach_first(netlink, spot, program, name).await;
+        return attach_first(netlink, point, program, name).await;
     };
-    write(netlink, spot, *priority, *handle, program, name, NLM_F_CREATE).await?;
-    detach(netlink, spot, ours).await
+    write(netlink, point, *priority, *handle, program, name, NLM_F_CREATE).await?;
+    detach(netlink, point, ours).await
 }
 
 /// Removes all filters of the agent from a hook. Returns `true` if the hook had any.
-pub async fn detach_all(netlink: &Netlink, spot: AttachPoint) -> Result<bool, NetlinkError> {
-    let filters = filters(netlink, spot).await?;
-    let ours: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
+pub async fn detach_all(netlink: &Netlink, point: AttachPoint) -> Result<bool, NetlinkError> {
+    let filters = filters(netlink, point).await?;
+    let ours: Vec<_> = filters.iter().filter(|filter| filter.is_agent_filter()).collect();
     let any = !ours.is_empty();
-    detach(netlink, spot, ours).await?;
+    detach(netlink, point, ours).await?;
     Ok(any)
 }
 
 async fn detach(
     netlink: &Netlink,
-    spot: AttachPoint,
+    point: AttachPoint,
     filters: impl IntoIterator<Item = &TcFilter>,
 ) -> Result<(), NetlinkError> {
     for filter in filters {
-        let mut message = filter_message(spot, filter.priority, filter.handle);
+        let mut message = filter_message(point, filter.priority, filter.handle);
         message.attributes.push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
-        let call = format!("removing a filter of interface {}", spot.ifindex);
+        let call = format!("failed to remove a filter of interface {}", point.ifindex);
         ignore_missing(netlink.acknowledged(call, RouteNetlinkMessage::DelTrafficFilter(message), 0).await)?;
     }
     Ok(())
@@ -280,7 +280,7 @@ async fn detach(
 
 async fn write(
     netlink: &Netlink,
-    spot: AttachPoint,
+    point: AttachPoint,
     priority: u16,
     handle: TcHandle,
     program: BorrowedFd<'_>,
@@ -289,7 +289,7 @@ async fn write(
 ) -> Result<(), NetlinkError> {
     let fd = u32::try_from(program.as_raw_fd())
         .map_err(|error| NetlinkError::new("program", io::Error::other(error)))?;
-    let mut message = filter_message(spot, priority, handle);
+    let mut message = filter_message(point, priority, handle);
     message.attributes.push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
     message.attributes.push(TcAttribute::Options(
         [
@@ -300,7 +300,7 @@ async fn write(
         .map(TcOption::Bpf)
         .into(),
     ));
-    let call = format!("attaching a filter to interface {} at priority {priority}", spot.ifindex);
+    let call = format!("failed to attach a filter to interface {} at priority {priority}", point.ifindex);
     netlink.acknowledged(call, RouteNetlinkMessage::NewTrafficFilter(message), flags).await
 }
 
@@ -324,8 +324,8 @@ fn qdisc(ifindex: u32) -> TcMessage {
     message
 }
 
-fn filter_message(spot: AttachPoint, priority: u16, handle: TcHandle) -> TcMessage {
-    let mut message = message(spot.ifindex, parent(spot.hook));
+fn filter_message(point: AttachPoint, priority: u16, handle: TcHandle) -> TcMessage {
+    let mut message = message(point.ifindex, parent(point.hook));
     message.header.handle = handle;
     message.header.info = TcHandle { major: priority, minor: ETH_P_ALL }.into();
     message
@@ -364,26 +364,26 @@ mod tests {
 
     #[test]
     fn own_filter_first() {
-        assert_eq!(place(&[ours(1)], &ours(1)), Order::First);
-        assert_eq!(place(&[ours(1), other(1, "bpf"), other(2, "u32")], &ours(1)), Order::First);
-        assert_eq!(place(&[ours(2), other(3, "u32")], &ours(2)), Order::First);
+        assert_eq!(order(&[ours(1)], &ours(1)), Order::First);
+        assert_eq!(order(&[ours(1), other(1, "bpf"), other(2, "u32")], &ours(1)), Order::First);
+        assert_eq!(order(&[ours(2), other(3, "u32")], &ours(2)), Order::First);
     }
 
     #[test]
     fn bpf_filter_of_same_priority_is_passed() {
-        assert_eq!(place(&[other(1, "bpf"), ours(1)], &ours(1)), Order::NotFirst);
+        assert_eq!(order(&[other(1, "bpf"), ours(1)], &ours(1)), Order::NotFirst);
         assert_eq!(best_priority(&[other(1, "bpf")]), 1);
     }
 
     #[test]
     fn other_filter_kind_at_priority_1_blocks() {
         assert_eq!(best_priority(&[other(1, "matchall")]), 2);
-        assert_eq!(place(&[other(1, "matchall"), ours(2)], &ours(2)), Order::Blocked);
-        assert_eq!(place(&[other(1, "matchall"), ours(3)], &ours(3)), Order::NotFirst);
+        assert_eq!(order(&[other(1, "matchall"), ours(2)], &ours(2)), Order::Blocked);
+        assert_eq!(order(&[other(1, "matchall"), ours(3)], &ours(3)), Order::NotFirst);
     }
 
     #[test]
     fn freed_priority_is_taken() {
-        assert_eq!(place(&[other(2, "u32"), ours(3)], &ours(3)), Order::NotFirst);
+        assert_eq!(order(&[other(2, "u32"), ours(3)], &ours(3)), Order::NotFirst);
     }
 }

@@ -52,24 +52,24 @@ impl Datapath {
 
     /// Returns the attachments of the agent at a hook of an interface.
     ///
-    /// Searches for filters only in clsact mode, if the record of the interface has a filter, or if `thorough` is set.
+    /// Searches for filters only in clsact mode, if the record of the interface has a filter, or if `full` is set.
     pub async fn observe(
         &mut self,
         link: &Link,
         hook: TcHook,
-        thorough: bool,
+        full: bool,
     ) -> Result<Vec<Attachment>, DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, hook };
+        let point = AttachPoint { ifindex: link.index, hook };
         // No program is loaded for a hook that is off. Id 0 then makes every attached program obsolete.
         let program = self.programs.id(tc_program(hook, link.frame)).unwrap_or_default();
-        let mut attachments = self.links.observe(self.claim.dir(), spot, program)?;
+        let mut attachments = self.links.observe(self.pin_lock.dir(), point, program)?;
         let recorded = interface_records::has_filter(&self.maps, link.index);
-        if thorough || recorded || self.backend == AttachMode::Clsact {
-            attachments.extend(clsact::attachment(&self.netlink, spot, program).await?);
+        if full || recorded || self.backend == AttachMode::Clsact {
+            attachments.extend(clsact::attachment(&self.netlink, point, program).await?);
         }
         if has_earlier_netkit_program(link, hook) {
             for attachment in attachments.iter_mut().filter(|it| it.backend != AttachMode::Netkit) {
-                attachment.place = Order::Blocked;
+                attachment.order = Order::Blocked;
             }
         }
         Ok(attachments)
@@ -77,12 +77,12 @@ impl Datapath {
 
     /// Executes one reconcile action at a hook of an interface.
     pub async fn apply(&mut self, link: &Link, hook: TcHook, action: Action) -> Result<(), DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, hook };
+        let point = AttachPoint { ifindex: link.index, hook };
         let name = tc_program(hook, link.frame);
         match action {
             Action::Attach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                counters::prepare(&mut self.maps, link.index, hook.hook());
-                match self.attach_link(spot, mode, name) {
+                counters::create(&mut self.maps, link.index, hook.hook());
+                match self.attach_link(point, mode, name) {
                     Err(error) if mode == AttachMode::Netkit && is_netkit_refusal(&error) => {
                         log::warn!(
                             "{}: netkit link rejected, attaching via TCX: {:#}",
@@ -90,35 +90,35 @@ impl Datapath {
                             anyhow::Error::from(error)
                         );
                         self.refused_netkit.insert(link.index);
-                        self.attach_link(spot, AttachMode::Tcx, name)
+                        self.attach_link(point, AttachMode::Tcx, name)
                     }
                     attached => attached,
                 }
                 .map_err(|error| with_obstacle(error, link, hook))
             }
             Action::Replace(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.replace(spot, mode, self.programs.fd(name)?)
+                self.links.replace(point, mode, self.programs.fd(name)?)
             }
             Action::Pin(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.pin(self.claim.dir(), spot, mode)
+                self.links.pin(self.pin_lock.dir(), point, mode)
             }
             Action::Reorder(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 // The kernel rejects a second link with the same program at one hook. This attaches a copy of the program
                 // at the head of the hook, then updates the link to the original.
                 let hooks = Hooks::from_bits(hook.hook().bit());
-                let pins = self.claim.dir();
+                let pins = self.pin_lock.dir();
                 let object = object::load_maps(Some(pins), &endpoint_maps::filter(&self.maps)?)?;
                 let copy = Programs::load(object, pins, hooks)?;
                 self.links
-                    .reorder(self.claim.dir(), spot, mode, copy.fd(name)?)
+                    .reorder(self.pin_lock.dir(), point, mode, copy.fd(name)?)
                     .map_err(|error| with_obstacle(error, link, hook))?;
-                self.links.replace(spot, mode, self.programs.fd(name)?)
+                self.links.replace(point, mode, self.programs.fd(name)?)
             }
             Action::Detach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.detach(self.claim.dir(), spot, mode)
+                self.links.detach(self.pin_lock.dir(), point, mode)
             }
             Action::Attach(AttachMode::Clsact) => {
-                counters::prepare(&mut self.maps, link.index, hook.hook());
+                counters::create(&mut self.maps, link.index, hook.hook());
                 if clsact::ensure_qdisc(&self.netlink, link.index).await? {
                     if let Err(error) = interface_records::set_owns_qdisc(&mut self.maps, link, hook) {
                         log::warn!(
@@ -131,21 +131,21 @@ impl Datapath {
                         // An `ingress` qdisc would accept the filter and run it at ingress.
                         self.check_qdisc(link, hook).await?;
                     }
-                    if !clsact::has_ours(&self.netlink, link.index).await? {
+                    if !clsact::has_agent_filter(&self.netlink, link.index).await? {
                         // Another program may have replaced the agent's qdisc by its own.
                         interface_records::disown_qdisc(&mut self.maps, link)?;
                     }
                 }
-                self.attach_filter(link, spot, self.programs.fd(name)?, name).await
+                self.attach_filter(link, point, self.programs.fd(name)?, name).await
             }
             Action::Reorder(AttachMode::Clsact) => {
-                self.attach_filter(link, spot, self.programs.fd(name)?, name).await
+                self.attach_filter(link, point, self.programs.fd(name)?, name).await
             }
             Action::Replace(AttachMode::Clsact) => {
-                Ok(clsact::replace(&self.netlink, spot, self.programs.fd(name)?, name).await?)
+                Ok(clsact::replace(&self.netlink, point, self.programs.fd(name)?, name).await?)
             }
             Action::Detach(AttachMode::Clsact) => {
-                remove_filter(&self.netlink, &mut self.maps, spot).await.map(drop)
+                remove_filter(&self.netlink, &mut self.maps, point).await.map(drop)
             }
             // Filters are not pinned, and mode `none` attaches nothing.
             Action::Pin(AttachMode::Clsact | AttachMode::None)
@@ -158,24 +158,24 @@ impl Datapath {
 
     fn attach_link(
         &mut self,
-        spot: AttachPoint,
+        point: AttachPoint,
         mode: AttachMode,
         name: &'static str,
     ) -> Result<(), DatapathError> {
-        self.links.attach(self.claim.dir(), spot, mode, self.programs.fd(name)?)
+        self.links.attach(self.pin_lock.dir(), point, mode, self.programs.fd(name)?)
     }
 
     async fn attach_filter(
         &self,
         link: &Link,
-        spot: AttachPoint,
+        point: AttachPoint,
         program: BorrowedFd<'_>,
         name: &str,
     ) -> Result<(), DatapathError> {
-        match clsact::attach_first(&self.netlink, spot, program, name).await {
+        match clsact::attach_first(&self.netlink, point, program, name).await {
             // EOPNOTSUPP: the qdisc uses a shared filter block (`__tcf_block_find`).
             Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => {
-                self.check_qdisc(link, spot.hook).await?;
+                self.check_qdisc(link, point.hook).await?;
                 Err(error.into())
             }
             attached => Ok(attached?),
@@ -222,11 +222,11 @@ fn with_obstacle(error: DatapathError, link: &Link, hook: TcHook) -> DatapathErr
 pub(super) async fn remove_filter(
     netlink: &Netlink,
     maps: &mut Maps,
-    spot: AttachPoint,
+    point: AttachPoint,
 ) -> Result<bool, DatapathError> {
-    let detached = clsact::detach_all(netlink, spot).await?;
-    if interface_records::get(maps, spot.ifindex).is_some_and(|record| record.owns_qdisc == 1) {
-        clsact::remove_unused_qdisc(netlink, spot.ifindex).await?;
+    let detached = clsact::detach_all(netlink, point).await?;
+    if interface_records::get(maps, point.ifindex).is_some_and(|record| record.owns_qdisc == 1) {
+        clsact::remove_unused_qdisc(netlink, point.ifindex).await?;
     }
     Ok(detached)
 }

@@ -84,7 +84,7 @@ impl Links {
         Ok(Self { links })
     }
 
-    pub(crate) fn indices(&self) -> impl Iterator<Item = u32> {
+    pub(crate) fn ifindexes(&self) -> impl Iterator<Item = u32> {
         self.links.keys().map(|(point, _)| point.ifindex)
     }
 
@@ -102,14 +102,14 @@ impl Links {
             let entries = programs(point, mode)?;
             let found = entries.iter().enumerate().find(|(_, entry)| entry.link == link.id);
             let Some((position, entry)) = found else {
-                self.forget_mode(pins, point, mode)?;
+                self.remove_mode(pins, point, mode)?;
                 continue;
             };
             attachments.push(Attachment {
                 backend: mode,
                 current: entry.program == program,
                 pinned: link.is_pinned(&pins.link(point)),
-                place: order(&entries, position),
+                order: order(&entries, position),
             });
         }
         Ok(attachments)
@@ -175,11 +175,11 @@ impl Links {
     ) -> Result<(), DatapathError> {
         let link = self.get(point, mode)?;
         bpf::link_detach(&link.fd).map_err(failed("detach the", point, mode))?;
-        Ok(self.forget_mode(pins, point, mode)?)
+        Ok(self.remove_mode(pins, point, mode)?)
     }
 
     /// Closes and unpins the links of a deleted interface.
-    pub(crate) fn forget(&mut self, pins: &PinDir, point: AttachPoint) -> Result<(), PinError> {
+    pub(crate) fn remove_point(&mut self, pins: &PinDir, point: AttachPoint) -> Result<(), PinError> {
         for mode in MODES {
             self.links.remove(&(point, mode));
         }
@@ -187,7 +187,7 @@ impl Links {
     }
 
     /// Closes a detached link. Removes the pin unless it belongs to the link of another mode that replaced this one.
-    fn forget_mode(&mut self, pins: &PinDir, point: AttachPoint, mode: AttachMode) -> Result<(), PinError> {
+    fn remove_mode(&mut self, pins: &PinDir, point: AttachPoint, mode: AttachMode) -> Result<(), PinError> {
         self.links.remove(&(point, mode));
         let path = pins.link(point);
         let is_pin = |link: &OpenLink| is_pinned(link.id, &path);
@@ -216,8 +216,8 @@ impl Links {
 }
 
 impl OpenLink {
-    /// Reports whether the link is pinned at `path`. Each resync calls this for every link, so it opens the pin only if the inode
-    /// number has changed.
+    /// Reports whether the link is pinned at `path`. Each resync calls this for every link, so it opens the pin only if the
+    /// inode number has changed.
     fn is_pinned(&mut self, path: &Path) -> bool {
         let inode = fs::metadata(path).ok().map(|metadata| metadata.ino());
         if inode.is_none() || inode != self.pin {
@@ -230,7 +230,7 @@ impl OpenLink {
 /// Returns the order of the program at `position`. Programs of another imds-agent may run before it, because they pass packets
 /// to the next program. Otherwise two agents would reorder their programs forever.
 fn order(entries: &[bpf::HookEntry], position: usize) -> Order {
-    if entries.iter().take(position).all(|entry| bpf::is_ours(entry.program)) {
+    if entries.iter().take(position).all(|entry| bpf::is_agent_program(entry.program)) {
         Order::First
     } else {
         Order::NotFirst
@@ -255,9 +255,9 @@ pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<At
         // A kernel or an interface without the hook returns an error, and has no programs.
         let entries = bpf::entries(point.ifindex, hook).unwrap_or_default();
         if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
-            let place = if is_preceded { Order::Blocked } else { order(&entries, position) };
+            let order = if is_preceded { Order::Blocked } else { order(&entries, position) };
             let (current, pinned) = (entry.program == program, is_pinned(entry));
-            return Ok(Some(Attachment { backend: mode, current, pinned, place }));
+            return Ok(Some(Attachment { backend: mode, current, pinned, order }));
         }
         is_preceded |= !entries.is_empty();
     }

@@ -17,7 +17,7 @@ use crate::{
 #[must_use]
 pub fn hooks_without_identity(hooks: Hooks, identity: Option<OwnNetns>) -> Vec<Hook> {
     let compare = [Hook::Socket, Hook::HostNetwork, Hook::NodeAllow];
-    compare.into_iter().filter(|&hook| identity.is_none() && hooks.has(hook)).collect()
+    compare.into_iter().filter(|&hook| identity.is_none() && hooks.contains(hook)).collect()
 }
 
 /// Describes a hook of [`hooks_without_identity`], whose programs may still be those of an earlier agent.

@@ -83,7 +83,7 @@ pub(crate) async fn read(netlink: &Netlink, ifindex: u32) -> Result<Option<Qdisc
 /// Reads the qdiscs of all interfaces whose `ffff:` slot is in use, by interface index.
 pub(crate) async fn list(netlink: &Netlink) -> Result<BTreeMap<u32, Qdisc>, NetlinkError> {
     let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
-    let answers = netlink.dump("listing qdiscs", request).await?;
+    let answers = netlink.dump("failed to list qdiscs", request).await?;
     let qdiscs = answers.into_iter().filter_map(|answer| match answer {
         RouteNetlinkMessage::NewQueueDiscipline(message) => {
             let ifindex = message.header.index.cast_unsigned();

@@ -65,13 +65,13 @@ impl SendmsgReason {
 #[must_use]
 pub fn sendmsg_reason(inputs: SendmsgInputs) -> Option<SendmsgReason> {
     let SendmsgInputs { setting, hooks, has_tc_cookie, is_enforced } = inputs;
-    if !hooks.has(Hook::Socket) || setting == Sendmsg::Off {
+    if !hooks.contains(Hook::Socket) || setting == Sendmsg::Off {
         return None;
     }
     let reasons = [
         (SendmsgReason::Configured, setting == Sendmsg::On),
-        (SendmsgReason::FromPodOff, !hooks.has(Hook::FromPod)),
-        (SendmsgReason::NodeEgressOff, !hooks.has(Hook::NodeEgress)),
+        (SendmsgReason::FromPodOff, !hooks.contains(Hook::FromPod)),
+        (SendmsgReason::NodeEgressOff, !hooks.contains(Hook::NodeEgress)),
         (SendmsgReason::NoTcCookie, !has_tc_cookie),
         (SendmsgReason::NotEnforced, !is_enforced),
     ];

@@ -8,12 +8,12 @@ use imds_ebpf_common::{ConfigRecord, names::MAP_CONFIG};
 use jiff::Timestamp;
 
 use crate::{
-    config::endpoint_set,
     datapath::{
         DatapathError,
         object::Maps,
         pin::{dir::PinDir, netns_owner},
     },
+    encode::{field_text, nanoseconds, raw_field_text, text_field, timestamp},
 };
 
 /// Largest number of reads until two consecutive ones are equal. A read during an update can return a mix of both values.
@@ -21,7 +21,7 @@ const READINGS: usize = 20;
 
 /// Effective configuration, as recorded in the map.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Record {
+pub struct EffectiveConfig {
     /// Generation of the configuration: increases by one with each change.
     pub generation: u64,
     /// Path of the configuration file; `None` if there is no file.
@@ -29,7 +29,7 @@ pub struct Record {
     /// Time since which the configuration is effective.
     pub loaded_at: Timestamp,
     /// Last configuration that was rejected after this one was loaded.
-    pub refusal: Option<RejectedConfig>,
+    pub rejected: Option<RejectedConfig>,
     /// The configuration as TOML, including all defaults.
     pub text: String,
 }
@@ -44,65 +44,65 @@ pub struct RejectedConfig {
 }
 
 /// Reads the record. Returns `None` before the first configuration was recorded.
-pub fn read(maps: &Maps) -> Result<Option<Record>, MapError> {
-    Ok(Record::of(&read_whole(&maps.config)?))
+pub fn read(maps: &Maps) -> Result<Option<EffectiveConfig>, MapError> {
+    Ok(EffectiveConfig::from_record(&read_consistent(&maps.config)?))
 }
 
 /// Reads the record of the pinned maps; `None` if there is no record, or if the maps belong to another version or to another
 /// network namespace.
 #[must_use]
-pub fn pinned(pins: &PinDir) -> Option<Record> {
+pub fn pinned(pins: &PinDir) -> Option<EffectiveConfig> {
     if netns_owner::other_netns(pins).ok()?.is_some() {
         return None;
     }
     read(&Maps::open(pins).ok()?).ok()?
 }
 
-impl Record {
+impl EffectiveConfig {
     /// Converts the value of the map. Returns `None` for a value that was never written.
     #[must_use]
-    pub fn of(record: &ConfigRecord) -> Option<Self> {
+    pub fn from_record(record: &ConfigRecord) -> Option<Self> {
         if record.generation == 0 {
             return None;
         }
-        let path = text(&record.path);
-        let refusal = (record.failed_at != 0)
-            .then(|| RejectedConfig { at: timestamp(record.failed_at), error: text(&record.error) });
+        let path = field_text(&record.path);
+        let rejected = (record.failed_at != 0)
+            .then(|| RejectedConfig { at: timestamp(record.failed_at), error: field_text(&record.error) });
         Some(Self {
             generation: record.generation,
             path: (!path.is_empty()).then(|| path.into()),
             loaded_at: timestamp(record.loaded_at),
-            refusal,
-            text: endpoint_set::raw(&record.text).unwrap_or_default().to_owned(),
+            rejected,
+            text: raw_field_text(&record.text).unwrap_or_default().to_owned(),
         })
     }
 }
 
 /// Records a new effective configuration. Returns its generation.
-pub(crate) fn put(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
-    let before = read_whole(&maps.config).map_err(failed)?;
+pub(crate) fn write(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
+    let before = read_consistent(&maps.config).map_err(failed)?;
     let generation = before.generation.saturating_add(1);
     let path = path.map(|path| path.to_string_lossy()).unwrap_or_default();
     let record = ConfigRecord {
         generation,
         loaded_at: now(),
         failed_at: 0,
-        path: padded(&path),
-        error: padded(""),
-        text: padded(text),
+        path: text_field(&path),
+        error: text_field(""),
+        text: text_field(text),
     };
     maps.config.set(0, record, 0).map_err(failed)?;
     Ok(generation)
 }
 
 /// Records that a configuration was rejected. The previous one stays effective.
-pub(crate) fn put_rejected_config(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
-    let before = read_whole(&maps.config).map_err(failed)?;
-    let record = ConfigRecord { failed_at: now(), error: padded(error), ..before };
+pub(crate) fn write_rejected_config(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
+    let before = read_consistent(&maps.config).map_err(failed)?;
+    let record = ConfigRecord { failed_at: now(), error: text_field(error), ..before };
     maps.config.set(0, record, 0).map_err(failed)
 }
 
-fn read_whole(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, MapError> {
+fn read_consistent(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, MapError> {
     let mut last = map.get(&0, 0)?;
     for _ in 0..READINGS {
         let record = map.get(&0, 0)?;
@@ -120,45 +120,4 @@ fn failed(source: MapError) -> DatapathError {
 
 fn now() -> u64 {
     nanoseconds(Timestamp::now())
-}
-
-/// Returns the nanoseconds since the epoch.
-pub(crate) fn nanoseconds(time: Timestamp) -> u64 {
-    time.as_nanosecond().try_into().unwrap_or_default()
-}
-
-pub(crate) fn timestamp(nanoseconds: u64) -> Timestamp {
-    Timestamp::from_nanosecond(nanoseconds.into()).unwrap_or_default()
-}
-
-/// Returns `text` padded with zeros, or truncated at a character boundary.
-pub(crate) fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
-    let (whole, _) = text.split_at(text.floor_char_boundary(LEN));
-    padded_bytes(whole.as_bytes())
-}
-
-/// Returns `bytes` padded with zeros, or truncated.
-pub(crate) fn padded_bytes<const LEN: usize>(bytes: &[u8]) -> [u8; LEN] {
-    let mut padded = [0; LEN];
-    for (to, from) in padded.iter_mut().zip(bytes) {
-        *to = *from;
-    }
-    padded
-}
-
-pub(crate) fn text(padded: &[u8]) -> String {
-    endpoint_set::unpadded(padded)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_text_is_cut_at_a_character() {
-        assert_eq!(padded::<4>("a"), *b"a\0\0\0");
-        assert_eq!(padded::<4>("abcde"), *b"abcd");
-        assert_eq!(padded::<4>("abc\u{e4}"), *b"abc\0");
-        assert_eq!(text(&padded::<6>("abc\u{e4}")), "abc\u{e4}");
-    }
 }

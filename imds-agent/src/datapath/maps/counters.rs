@@ -51,7 +51,7 @@ pub struct Counts {
 }
 
 impl Counts {
-    fn of(&mut self, verdict: u8) -> Option<&mut Count> {
+    fn get_mut(&mut self, verdict: u8) -> Option<&mut Count> {
         Verdict::COUNTED.into_iter().find(|&counted| counted as u8 == verdict).and_then(|verdict| {
             match verdict {
                 Verdict::Denied => Some(&mut self.denied),
@@ -88,7 +88,7 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
     let mut counts: BTreeMap<(u32, u8), Counts> = BTreeMap::new();
     for entry in object::present(maps.counters.iter()) {
         let (key, values) = entry?;
-        if let Some(count) = counts.entry((key.ifindex, key.hook)).or_default().of(key.verdict) {
+        if let Some(count) = counts.entry((key.ifindex, key.hook)).or_default().get_mut(key.verdict) {
             let Counter { packets, bytes, .. } = sum(&values);
             *count += Count { packets, bytes };
         }
@@ -97,7 +97,7 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
 }
 
 /// Creates the counters of an interface. If that fails, the programs create them for the first packet.
-pub(crate) fn prepare(maps: &mut Maps, ifindex: u32, hook: Hook) {
+pub(crate) fn create(maps: &mut Maps, ifindex: u32, hook: Hook) {
     for verdict in Verdict::COUNTED {
         let zero = on_first_cpu(Counter::default());
         let key = CounterKey::new(ifindex, hook, verdict);
@@ -127,7 +127,7 @@ pub fn pending_events(maps: &Maps) -> Result<u64, MapError> {
 }
 
 /// Adds the counts of an interface to those of deleted interfaces, and removes its counters.
-pub(crate) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
+pub(crate) fn retire(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
     let failed = |source| DatapathError::Map { map: MAP_COUNTERS, source };
     let keys = [Hook::FromPod, Hook::NodeEgress]
         .into_iter()
@@ -137,7 +137,7 @@ pub(crate) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
         let Ok(values) = maps.counters.get(&key, 0) else { continue };
         if values.iter().any(|counter| counter.packets != 0) {
             let before = maps.counters.get(&deleted, 0).map(|values| sum(&values)).unwrap_or_default();
-            if let Some(total) = on_first_cpu(added(before, &sum(&values))) {
+            if let Some(total) = on_first_cpu(add(before, &sum(&values))) {
                 maps.counters.insert(deleted, total, 0).map_err(failed)?;
             }
         }
@@ -151,10 +151,10 @@ pub(crate) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
 
 /// Returns the sum over all CPUs, including the number of pending events.
 fn sum(values: &PerCpuValues<Counter>) -> Counter {
-    values.iter().fold(Counter::default(), added)
+    values.iter().fold(Counter::default(), add)
 }
 
-fn added(sum: Counter, other: &Counter) -> Counter {
+fn add(sum: Counter, other: &Counter) -> Counter {
     Counter {
         packets: sum.packets.saturating_add(other.packets),
         bytes: sum.bytes.saturating_add(other.bytes),

@@ -43,10 +43,10 @@ impl Denials {
     }
 
     /// Writes the record of one sender. If the map is full, evicts old records, first those of owners with many records.
-    pub fn put(&mut self, key: &DenialKey, record: &DenialRecord) -> Result<(), MapError> {
+    pub fn insert(&mut self, key: &DenialKey, record: &DenialRecord) -> Result<(), MapError> {
         match self.0.insert(key, record, 0) {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
-                self.make_room()?;
+                self.evict_records()?;
                 self.0.insert(key, record, 0)
             }
             inserted => inserted,
@@ -54,7 +54,7 @@ impl Denials {
     }
 
     /// Evicts an eighth of the records at once, because the choice reads all of them.
-    fn make_room(&mut self) -> Result<(), MapError> {
+    fn evict_records(&mut self) -> Result<(), MapError> {
         let entry = |entry: Result<(DenialKey, DenialRecord), _>| {
             entry.map(|(key, record)| (owner(&record), record.last, key))
         };

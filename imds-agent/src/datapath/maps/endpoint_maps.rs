@@ -4,17 +4,18 @@ use std::collections::BTreeMap;
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Address, Endpoint, PolicyTable, ProviderRecord,
+    Address, Endpoint, PolicyFilter, ProviderRecord,
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_PROVIDER},
 };
 
 use crate::{
-    config::endpoint_set::{EndpointSet, padded, unpadded},
+    config::endpoint_set::EndpointSet,
     datapath::{
         DatapathError,
         object::{self, Maps},
         sys::bpf,
     },
+    encode::{field_text, name_field},
 };
 
 /// Reads the protected endpoints by address.
@@ -25,29 +26,29 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<Address, Endpoint>, MapError> {
 /// Reads the configured provider, and the provider of the effective preset.
 pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
     let ProviderRecord { configured, effective } = maps.provider.get(&0, 0)?;
-    Ok((unpadded(&configured), unpadded(&effective)))
+    Ok((field_text(&configured), field_text(&effective)))
 }
 
 /// Reads the effective filter.
-pub(crate) fn filter(maps: &Maps) -> Result<PolicyTable, DatapathError> {
+pub(crate) fn filter(maps: &Maps) -> Result<PolicyFilter, DatapathError> {
     maps.filter.get(&0, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
 /// Replaces the effective filter.
-pub(crate) fn set_filter(maps: &mut Maps, filter: &PolicyTable) -> Result<(), DatapathError> {
+pub(crate) fn set_filter(maps: &mut Maps, filter: &PolicyFilter) -> Result<(), DatapathError> {
     maps.filter.set(0, *filter, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
 /// Returns the filter to load the programs with: the effective one, with the address bits of the new endpoints added.
 pub(crate) fn filter_while_loading(
-    effective: Option<&PolicyTable>,
+    effective: Option<&PolicyFilter>,
     endpoint_set: &EndpointSet,
-) -> PolicyTable {
+) -> PolicyFilter {
     let entries: BTreeMap<_, _> = endpoint_set.entries().collect();
-    let desired = PolicyTable::of(by_address(&entries));
+    let desired = PolicyFilter::new(by_address(&entries));
     match effective {
         Some(&(mut filter)) => {
-            filter.add_slots_of(&desired);
+            filter.add_addresses(&desired);
             filter
         }
         None => desired,
@@ -63,7 +64,8 @@ pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), Datapath
     let desired: BTreeMap<_, _> = endpoint_set.entries().collect();
     write_filter(maps, &desired)?;
     write_records(maps, &desired)?;
-    let (configured, effective) = (padded(endpoint_set.configured()), padded(endpoint_set.provider()));
+    let (configured, effective) =
+        (name_field(endpoint_set.configured()), name_field(endpoint_set.provider()));
     let record = ProviderRecord { configured, effective };
     maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
 }
@@ -73,11 +75,11 @@ fn write_filter(maps: &mut Maps, desired: &BTreeMap<Address, Endpoint>) -> Resul
     let before = filter(maps)?;
     let mut after = before;
     after.set_endpoints(by_address(desired));
-    if after.table() == before.table() && after.bits == before.bits {
+    if after.table() == before.table() && after.addresses == before.addresses {
         return Ok(());
     }
-    let mut staged = PolicyTable { current: before.current, ..after };
-    staged.add_slots_of(&before);
+    let mut staged = PolicyFilter { current: before.current, ..after };
+    staged.add_addresses(&before);
     set_filter(maps, &staged)?;
     staged.current = after.current;
     set_filter(maps, &staged)?;

@@ -4,45 +4,49 @@ use std::collections::BTreeSet;
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Exemption, Subject,
+    ExemptionKey, Subject,
     names::{MAP_EXEMPT, MAP_EXEMPT_SOURCES},
 };
 
 use super::endpoint_maps;
 use crate::datapath::{
     DatapathError,
-    grants::Grants,
+    exemption_set::ExemptionSet,
     object::{self, Maps},
 };
 
-/// Reads the grants and their source addresses.
-pub fn read(maps: &Maps) -> Result<Grants, MapError> {
+/// Reads the exemptions and their source addresses.
+pub fn read(maps: &Maps) -> Result<ExemptionSet, MapError> {
     let entries = object::present(maps.exempt.iter()).collect::<Result<_, _>>()?;
     let sources = object::present(maps.exempt_sources.keys()).collect::<Result<_, _>>()?;
-    Ok(Grants { entries, sources })
+    Ok(ExemptionSet { entries, sources })
 }
 
 /// Cache of the content of the maps, because reading a map is slow and each link event needs the content.
 #[derive(Debug, Default)]
-pub(crate) struct Known(Option<Grants>);
+pub(crate) struct ExemptionCache(Option<ExemptionSet>);
 
-impl Known {
+impl ExemptionCache {
     /// Discards the cache, because another process may have written the maps.
-    pub(crate) fn forget(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.0 = None;
     }
 
-    fn get(&mut self, maps: &Maps) -> Result<&mut Grants, DatapathError> {
+    fn get_or_read(&mut self, maps: &Maps) -> Result<&mut ExemptionSet, DatapathError> {
         match &mut self.0 {
             Some(known) => Ok(known),
-            none => Ok(none.insert(read(maps).map_err(of_exemptions)?)),
+            none => Ok(none.insert(read(maps).map_err(map_error)?)),
         }
     }
 }
 
-/// Writes the `desired` grants. Obsolete ones are removed first. Returns the number of map updates.
-pub(crate) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Result<usize, DatapathError> {
-    let known = known.get(maps)?;
+/// Writes the `desired` exemptions. Obsolete ones are removed first. Returns the number of map updates.
+pub(crate) fn write(
+    maps: &mut Maps,
+    cache: &mut ExemptionCache,
+    desired: &ExemptionSet,
+) -> Result<usize, DatapathError> {
+    let known = cache.get_or_read(maps)?;
     if known == desired {
         // Fast path: most link events change no exemption.
         return Ok(0);
@@ -53,17 +57,17 @@ pub(crate) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Res
     for exemption in obsolete {
         remove(maps, known, &exemption)?;
     }
-    // If the map of source addresses is full, still writes grants to the map that has room.
+    // If the map of source addresses is full, still writes exemptions to the map that has room.
     let failed_sources = write_sources(maps, known, &desired.sources, &mut writes).err();
     let mut failed = failed_sources.map(|source| DatapathError::Map { map: MAP_EXEMPT_SOURCES, source });
-    for (exemption, grant) in &desired.entries {
-        if known.entries.get(exemption) != Some(grant) {
-            match maps.exempt.insert(exemption, grant, 0) {
+    for (exemption, record) in &desired.entries {
+        if known.entries.get(exemption) != Some(record) {
+            match maps.exempt.insert(exemption, record, 0) {
                 Ok(()) => {
-                    known.entries.insert(*exemption, *grant);
+                    known.entries.insert(*exemption, *record);
                     writes += 1;
                 }
-                Err(error) => failed = Some(of_exemptions(error)),
+                Err(error) => failed = Some(map_error(error)),
             }
         }
     }
@@ -81,8 +85,8 @@ pub(crate) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Res
 /// Writes the source addresses of exempt subjects. Removes obsolete ones first. Continues after a failed insertion.
 fn write_sources(
     maps: &mut Maps,
-    known: &mut Grants,
-    desired: &BTreeSet<Exemption>,
+    known: &mut ExemptionSet,
+    desired: &BTreeSet<ExemptionKey>,
     writes: &mut usize,
 ) -> Result<(), MapError> {
     let obsolete: Vec<_> = known.sources.difference(desired).copied().collect();
@@ -108,24 +112,28 @@ fn write_sources(
     written
 }
 
-/// Removes all grants of `subject`.
-pub(crate) fn revoke(maps: &mut Maps, known: &mut Known, subject: Subject) -> Result<(), DatapathError> {
-    let known = known.get(maps)?;
-    let is_of_subject = |exemption: &&Exemption| exemption.subject == subject;
+/// Removes all exemptions of `subject`.
+pub(crate) fn remove_subject(
+    maps: &mut Maps,
+    cache: &mut ExemptionCache,
+    subject: Subject,
+) -> Result<(), DatapathError> {
+    let known = cache.get_or_read(maps)?;
+    let is_of_subject = |exemption: &&ExemptionKey| exemption.subject == subject;
     let of_subject: Vec<_> = known.entries.keys().filter(is_of_subject).copied().collect();
     of_subject.iter().try_for_each(|exemption| remove(maps, known, exemption))
 }
 
-fn remove(maps: &mut Maps, known: &mut Grants, exemption: &Exemption) -> Result<(), DatapathError> {
+fn remove(maps: &mut Maps, known: &mut ExemptionSet, exemption: &ExemptionKey) -> Result<(), DatapathError> {
     match maps.exempt.remove(exemption) {
         Ok(()) | Err(MapError::KeyNotFound) => {
             known.entries.remove(exemption);
             Ok(())
         }
-        Err(error) => Err(of_exemptions(error)),
+        Err(error) => Err(map_error(error)),
     }
 }
 
-fn of_exemptions(source: MapError) -> DatapathError {
+fn map_error(source: MapError) -> DatapathError {
     DatapathError::Map { map: MAP_EXEMPT, source }
 }

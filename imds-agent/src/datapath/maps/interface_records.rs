@@ -6,11 +6,11 @@ use aya::maps::MapError;
 use imds_ebpf_common::{AttachMode, InterfaceRecord, OwnPackets, Role, TcHook, names::MAP_INTERFACES};
 
 use crate::{
-    config::endpoint_set::{padded, unpadded},
     datapath::{
         DatapathError,
         object::{self, Maps},
     },
+    encode::{field_text, name_field},
     node::{interface_role::Assignment, link::Link},
 };
 
@@ -24,7 +24,7 @@ pub fn get(maps: &Maps, ifindex: u32) -> Option<InterfaceRecord> {
 pub fn names(maps: &Maps, role: Role) -> Result<BTreeSet<String>, MapError> {
     let records = object::present(maps.interfaces.iter()).collect::<Result<Vec<_>, _>>()?;
     let of_role = records.into_iter().filter(|(_, record)| record.role == role as u8);
-    Ok(of_role.map(|(_, record)| unpadded(&record.name)).collect())
+    Ok(of_role.map(|(_, record)| field_text(&record.name)).collect())
 }
 
 /// Reports whether the record of an interface has a filter.
@@ -55,12 +55,12 @@ impl LinkState {
 }
 
 /// Writes the state of an interface. Keeps `owns_qdisc` until the interface has no filter of the agent.
-pub(crate) fn put(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), DatapathError> {
+pub(crate) fn update(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), DatapathError> {
     let old = get(maps, link.index).unwrap_or_default();
     let LinkState { assignment, attach_modes, is_pending } = state;
     let has_filter = attach_modes.contains(&AttachMode::Clsact);
     let new = InterfaceRecord {
-        name: padded(&link.name),
+        name: name_field(&link.name),
         role: assignment.role as u8,
         hooks: assignment.hooks.bits(),
         attach_modes: attach_modes.map(|mode| mode as u8),
@@ -76,7 +76,7 @@ pub(crate) fn put(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), 
 fn own_packets(maps: &Maps, link: &Link, role: Role) -> OwnPackets {
     match role {
         Role::Ifb => OwnPackets::Marked,
-        _ if is_judged_by_peer(maps, link) => OwnPackets::Marked,
+        _ if is_checked_at_peer(maps, link) => OwnPackets::Marked,
         // Excludes bridge ports: frames that a bridge forwards keep their socket, and the socket of frames from a tap device
         // belongs to the node.
         Role::Other | Role::Uplink | Role::Loopback | Role::Excluded if link.master.is_none() => {
@@ -96,7 +96,7 @@ fn sends_copies(maps: &Maps, link: &Link) -> bool {
 
 /// Reports whether packets received on the interface have passed `node_egress` at its veth peer. Only packets to a bridge port
 /// are already routed and translated by DNAT then.
-fn is_judged_by_peer(maps: &Maps, link: &Link) -> bool {
+fn is_checked_at_peer(maps: &Maps, link: &Link) -> bool {
     let peer = link.lower.filter(|_| link.is_internal_pair() && link.master.is_some());
     peer.and_then(|peer| get(maps, peer)).is_some_and(|record| record.is_attached(TcHook::NodeEgress))
 }
@@ -112,7 +112,7 @@ pub(crate) fn update_own_packets(maps: &mut Maps, link: &Link) -> Result<(), Dat
 /// Records that the agent has added the qdisc of the interface, for a filter at `hook`.
 pub(crate) fn set_owns_qdisc(maps: &mut Maps, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
     let mut record = get(maps, link.index).unwrap_or_default();
-    record.name = padded(&link.name);
+    record.name = name_field(&link.name);
     if let Some(mode) = record.attach_modes.get_mut(hook as usize) {
         *mode = AttachMode::Clsact as u8;
     }

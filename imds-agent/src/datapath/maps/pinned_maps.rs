@@ -5,9 +5,9 @@ use std::{fs, io, path::Path};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuHashMap, RingBuf};
 use aya_obj::Object;
 use imds_ebpf_common::{
-    Address, AllowedProcess, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Grant,
-    Hook, InterfaceRecord, KubernetesRecord, PodRecord, Policy, PolicyTable, ProbeRecord, ProviderRecord,
-    Subject,
+    Address, AllowedProcess, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, ExemptionKey,
+    ExemptionRecord, Hook, InterfaceRecord, KubernetesRecord, PodRecord, Policy, PolicyFilter, ProbeRecord,
+    ProviderRecord, Subject,
     event::{RateLimitKey, RateLimiter},
     maps::MAP_SCHEMA_VERSION,
     names::{
@@ -31,13 +31,13 @@ pub struct Maps {
     /// State of each interface, as the agent recorded it.
     pub interfaces: HashMap<MapData, u32, InterfaceRecord>,
     /// Bitmaps of the protected addresses and exempt subjects, and the table of endpoints.
-    pub filter: Array<MapData, PolicyTable>,
+    pub filter: Array<MapData, PolicyFilter>,
     /// Records of the protected endpoints, by address.
     pub endpoints: HashMap<MapData, Address, Endpoint>,
-    /// Grants by subject and endpoint.
-    pub exempt: HashMap<MapData, Exemption, Grant>,
+    /// Exemptions by subject and endpoint.
+    pub exempt: HashMap<MapData, ExemptionKey, ExemptionRecord>,
     /// Source addresses of exempt subjects.
-    pub exempt_sources: HashMap<MapData, Exemption, u32>,
+    pub exempt_sources: HashMap<MapData, ExemptionKey, u32>,
     /// Test senders of `imds-agent verify`.
     pub probes: HashMap<MapData, Subject, ProbeRecord>,
     /// Number of entries in `probes`.
@@ -59,7 +59,7 @@ pub struct Maps {
     /// Rate-limit state of events by source, except at `from_pod`, where it is part of the counters.
     pub sources: PerCpuHashMap<MapData, RateLimitKey, RateLimiter>,
     /// All pinned maps by name, to pin them again.
-    held: Vec<(&'static str, MapData)>,
+    all: Vec<(&'static str, MapData)>,
 }
 
 impl Maps {
@@ -106,14 +106,14 @@ impl Maps {
             kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,
             pods: Map::HashMap(open(MAP_PODS)?).try_into().map_err(typed(MAP_PODS))?,
             sources: Map::PerCpuLruHashMap(open(MAP_RATELIMIT)?).try_into().map_err(typed(MAP_RATELIMIT))?,
-            held: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
+            all: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
         })
     }
 
     /// Pins maps again whose pins were removed or replaced. Returns `true` if there were any.
     pub fn restore_pins(&self, pins: &PinDir) -> Result<bool, ObjectError> {
         let mut restored = false;
-        for &(name, ref map) in &self.held {
+        for &(name, ref map) in &self.all {
             let failed = |source| ObjectError::Map { name, source };
             let path = pins.map(name);
             let id = map.info().map_err(failed)?.id();

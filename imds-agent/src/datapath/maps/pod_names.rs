@@ -10,13 +10,13 @@ use imds_ebpf_common::{
 };
 use jiff::Timestamp;
 
-use super::config_record::{nanoseconds, padded, text, timestamp};
 use crate::{
     datapath::{
         DatapathError,
         object::{self, Maps, ObjectError},
         pin::dir::PinDir,
     },
+    encode::{field_text, nanoseconds, nonempty_text, text_field, timestamp},
     kube::{
         Pod,
         pod_ref::{PodContainer, PodRef, PodWatchStatus},
@@ -33,7 +33,7 @@ pub(crate) struct WrittenNames(Option<BTreeMap<Subject, (String, String)>>);
 /// Reads the pod metadata of all subjects.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, PodRef>, MapError> {
     let entries = object::present(maps.pods.iter());
-    entries.map(|entry| entry.map(|(subject, record)| (subject, PodRef::of(&record)))).collect()
+    entries.map(|entry| entry.map(|(subject, record)| (subject, PodRef::from_record(&record)))).collect()
 }
 
 /// Map of pod metadata, for lookups of single subjects.
@@ -51,7 +51,7 @@ impl Names {
     /// Returns the pod metadata of `subject`, or `None` if it is unknown.
     #[must_use]
     pub fn get(&self, subject: Subject) -> Option<PodRef> {
-        self.0.get(&subject, 0).ok().as_ref().map(PodRef::of)
+        self.0.get(&subject, 0).ok().as_ref().map(PodRef::from_record)
     }
 }
 
@@ -94,48 +94,47 @@ pub(crate) fn write(
 fn record(pod: &Pod, container: &str) -> PodRecord {
     let label = LABELS.iter().find_map(|&key| Some(format!("{key}={}", pod.labels.get(key)?)));
     PodRecord {
-        namespace: padded(&pod.namespace),
-        name: padded(&pod.name),
-        service_account: padded(&pod.service_account),
-        container: padded(container),
-        label: padded(&label.unwrap_or_default()),
-        uid: padded(&pod.uid),
+        namespace: text_field(&pod.namespace),
+        name: text_field(&pod.name),
+        service_account: text_field(&pod.service_account),
+        container: text_field(container),
+        label: text_field(&label.unwrap_or_default()),
+        uid: text_field(&pod.uid),
     }
 }
 
 impl PodRef {
     /// Converts the value of the map.
     #[must_use]
-    pub fn of(record: &PodRecord) -> Self {
-        let unless_empty = |padded: &[u8]| Some(text(padded)).filter(|text| !text.is_empty());
+    pub fn from_record(record: &PodRecord) -> Self {
         Self {
-            namespace: text(&record.namespace),
-            pod: text(&record.name),
-            service_account: text(&record.service_account),
-            container: unless_empty(&record.container),
-            label: unless_empty(&record.label),
-            uid: text(&record.uid),
+            namespace: field_text(&record.namespace),
+            pod: field_text(&record.name),
+            service_account: field_text(&record.service_account),
+            container: nonempty_text(&record.container),
+            label: nonempty_text(&record.label),
+            uid: field_text(&record.uid),
         }
     }
 }
 
 /// Reads the status of the pod watch. Returns `None` if it is off.
-pub fn lookup(maps: &Maps) -> Result<Option<PodWatchStatus>, MapError> {
-    Ok(PodWatchStatus::of(&maps.kubernetes.get(&0, 0)?))
+pub fn read_watch_status(maps: &Maps) -> Result<Option<PodWatchStatus>, MapError> {
+    Ok(PodWatchStatus::from_record(&maps.kubernetes.get(&0, 0)?))
 }
 
 impl PodWatchStatus {
     /// Converts the value of the map. Returns `None` if the pod watch is off.
     #[must_use]
-    pub fn of(record: &KubernetesRecord) -> Option<Self> {
+    pub fn from_record(record: &KubernetesRecord) -> Option<Self> {
         let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
         (record.enabled == 1).then(|| Self {
-            node: text(&record.node),
+            node: field_text(&record.node),
             connected: record.connected == 1,
             since: timestamp(record.since),
             synced_at: moment(record.synced_at),
             failed_at: moment(record.failed_at),
-            error: moment(record.failed_at).map(|_| text(&record.error)),
+            error: moment(record.failed_at).map(|_| field_text(&record.error)),
             pods: record.pods,
             unresolved: record.unresolved,
             disputed: u32::try_from(record.disputed).unwrap_or(u32::MAX),
@@ -144,7 +143,10 @@ impl PodWatchStatus {
 }
 
 /// Records the status of the pod watch; `None` means that it is off.
-pub(crate) fn put(maps: &mut Maps, lookup: Option<&PodWatchStatus>) -> Result<(), DatapathError> {
+pub(crate) fn write_watch_status(
+    maps: &mut Maps,
+    lookup: Option<&PodWatchStatus>,
+) -> Result<(), DatapathError> {
     let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
     let record = KubernetesRecord {
         since: moment(lookup.map(|lookup| lookup.since)),
@@ -155,8 +157,8 @@ pub(crate) fn put(maps: &mut Maps, lookup: Option<&PodWatchStatus>) -> Result<()
         pods: lookup.map_or(0, |lookup| lookup.pods),
         unresolved: lookup.map_or(0, |lookup| lookup.unresolved),
         disputed: lookup.map_or(0, |lookup| lookup.disputed.into()),
-        node: padded(lookup.map_or("", |lookup| &lookup.node)),
-        error: padded(lookup.and_then(|lookup| lookup.error.as_deref()).unwrap_or_default()),
+        node: text_field(lookup.map_or("", |lookup| &lookup.node)),
+        error: text_field(lookup.and_then(|lookup| lookup.error.as_deref()).unwrap_or_default()),
     };
     maps.kubernetes.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_KUBERNETES, source })
 }

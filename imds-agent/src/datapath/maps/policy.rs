@@ -26,14 +26,14 @@ impl Datapath {
         self.hooks
     }
 
-    /// Loads the programs of the hooks of `datapath_config`, and adds them to the desired hooks. Hooks that `datapath_config` does not have stay until
-    /// [`Datapath::release`].
+    /// Loads the programs of the hooks of `datapath_config`, and adds them to the desired hooks. Hooks that
+    /// `datapath_config` does not have stay until [`Datapath::release`].
     pub fn prepare(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
-        self.hooks = self.hooks.and(datapath_config.hooks);
-        self.programs.add(self.claim.dir(), self.hooks)?;
-        self.programs.pin(self.claim.dir())?;
+        self.hooks = self.hooks.union(datapath_config.hooks);
+        self.programs.add(self.pin_lock.dir(), self.hooks)?;
+        self.programs.pin(self.pin_lock.dir())?;
         self.programs.record_rejected(&mut self.maps)?;
-        self.cgroups.prepare(self.claim.dir(), datapath_config)
+        self.cgroups.prepare(self.pin_lock.dir(), datapath_config)
     }
 
     /// Applies mode, deny action and endpoints. Requests that both the old and the new policy deny stay denied throughout.
@@ -54,10 +54,10 @@ impl Datapath {
     /// Removes the hooks that `datapath_config` does not have from the desired hooks. The next reconciliation detaches them.
     pub fn release(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
         self.hooks = datapath_config.hooks;
-        self.cgroups.release(self.claim.dir(), datapath_config)?;
-        self.programs.keep(datapath_config.hooks);
+        self.cgroups.release(self.pin_lock.dir(), datapath_config)?;
+        self.programs.retain_hooks(datapath_config.hooks);
         self.programs.record_rejected(&mut self.maps)?;
-        Ok(self.programs.pin(self.claim.dir())?)
+        Ok(self.programs.pin(self.pin_lock.dir())?)
     }
 
     /// Reports whether `text` is the last effective configuration, possibly of an earlier agent.
@@ -69,12 +69,12 @@ impl Datapath {
 
     /// Records the effective configuration for `status` and `config show`. Returns its generation.
     pub fn record_config(&mut self, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
-        config_record::put(&mut self.maps, path, text)
+        config_record::write(&mut self.maps, path, text)
     }
 
     /// Records the error of a rejected configuration.
     pub fn record_rejected_config(&mut self, error: &str) -> Result<(), DatapathError> {
-        config_record::put_rejected_config(&mut self.maps, error)
+        config_record::write_rejected_config(&mut self.maps, error)
     }
 }
 

@@ -33,7 +33,7 @@ impl Recent {
     }
 
     /// Returns the number of the last event that a client has printed.
-    pub fn shown(&self) -> Result<u64, MapError> {
+    pub fn last_printed(&self) -> Result<u64, MapError> {
         self.head.get(&READ_POS, 0)
     }
 
@@ -60,8 +60,8 @@ impl Recent {
     }
 
     /// Records that a client has printed all events up to number `shown`.
-    pub fn set_shown(&mut self, shown: u64) -> Result<(), MapError> {
-        if shown > self.shown()? { self.head.set(READ_POS, shown, 0) } else { Ok(()) }
+    pub fn set_last_printed(&mut self, shown: u64) -> Result<(), MapError> {
+        if shown > self.last_printed()? { self.head.set(READ_POS, shown, 0) } else { Ok(()) }
     }
 }
 

@@ -68,7 +68,7 @@ pub fn find(own: &PinDir) -> Vec<OtherAgent> {
         let Ok(pins) = PinDir::new(&root) else { continue };
         // Checks the lock last, because the check takes the lock for a moment.
         if read_netns(&pins) == Some(netns)
-            && let Ok(Some(holder)) = pins.holder()
+            && let Ok(Some(holder)) = pins.lock_owner()
         {
             found.push(OtherAgent { pid: holder.pid, pin_dir: root });
         }

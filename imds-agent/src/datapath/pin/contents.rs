@@ -70,41 +70,45 @@ impl PinKind {
 }
 
 impl PinDir {
-    /// Fails if the agent must not use this directory: the root of a bpffs, or a directory with pins of other programs. Succeeds
-    /// if the directory does not exist yet.
+    /// Fails if the agent must not use this directory: the root of a bpffs, or a directory with pins of other programs.
+    /// Succeeds if the directory does not exist yet.
     pub fn ensure_usable(&self) -> Result<(), PinError> {
         let Some(directory) = self.open_directory()? else { return Ok(()) };
         self.ensure_below_root(&directory)?;
-        if self.unknown_entries()?.is_empty() || self.has_own_pin()? {
+        if self.unknown_entries()?.is_empty() || self.has_agent_pin()? {
             return Ok(());
         }
-        Err(self.refusal("it contains pins of other programs and no map of imds-agent"))
+        Err(self.not_pin_dir("it contains pins of other programs and no map of imds-agent"))
     }
 
-    /// Opens the directory if `unload` may remove it: a directory on a bpffs that contains objects of an agent, or only the empty
-    /// subdirectories that agents create. Returns `None` if the path does not exist or the directory is empty.
+    /// Opens the directory if `unload` may remove it: a directory on a bpffs that contains objects of an agent, or only the
+    /// empty subdirectories that agents create. Returns `None` if the path does not exist or the directory is empty.
     pub(crate) fn open_owned(&self) -> Result<Option<File>, PinError> {
         let Some(directory) = self.open_directory()? else { return Ok(None) };
         let statfs = fstatfs(&directory).map_err(|errno| io_error("inspect", self.root())(errno.into()))?;
         if statfs.filesystem_type() != BPFFS_MAGIC {
-            return Err(self.refusal("it is not on a bpffs, so it contains no pins"));
+            return Err(self.not_pin_dir("it is not on a bpffs, so it contains no pins"));
         }
         self.ensure_below_root(&directory)?;
         for kind in PinKind::ALL {
             let path = self.root().join(kind.directory());
             if fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink()) {
-                return Err(self.refusal("its subdirectory `maps`, `progs` or `links` is a symlink"));
+                return Err(self.not_pin_dir("its subdirectory `maps`, `progs` or `links` is a symlink"));
             }
         }
-        if self.has_own_pin()? {
+        if self.has_agent_pin()? {
             return Ok(Some(directory));
         }
         let entries = entries(self.root())?;
         if entries.is_empty() {
             return Ok(None);
         }
-        let is_skeleton = self.unknown_entries()?.is_empty() && self.is_without_pins()?;
-        if is_skeleton { Ok(Some(directory)) } else { Err(self.refusal("it contains no map of imds-agent")) }
+        let is_empty_pin_dir = self.unknown_entries()?.is_empty() && self.has_no_pins()?;
+        if is_empty_pin_dir {
+            Ok(Some(directory))
+        } else {
+            Err(self.not_pin_dir("it contains no map of imds-agent"))
+        }
     }
 
     /// Opens the directory without following a symlink. Returns `None` if the path does not exist.
@@ -114,7 +118,7 @@ impl PinDir {
             Ok(directory) => Ok(Some(directory)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTDIR | libc::ELOOP)) => {
-                Err(self.refusal("it is a symlink, or not a directory"))
+                Err(self.not_pin_dir("it is a symlink, or not a directory"))
             }
             Err(error) => Err(io_error("open", self.root())(error)),
         }
@@ -129,10 +133,10 @@ impl PinDir {
         if inside == outside {
             return Ok(());
         }
-        Err(self.refusal("it is a mount point, such as the root of a bpffs, which all programs share"))
+        Err(self.not_pin_dir("it is a mount point, such as the root of a bpffs, which all programs share"))
     }
 
-    fn refusal(&self, reason: &'static str) -> PinError {
+    fn not_pin_dir(&self, reason: &'static str) -> PinError {
         PinError::NotPinDir { path: self.root().to_owned(), reason }
     }
 
@@ -145,7 +149,7 @@ impl PinDir {
         Ok(entries(self.root())?.into_iter().filter(|path| !is_known(path)).collect())
     }
 
-    fn is_without_pins(&self) -> Result<bool, PinError> {
+    fn has_no_pins(&self) -> Result<bool, PinError> {
         for kind in PinKind::ALL {
             if !entries(&self.root().join(kind.directory()))?.is_empty() {
                 return Ok(false);
@@ -155,14 +159,14 @@ impl PinDir {
     }
 
     /// Reports whether the directory contains a pin of an agent's map, program or link, under a name that agents use.
-    fn has_own_pin(&self) -> Result<bool, PinError> {
+    fn has_agent_pin(&self) -> Result<bool, PinError> {
         for kind in [PinKind::Map, PinKind::Program, PinKind::Link] {
             let directory = self.root().join(kind.directory());
             if fs::symlink_metadata(&directory).is_ok_and(|metadata| metadata.is_symlink()) {
                 continue;
             }
             for path in entries(&directory)? {
-                if kind.is_pin(&path) && is_own(&path) {
+                if kind.is_pin(&path) && is_agent_object(&path) {
                     return Ok(true);
                 }
             }
@@ -172,7 +176,7 @@ impl PinDir {
 }
 
 /// Reports whether the object that is pinned at `path` belongs to an agent, by its name. Does not follow symlinks.
-pub(crate) fn is_own(path: &Path) -> bool {
+pub(crate) fn is_agent_object(path: &Path) -> bool {
     if !fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file()) {
         return false;
     }

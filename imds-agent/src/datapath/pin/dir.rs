@@ -67,7 +67,7 @@ pub enum PinError {
     Mount(#[source] io::Error),
     /// Another process holds the lock of the directory.
     #[error("another process{} holds the lock of {}: each --pin-dir allows one `run` and one `events`", pid_phrase(*pid), path.display())]
-    Held {
+    Locked {
         /// Path of the locked directory.
         path: PathBuf,
         /// Pid of the other process; `None` if it is not visible in this pid namespace.
@@ -136,8 +136,8 @@ impl PinDir {
 
     /// Returns the path of the pin of the TCX or netkit link at an attach point.
     #[must_use]
-    pub fn link(&self, spot: AttachPoint) -> PathBuf {
-        self.links().join(format!("{}{}", link_prefix(spot.hook), spot.ifindex))
+    pub fn link(&self, point: AttachPoint) -> PathBuf {
+        self.links().join(format!("{}{}", link_prefix(point.hook), point.ifindex))
     }
 
     /// Returns the path of the pin of a cgroup link.
@@ -295,9 +295,9 @@ mod tests {
     #[test]
     fn pin_names() {
         let dir = PinDir::new(Path::new("/sys/fs/bpf/imds")).unwrap();
-        let spot = |hook| AttachPoint { ifindex: 12, hook };
-        assert_eq!(dir.link(spot(TcHook::FromPod)), Path::new("/sys/fs/bpf/imds/links/from_pod_12"));
-        assert_eq!(dir.link(spot(TcHook::NodeEgress)), Path::new("/sys/fs/bpf/imds/links/node_egress_12"));
+        let point = |hook| AttachPoint { ifindex: 12, hook };
+        assert_eq!(dir.link(point(TcHook::FromPod)), Path::new("/sys/fs/bpf/imds/links/from_pod_12"));
+        assert_eq!(dir.link(point(TcHook::NodeEgress)), Path::new("/sys/fs/bpf/imds/links/node_egress_12"));
         assert_eq!(dir.map("m"), Path::new("/sys/fs/bpf/imds/maps/m"));
         assert_eq!(dir.program("p"), Path::new("/sys/fs/bpf/imds/progs/p"));
     }
@@ -306,7 +306,7 @@ mod tests {
     fn non_bpffs_dir_is_rejected_with_remedy() {
         let elsewhere = tempfile::tempdir().unwrap();
         let dir = PinDir::new(&elsewhere.path().join("pins")).unwrap();
-        let error = dir.claim().unwrap_err();
+        let error = dir.lock().unwrap_err();
         assert!(matches!(error, PinError::NotBpffs { .. }), "{error}");
         assert!(error.to_string().contains("mount -t bpf bpf"), "{error}");
         assert!(!dir.exists());

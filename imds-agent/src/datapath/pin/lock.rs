@@ -20,16 +20,16 @@ const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 impl PinDir {
     /// Creates the directory and its subdirectories if missing, and locks it for this process. Fails if it is not on a bpffs.
-    pub fn claim(&self) -> Result<PinLock, PinError> {
+    pub fn lock(&self) -> Result<PinLock, PinError> {
         self.ensure_bpffs()?;
         self.ensure_usable()?;
         let is_new = !self.exists();
         self.make_directories()?;
-        let claim = PinLock { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new };
+        let lock = PinLock { dir: self.clone(), lock: self.lock_path(self.root())?, ready: None, is_new };
         // A killed `unload` may have left the setting changed, and its request in place.
         rcu::restore_if_recorded(self);
         self.withdraw_unload_request()?;
-        Ok(claim)
+        Ok(lock)
     }
 
     /// Locks the directory for this process, if it exists and no other process holds the lock.
@@ -41,7 +41,7 @@ impl PinDir {
         };
         let inode = directory.metadata().map_err(io_error("inspect", self.root()))?.ino();
         let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok();
-        let lock = lock.filter(|_| is_at(self.root(), inode));
+        let lock = lock.filter(|_| has_inode(self.root(), inode));
         Ok(lock.map(|lock| PinLock { dir: self.clone(), lock, ready: None, is_new: false }))
     }
 
@@ -54,25 +54,27 @@ impl PinDir {
     }
 
     /// Returns the process that holds the lock of the directory, or `None` if no process does.
-    pub fn holder(&self) -> Result<Option<LockOwner>, PinError> {
+    pub fn lock_owner(&self) -> Result<Option<LockOwner>, PinError> {
         if !is_locked(self.root())? {
             return Ok(None);
         }
         let inode = fs::metadata(self.root()).map_err(io_error("inspect", self.root()))?.ino();
-        Ok(Some(LockOwner { pid: holder_of(inode), is_ready: is_locked(&self.maps())? }))
+        Ok(Some(LockOwner { pid: find_lock_owner(inode), is_ready: is_locked(&self.maps())? }))
     }
 
     /// Locks the directory at `path`. If the directory was removed in the meantime, creates it and locks the new one.
-    fn lock(&self, path: &Path) -> Result<Flock<File>, PinError> {
+    fn lock_path(&self, path: &Path) -> Result<Flock<File>, PinError> {
         let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
             let directory = File::open(path).map_err(io_error("open", path))?;
             let inode = directory.metadata().map_err(io_error("inspect", path))?.ino();
             match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) if is_at(path, inode) => return Ok(lock),
+                Ok(lock) if has_inode(path, inode) => return Ok(lock),
                 Ok(_) => self.make_directories()?,
                 Err(_) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
-                Err(_) => return Err(PinError::Held { path: path.to_owned(), pid: holder_of(inode) }),
+                Err(_) => {
+                    return Err(PinError::Locked { path: path.to_owned(), pid: find_lock_owner(inode) });
+                }
             }
         }
     }
@@ -113,23 +115,23 @@ impl PinLock {
     /// Marks the agent as ready: `status` then reports that every interface was reconciled.
     pub fn set_ready(&mut self) -> Result<(), PinError> {
         if self.ready.is_none() {
-            self.ready = Some(self.dir.lock(&self.dir.maps())?);
+            self.ready = Some(self.dir.lock_path(&self.dir.maps())?);
         }
         Ok(())
     }
 
     /// Creates removed directories again, and locks them. Returns `true` if any was missing.
     pub fn restore(&mut self) -> Result<bool, PinError> {
-        let whole = holds(&self.lock, self.dir.root())
-            && self.ready.as_ref().is_none_or(|ready| holds(ready, &self.dir.maps()))
+        let is_complete = is_lock_of(&self.lock, self.dir.root())
+            && self.ready.as_ref().is_none_or(|ready| is_lock_of(ready, &self.dir.maps()))
             && [self.dir.maps(), self.dir.programs(), self.dir.links()].iter().all(|path| path.is_dir());
-        if whole {
+        if is_complete {
             return Ok(false);
         }
         self.dir.ensure_bpffs()?;
         self.dir.make_directories()?;
-        if !holds(&self.lock, self.dir.root()) {
-            self.lock = self.dir.lock(self.dir.root())?;
+        if !is_lock_of(&self.lock, self.dir.root()) {
+            self.lock = self.dir.lock_path(self.dir.root())?;
         }
         if self.ready.take().is_some() {
             self.set_ready()?;
@@ -144,11 +146,11 @@ impl PinLock {
 }
 
 /// Reports whether the lock belongs to the directory that is now at `path`.
-fn holds(lock: &Flock<File>, path: &Path) -> bool {
-    lock.metadata().is_ok_and(|metadata| is_at(path, metadata.ino()))
+fn is_lock_of(lock: &Flock<File>, path: &Path) -> bool {
+    lock.metadata().is_ok_and(|metadata| has_inode(path, metadata.ino()))
 }
 
-fn is_at(path: &Path, inode: u64) -> bool {
+fn has_inode(path: &Path, inode: u64) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.ino() == inode)
 }
 
@@ -164,7 +166,7 @@ fn is_locked(path: &Path) -> Result<bool, PinError> {
 
 /// Returns the pid of the process that holds a flock(2) on an inode, from /proc/locks. The format of a line is
 /// `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`.
-fn holder_of(inode: u64) -> Option<i32> {
+fn find_lock_owner(inode: u64) -> Option<i32> {
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();

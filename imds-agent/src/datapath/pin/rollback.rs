@@ -9,7 +9,7 @@ use std::{
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use imds_ebpf_common::{
-    Address, Endpoint, Policy, PolicyTable, ProviderRecord,
+    Address, Endpoint, Policy, PolicyFilter, ProviderRecord,
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_POLICY, MAP_PROVIDER, MAPS, programs},
 };
 
@@ -30,7 +30,7 @@ pub(crate) struct Rollback {
     /// Object at each path; `None` if nothing was pinned there.
     pins: Vec<(PathBuf, Option<OwnedFd>)>,
     policy: Option<ArrayContent<Policy>>,
-    filter: Option<ArrayContent<PolicyTable>>,
+    filter: Option<ArrayContent<PolicyFilter>>,
     provider: Option<ArrayContent<ProviderRecord>>,
     endpoints: Option<EndpointContent>,
 }
@@ -60,7 +60,7 @@ impl Rollback {
     }
 
     /// Returns the filter that was effective before the start.
-    pub(crate) fn filter(&self) -> Option<&PolicyTable> {
+    pub(crate) fn filter(&self) -> Option<&PolicyFilter> {
         self.filter.as_ref().map(|(_, filter)| filter)
     }
 

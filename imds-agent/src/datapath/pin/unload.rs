@@ -53,11 +53,12 @@ pub enum Progress {
     Detached(usize, usize),
 }
 
-/// Removes links, filters and pins of agents, and qdiscs that an agent added. Without pins and attachments, the kernel frees the
-/// programs and maps.
+/// Removes links, filters and pins of agents, and qdiscs that an agent added. Without pins and attachments, the kernel frees
+/// the programs and maps.
 ///
-/// Asks a running agent to release the directory, and waits at most `timeout` for it. Switches the policy off first, so that all
-/// hooks let all packets pass at once, because detaching takes long: the kernel waits for a grace period for each TCX link.
+/// Asks a running agent to release the directory, and waits at most `timeout` for it. Switches the policy off first, so that
+/// all hooks let all packets pass at once, because detaching takes long: the kernel waits for a grace period for each TCX
+/// link.
 pub async fn unload(
     pins: &PinDir,
     netlink: &Netlink,
@@ -69,20 +70,20 @@ pub async fn unload(
     // Keeps the directory open, so that the kernel does not reuse its inode number.
     let Some(_directory) = pins.open_owned()? else { return Ok(removed) };
     netns_owner::ensure_no_filters_elsewhere(pins)?;
-    let (claim, agent) = if let Some(claim) = pins.try_lock_existing()? {
-        (claim, None)
+    let (pin_lock, agent) = if let Some(pin_lock) = pins.try_lock_existing()? {
+        (pin_lock, None)
     } else {
         // Switches the policy off before asking the agent, which may hang.
         if policy::switch_off(pins)? {
             progress(Progress::PolicyOff);
         }
-        let holder = pins.holder()?;
+        let holder = pins.lock_owner()?;
         let agent = holder.and_then(|holder| holder.pid);
         if holder.is_some() {
             progress(Progress::AskedAgent(agent));
         }
-        let Some(claim) = wait_for_release(pins, agent, timeout).await? else { return Ok(removed) };
-        (claim, agent)
+        let Some(pin_lock) = wait_for_release(pins, agent, timeout).await? else { return Ok(removed) };
+        (pin_lock, agent)
     };
     rcu::restore_if_recorded(pins);
     // Repeats this, because the agent may have applied its configuration in the meantime.
@@ -93,7 +94,7 @@ pub async fn unload(
     detach(pins, netlink, links, &mut removed, progress).await?;
     removed.left = pins.remove_own()?;
     removed.pin_dir = Some(pins.root().to_owned());
-    drop(claim);
+    drop(pin_lock);
     Ok(removed)
 }
 
@@ -109,12 +110,12 @@ async fn wait_for_release(
         if !pins.request_unload()? {
             return Ok(None);
         }
-        if let Some(claim) = pins.try_lock_existing()? {
-            return Ok(Some(claim));
+        if let Some(pin_lock) = pins.try_lock_existing()? {
+            return Ok(Some(pin_lock));
         }
         if Instant::now() >= deadline {
             // Leaves the request in place, so that a hanging agent releases the directory when it resumes.
-            let pid = pins.holder()?.map_or(agent, |holder| holder.pid);
+            let pid = pins.lock_owner()?.map_or(agent, |holder| holder.pid);
             return Err(PinError::NotReleased { path: pins.root().to_owned(), pid, timeout });
         }
         sleep(RELEASE_RETRY).await;
@@ -135,8 +136,9 @@ async fn detach(
     removed: &mut Removed,
     mut progress: impl FnMut(Progress),
 ) -> Result<(), DatapathError> {
-    removed.sockets = cgroup_programs::detach_all(pins)? | host_cgroups::detach_all(pins)?;
-    removed.sockets |= cgroup_programs::detach_local_service(pins)?;
+    removed.sockets =
+        cgroup_programs::detach(pins, cgroup_programs::SOCKETS)? | host_cgroups::detach_all(pins)?;
+    removed.sockets |= cgroup_programs::detach(pins, cgroup_programs::LOCAL_SERVICE)?;
     let pinned = pins.pinned_links()?;
     let expedited = if pinned.len() >= MANY_LINKS { expedite(pins) } else { None };
     for (done, (_, path)) in (1..).zip(&pinned) {

@@ -34,8 +34,8 @@ pub use self::{
     cgroup::{CgroupPrograms, cgroup_programs, effective_programs},
     link_target::{Direction, HookEntry, Link, MprogHook, Target},
     program::{
-        ProgLoad, btf_load, is_compiled, is_foreign, is_ours, load_noop_program, load_redirect, object_name,
-        prog_load, program_id, program_name,
+        ProgLoad, btf_load, is_agent_program, is_compiled, is_foreign, load_noop_program, load_redirect,
+        object_name, prog_load, program_id, program_name,
     },
     sink::{MAX_SINK_IDS, link_create_after, load_sink},
 };
@@ -136,7 +136,7 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
     }
     let info: Info = info(link)?;
     let [first, second, third, _] = info.target;
-    let target = match (info.kind, MprogHook::of_link(info.kind, second)) {
+    let target = match (info.kind, MprogHook::from_link(info.kind, second)) {
         (_, Some(hook)) => Target::Interface { ifindex: first, hook },
         (kind, _) if kind == BPF_LINK_TYPE_CGROUP as u32 => {
             // The two words in memory order are the 64-bit id.

@@ -3,8 +3,8 @@
 //! The kernel waits for a grace period for each link that it detaches, and holds RTNL while it waits (`tcx_link_release`,
 //! kernel/bpf/tcx.c), so threads do not help. With expedited grace periods, it sends interrupts to the CPUs instead of waiting.
 //!
-//! The setting applies to the whole machine. A directory in the pin directory records that it must be restored, so that a killed
-//! `unload` does not leave it changed: the next `unload` or agent restores it. Both are gone after a reboot.
+//! The setting applies to the whole machine. A directory in the pin directory records that it must be restored, so that a
+//! killed `unload` does not leave it changed: the next `unload` or agent restores it. Both are gone after a reboot.
 
 use std::{fs, io, path::PathBuf};
 
@@ -24,10 +24,10 @@ pub(crate) struct Expedited {
 }
 
 impl Expedited {
-    /// Expedites grace periods. Returns `None` if they are expedited already, if that is not allowed, for example in a container
-    /// with a read-only /sys, or if the change can't be recorded.
+    /// Expedites grace periods. Returns `None` if they are expedited already, if that is not allowed, for example in a
+    /// container with a read-only /sys, or if the change can't be recorded.
     pub(crate) fn set(pins: &PinDir) -> Option<Self> {
-        if !is("0") {
+        if !has_setting("0") {
             return None;
         }
         let record = record(pins);
@@ -58,7 +58,7 @@ pub(crate) fn restore_if_recorded(pins: &PinDir) {
     if !is_directory(&record) {
         return;
     }
-    if is("1") && restore_setting() {
+    if has_setting("1") && restore_setting() {
         log::warn!("restored {EXPEDITED}: an `unload` was killed before it could");
     }
     remove(&record);
@@ -68,7 +68,7 @@ fn record(pins: &PinDir) -> PathBuf {
     pins.root().join(RECORD)
 }
 
-fn is(value: &str) -> bool {
+fn has_setting(value: &str) -> bool {
     fs::read_to_string(EXPEDITED).is_ok_and(|text| text.trim() == value)
 }
 

@@ -45,13 +45,13 @@ const PACKETS: [(&str, bpf_attach_type); 2] =
 
 /// Position of another program relative to the agent's.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Place {
+enum RunOrder {
     /// The order does not matter, or the agent's program runs later.
-    Harmless,
+    NotAfter,
     /// On the same cgroup, after the agent's program.
-    Later,
+    After,
     /// On a cgroup above, whose programs run later.
-    Above,
+    AfterInAncestor,
 }
 
 /// Lists the programs of other owners, and names those that keep the agent's programs off a hook.
@@ -61,7 +61,7 @@ pub(crate) fn programs(pins: &PinDir) -> Result<Vec<DoctorCheck>, DatapathError>
         return Ok(vec![DoctorCheck::ok(NAME, "no cgroup for the agent's programs was found")]);
     };
     let directory = File::open(&path).map_err(dir::io_error("open the cgroup", &path))?;
-    let cgroup = Cgroup { root, path, directory, ours: ours(pins)? };
+    let cgroup = Cgroup { root, path, directory, ours: agent_programs(pins)? };
     let mut checks = Vec::new();
     for (hook, attach_type) in CALLS.into_iter().chain(PACKETS) {
         match cgroup.checks(hook, attach_type) {
@@ -108,7 +108,7 @@ impl Cgroup {
             if entry.id.is_some() && entry.id == exclusive {
                 return alone(program, hook);
             }
-            check(position(&program, entry, &own, is_call), program)
+            check(run_order(&program, entry, &own, is_call), program)
         });
         Ok(checks.collect())
     }
@@ -126,26 +126,26 @@ impl Cgroup {
     }
 }
 
-fn position(program: &Program, entry: &HookProgram, own: &CgroupPrograms, is_call: bool) -> Place {
+fn run_order(program: &Program, entry: &HookProgram, own: &CgroupPrograms, is_call: bool) -> RunOrder {
     if !is_call || program.first != Some(false) {
-        return Place::Harmless;
+        return RunOrder::NotAfter;
     }
-    if entry.id.is_some_and(|id| own.ids.contains(&id)) { Place::Later } else { Place::Above }
+    if entry.id.is_some_and(|id| own.ids.contains(&id)) { RunOrder::After } else { RunOrder::AfterInAncestor }
 }
 
-fn check(position: Place, program: Program) -> DoctorCheck {
+fn check(order: RunOrder, program: Program) -> DoctorCheck {
     let observed = program.to_string();
     let hook = program.hook;
-    let check = match position {
-        Place::Harmless => DoctorCheck::ok(NAME, observed),
-        Place::Later => {
+    let check = match order {
+        RunOrder::NotAfter => DoctorCheck::ok(NAME, observed),
+        RunOrder::After => {
             let remedy = format!(
                 "runs after imds_{hook}: it may rewrite the destination, and the socket hook does not see the result; a running \
                  agent moves its program to the end"
             );
             DoctorCheck::degraded(NAME, observed, remedy)
         }
-        Place::Above => {
+        RunOrder::AfterInAncestor => {
             let remedy = format!(
                 "runs after imds_{hook}, because its cgroup is above the agent's: it may rewrite the destination, and the socket \
                  hook does not see the result; set `run --cgroup` to the cgroup of that program"
@@ -166,7 +166,7 @@ fn alone(program: Program, hook: &str) -> DoctorCheck {
 }
 
 /// Returns the ids of the programs that the agent's pinned links attach to cgroups.
-fn ours(pins: &PinDir) -> Result<BTreeSet<u32>, DatapathError> {
+fn agent_programs(pins: &PinDir) -> Result<BTreeSet<u32>, DatapathError> {
     let links = pins.all_links()?.into_iter().filter_map(|path| dir::link_at(&path));
     Ok(links.filter(|link| link.cgroup().is_some()).map(|link| link.program).collect())
 }
@@ -197,14 +197,14 @@ mod tests {
         };
         let entries = [entry(1, false), entry(2, true), entry(3, false), entry(4, false)];
         let own = CgroupPrograms { ids: vec![1, 2, 3], flags: BPF_F_ALLOW_MULTI };
-        let places = |is_call| -> Vec<_> {
+        let orders = |is_call| -> Vec<_> {
             let programs = foreign(&entries, "/sys/fs/cgroup", "connect4");
-            programs.map(|(program, entry)| position(&program, entry, &own, is_call)).collect()
+            programs.map(|(program, entry)| run_order(&program, entry, &own, is_call)).collect()
         };
-        assert_eq!(places(true), [Place::Harmless, Place::Later, Place::Above]);
-        assert_eq!(places(false), [Place::Harmless; 3]);
+        assert_eq!(orders(true), [RunOrder::NotAfter, RunOrder::After, RunOrder::AfterInAncestor]);
+        assert_eq!(orders(false), [RunOrder::NotAfter; 3]);
         let alone = [entry(1, false)];
         let (program, of) = foreign(&alone, "/sys/fs/cgroup", "connect4").next().unwrap();
-        assert_eq!(position(&program, of, &own, true), Place::Harmless);
+        assert_eq!(run_order(&program, of, &own, true), RunOrder::NotAfter);
     }
 }

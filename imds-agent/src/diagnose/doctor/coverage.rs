@@ -12,7 +12,7 @@ use super::{chains::BaseHook, node_allow_coverage::AllowList, traffic::Traffic};
 use crate::{
     config::{
         Hooks,
-        endpoint_set::{AllowedPort, plain},
+        endpoint_set::AllowedPort,
         provider::{DMI_DIR, Dmi, Provider},
     },
     datapath::{
@@ -20,6 +20,7 @@ use crate::{
         object::Maps,
         pin::dir::PinDir,
     },
+    encode::ip_address,
     telemetry::status::exemption_rules,
 };
 
@@ -46,11 +47,11 @@ impl Enforcement {
         Maps::open(pins)
             .ok()
             .and_then(|maps| Self::from_maps(pins, &maps))
-            .unwrap_or_else(|| Self::of_provider(Dmi::read(DMI_DIR.as_ref()).provider(), None))
+            .unwrap_or_else(|| Self::from_provider(Dmi::read(DMI_DIR.as_ref()).provider(), None))
     }
 
     /// Returns the denials of a configuration that sets only the provider and the mode.
-    pub(crate) fn of_provider(provider: &Provider, mode: Option<Mode>) -> Self {
+    pub(crate) fn from_provider(provider: &Provider, mode: Option<Mode>) -> Self {
         let endpoints = provider.endpoints().map(|endpoint| (endpoint.address, endpoint.allow_ports));
         Self { mode, endpoints: endpoints.collect(), ..Self::default() }
     }
@@ -61,20 +62,20 @@ impl Enforcement {
         let entries = endpoint_maps::read(maps).ok()?;
         let allowed = |entry: &imds_ebpf_common::Endpoint| entry.allowed_ports().map(AllowedPort).collect();
         let endpoints: BTreeMap<_, _> =
-            entries.iter().map(|(address, entry)| (plain(*address), allowed(entry))).collect();
+            entries.iter().map(|(address, entry)| (ip_address(*address), allowed(entry))).collect();
         let names = exemption_rules(maps).ok()?;
         let mut exemptions: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
         let mut cgroup_exemptions = exemptions.clone();
-        for (exemption, grant) in exemption_maps::read(maps).ok()?.entries {
+        for (exemption, record) in exemption_maps::read(maps).ok()?.entries {
             // A bridge stands for the pods behind it, which have entries of their own.
             if exemption.subject.kind == SubjectKind::Bridge as u64 {
                 continue;
             }
-            let number = grant.rule as usize;
+            let number = record.rule as usize;
             let name = number.checked_sub(1).and_then(|index| names.get(index));
             let name = name.cloned().unwrap_or_else(|| number.to_string());
             let covers = |address: &&IpAddr| {
-                exemption.address == Address::ANY || plain(exemption.address) == **address
+                exemption.address == Address::ANY || ip_address(exemption.address) == **address
             };
             for address in endpoints.keys().filter(covers) {
                 exemptions.entry(*address).or_default().insert(name.clone());
@@ -85,7 +86,7 @@ impl Enforcement {
         }
         let (mode, hooks) = (Some(Mode::from_u32(policy.mode)), Hooks::from_bits(policy.hooks));
         let enforcement = Self { mode, hooks, endpoints, exemptions, cgroup_exemptions, ..Self::default() };
-        if !hooks.has(Hook::NodeAllow) {
+        if !hooks.contains(Hook::NodeAllow) {
             return Some(enforcement);
         }
         Some(match AllowList::read(pins, maps)? {
@@ -99,7 +100,7 @@ impl Enforcement {
     }
 
     /// Describes the state in which nothing is denied; `None` in enforce mode.
-    pub(crate) fn why_nothing_is_denied(&self) -> Option<String> {
+    pub(crate) fn not_enforcing_reason(&self) -> Option<String> {
         match self.mode {
             Some(Mode::Enforce) => None,
             Some(mode) => Some(format!("imds-agent denies nothing in the mode {}", mode.name())),
@@ -117,7 +118,7 @@ impl Enforcement {
     /// Describes the traffic that the rule denies and the loaded configuration does not. `hooks` are those from which
     /// packets reach the rule.
     pub(crate) fn openings(&self, traffic: &Traffic, hooks: &BTreeSet<BaseHook>, chain: &str) -> Vec<String> {
-        if let Some(reason) = self.why_nothing_is_denied() {
+        if let Some(reason) = self.not_enforcing_reason() {
             return vec![format!("everything that the rule denies: {reason}")];
         }
         let mut openings = self.openings_of_senders(traffic, hooks, chain);
@@ -171,7 +172,8 @@ impl Enforcement {
             if let Some(list) = &self.node_allow {
                 openings.extend(list.openings(traffic));
             } else {
-                let pods = if self.hooks.has(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
+                let pods =
+                    if self.hooks.contains(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
                 let owners = traffic.owners_after("");
                 let reason = self
                     .missing_node_program
@@ -189,14 +191,14 @@ impl Enforcement {
             );
         }
         let arrives = hooks.contains(&BaseHook::Prerouting) || hooks.contains(&BaseHook::Ingress);
-        if arrives && !self.hooks.has(Hook::FromPod) {
+        if arrives && !self.hooks.contains(Hook::FromPod) {
             openings
                 .push("requests of pods to a service on the node itself: hooks.from_pod is off".to_owned());
         }
         let is_forwarded = hooks.iter().any(|hook| hook.sees_pods());
-        if is_forwarded && !self.hooks.has(Hook::NodeEgress) {
+        if is_forwarded && !self.hooks.contains(Hook::NodeEgress) {
             let senders =
-                if self.hooks.has(Hook::FromPod) { "other machines" } else { "pods and other machines" };
+                if self.hooks.contains(Hook::FromPod) { "other machines" } else { "pods and other machines" };
             openings.push(format!("requests that the node forwards for {senders}: hooks.node_egress is off"));
         }
         openings

@@ -14,7 +14,7 @@ use crate::escape::escape;
 /// Report of one `imds-agent doctor`.
 #[derive(Debug, Serialize)]
 pub struct DoctorReport {
-    /// Schema version. Fields are only added while it stays the same.
+    /// Schema version. Removed and changed fields increase it.
     pub schema: u32,
     /// Version of the program that made the report.
     pub version: &'static str,

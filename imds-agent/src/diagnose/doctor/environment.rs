@@ -110,7 +110,7 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
             remedy,
         );
     }
-    let lookup = Maps::open(pins).ok().and_then(|maps| pod_names::lookup(&maps).ok().flatten());
+    let lookup = Maps::open(pins).ok().and_then(|maps| pod_names::read_watch_status(&maps).ok().flatten());
     match lookup {
         None => DoctorCheck::ok(NAME, "processes of pods are visible; no pod watch"),
         Some(PodWatchStatus { node, connected: true, pods, .. }) => {
@@ -133,7 +133,7 @@ pub(crate) fn agent(pins: &PinDir) -> DoctorCheck {
         return DoctorCheck::degraded(NAME, format!("programs are loaded at {root}"), error.to_string());
     }
     let pid = |pid: Option<i32>| pid.map(|pid| format!(", pid {pid}")).unwrap_or_default();
-    match pins.holder() {
+    match pins.lock_owner() {
         Ok(Some(holder)) if holder.is_ready => DoctorCheck::ok(NAME, format!("running{}", pid(holder.pid))),
         Ok(Some(holder)) => {
             let remedy = "not all interfaces are enforced yet: wait, or see the agent's log";

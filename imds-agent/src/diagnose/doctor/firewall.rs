@@ -203,7 +203,7 @@ impl<'a> Finding<'a> {
                     "no conflict. If the rule is removed ({remove}), this traffic passes without redirection: {opens}"
                 )
             }
-            Effect::Accept | Effect::Other => match (enforcement.why_nothing_is_denied(), node) {
+            Effect::Accept | Effect::Other => match (enforcement.not_enforcing_reason(), node) {
                 (Some(reason), _) => format!("{reason}. Command that removes the rule: {remove}"),
                 (None, Some(node)) if self.effect == Effect::Accept => format!(
                     "imds-agent denies {node}, although this rule accepts their packets: add those that need {address} to node.allow. Command \

@@ -89,8 +89,8 @@ fn try_filter() -> Result<(), String> {
         runtime.block_on(async {
             let netlink = Netlink::connect()?;
             clsact::ensure_qdisc(&netlink, LOOPBACK).await?;
-            let spot = AttachPoint { ifindex: LOOPBACK, hook: TcHook::FromPod };
-            clsact::attach_first(&netlink, spot, std::os::fd::AsFd::as_fd(&program), "doctor").await
+            let point = AttachPoint { ifindex: LOOPBACK, hook: TcHook::FromPod };
+            clsact::attach_first(&netlink, point, std::os::fd::AsFd::as_fd(&program), "doctor").await
         })
     };
     let namespace =

@@ -8,7 +8,7 @@ use super::rulesets::Body;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Effect {
     /// The bit stays as it was.
-    Kept,
+    Unchanged,
     Set,
     Cleared,
     /// The bit depends on something else than its own state before.
@@ -19,7 +19,7 @@ impl Effect {
     /// Name of the effect in JSON.
     pub(crate) const fn name(self) -> &'static str {
         match self {
-            Self::Kept => "kept",
+            Self::Unchanged => "unchanged",
             Self::Set => "set",
             Self::Cleared => "cleared",
             Self::Changed => "changed",
@@ -29,7 +29,7 @@ impl Effect {
     /// Verb for sentences about a rule.
     pub(crate) const fn verb(self) -> &'static str {
         match self {
-            Self::Kept => "keeps",
+            Self::Unchanged => "keeps",
             Self::Set => "sets",
             Self::Cleared => "clears",
             Self::Changed => "can change",
@@ -37,7 +37,7 @@ impl Effect {
     }
 
     /// Returns the effect of writing a constant.
-    const fn of_value(value: u32, bit: u32) -> Self {
+    const fn from_bit(value: u32, bit: u32) -> Self {
         if value & bit == 0 { Self::Cleared } else { Self::Set }
     }
 
@@ -45,7 +45,7 @@ impl Effect {
         match (self, other) {
             (Self::Cleared, _) | (_, Self::Cleared) => Self::Cleared,
             (Self::Set, same) | (same, Self::Set) => same,
-            (Self::Kept, Self::Kept) => Self::Kept,
+            (Self::Unchanged, Self::Unchanged) => Self::Unchanged,
             _ => Self::Changed,
         }
     }
@@ -54,7 +54,7 @@ impl Effect {
         match (self, other) {
             (Self::Set, _) | (_, Self::Set) => Self::Set,
             (Self::Cleared, same) | (same, Self::Cleared) => same,
-            (Self::Kept, Self::Kept) => Self::Kept,
+            (Self::Unchanged, Self::Unchanged) => Self::Unchanged,
             _ => Self::Changed,
         }
     }
@@ -62,7 +62,7 @@ impl Effect {
     const fn xor(self, other: Self) -> Self {
         match (self, other) {
             (Self::Cleared, same) | (same, Self::Cleared) => same,
-            (Self::Set, Self::Set) | (Self::Kept, Self::Kept) => Self::Cleared,
+            (Self::Set, Self::Set) | (Self::Unchanged, Self::Unchanged) => Self::Cleared,
             _ => Self::Changed,
         }
     }
@@ -70,25 +70,25 @@ impl Effect {
     /// Returns the effect of this and then `next`.
     const fn then(self, next: Self) -> Self {
         match next {
-            Self::Kept => self,
+            Self::Unchanged => self,
             next => next,
         }
     }
 }
 
 /// Returns the effect of a rule on packets that it matches.
-pub(crate) fn of_rule(body: &Body, bit: u32) -> Effect {
+pub(crate) fn rule_effect(body: &Body, bit: u32) -> Effect {
     match body {
-        Body::Iptables(words) => of_iptables(words, bit),
+        Body::Iptables(words) => iptables_effect(words, bit),
         Body::Nft(expressions) => {
-            let effects = expressions.iter().map(|expression| of_expression(expression, bit));
-            effects.fold(Effect::Kept, Effect::then)
+            let effects = expressions.iter().map(|expression| expression_effect(expression, bit));
+            effects.fold(Effect::Unchanged, Effect::then)
         }
     }
 }
 
 /// Reads the target of a rule of `iptables-save`: MARK, CONNMARK, TPROXY and SET can write the mark.
-fn of_iptables(words: &[String], bit: u32) -> Effect {
+fn iptables_effect(words: &[String], bit: u32) -> Effect {
     let value = |name: &str| {
         let position = words.iter().position(|word| word == name)?;
         words.get(position + 1).map(String::as_str)
@@ -125,18 +125,18 @@ fn of_iptables(words: &[String], bit: u32) -> Effect {
                 return Effect::Changed;
             };
             // mark = (mark & ~nfmask) ^ (connection's mark & ctmask): xt_connmark.c.
-            let kept = Effect::Kept.and(Effect::of_value(!of_packet, bit));
-            kept.xor(Effect::Changed.and(Effect::of_value(of_connection, bit)))
+            let unchanged_bit = Effect::Unchanged.and(Effect::from_bit(!of_packet, bit));
+            unchanged_bit.xor(Effect::Changed.and(Effect::from_bit(of_connection, bit)))
         }
-        "TPROXY" => value("--tproxy-mark").map_or(Effect::Kept, |text| change(text, false)),
+        "TPROXY" => value("--tproxy-mark").map_or(Effect::Unchanged, |text| change(text, false)),
         "SET" if has("--map-mark") => Effect::Changed,
-        _ => Effect::Kept,
+        _ => Effect::Unchanged,
     }
 }
 
 /// Returns the effect of `mark = (mark & ~mask) ^ value`.
 fn masked(value: u32, mask: u32, bit: u32) -> Effect {
-    Effect::Kept.and(Effect::of_value(!mask, bit)).xor(Effect::of_value(value, bit))
+    Effect::Unchanged.and(Effect::from_bit(!mask, bit)).xor(Effect::from_bit(value, bit))
 }
 
 fn value_and_mask(text: &str) -> Option<(u32, u32)> {
@@ -154,16 +154,16 @@ fn parse(number: &str) -> Option<u32> {
 }
 
 /// Reads an expression of nftables: a statement that writes the mark, or a target of iptables that nft can't describe.
-fn of_expression(expression: &Value, bit: u32) -> Effect {
+fn expression_effect(expression: &Value, bit: u32) -> Effect {
     if let Some(statement) = expression.get("mangle")
         && is_packet_mark(&statement["key"])
     {
-        return of_operand(&statement["value"], bit);
+        return operand_effect(&statement["value"], bit);
     }
     let target = &expression["xt"];
     let is_mark_target =
         target["type"] == "target" && (target["name"] == "MARK" || target["name"] == "CONNMARK");
-    if is_mark_target { Effect::Changed } else { Effect::Kept }
+    if is_mark_target { Effect::Changed } else { Effect::Unchanged }
 }
 
 fn is_packet_mark(expression: &Value) -> bool {
@@ -171,16 +171,16 @@ fn is_packet_mark(expression: &Value) -> bool {
 }
 
 /// Returns the bit of a value in nftables. Only constants, the mark and their combinations are known.
-fn of_operand(operand: &Value, bit: u32) -> Effect {
+fn operand_effect(operand: &Value, bit: u32) -> Effect {
     if is_packet_mark(operand) {
-        return Effect::Kept;
+        return Effect::Unchanged;
     }
     if let Some(value) = operand.as_u64() {
-        return u32::try_from(value).map_or(Effect::Changed, |value| Effect::of_value(value, bit));
+        return u32::try_from(value).map_or(Effect::Changed, |value| Effect::from_bit(value, bit));
     }
     let operands = |operator: &str| {
         let operands = operand.get(operator)?.as_array()?;
-        Some(operands.iter().map(|operand| of_operand(operand, bit)).collect::<Vec<_>>().into_iter())
+        Some(operands.iter().map(|operand| operand_effect(operand, bit)).collect::<Vec<_>>().into_iter())
     };
     let combined = if let Some(effects) = operands("&") {
         effects.reduce(Effect::and)
@@ -193,13 +193,13 @@ fn of_operand(operand: &Value, bit: u32) -> Effect {
 }
 
 /// Returns the effect of a TC action: `skbedit` writes a value under a mask, `connmark` the connection's mark.
-pub(crate) fn of_action(action: &Value, bit: u32) -> Effect {
+pub(crate) fn action_effect(action: &Value, bit: u32) -> Effect {
     let number = |value: &Value| {
         value.as_u64().and_then(|value| u32::try_from(value).ok()).or_else(|| parse(value.as_str()?))
     };
     match action["kind"].as_str() {
         Some("skbedit") => {
-            let Some(written) = action.get("mark") else { return Effect::Kept };
+            let Some(written) = action.get("mark") else { return Effect::Unchanged };
             let pair = written.as_str().and_then(value_and_mask);
             let value = number(written).or(pair.map(|pair| pair.0));
             let mask = action.get("mask").map(number);
@@ -210,7 +210,7 @@ pub(crate) fn of_action(action: &Value, bit: u32) -> Effect {
             }
         }
         Some("connmark") => Effect::Changed,
-        _ => Effect::Kept,
+        _ => Effect::Unchanged,
     }
 }
 
@@ -226,30 +226,30 @@ mod tests {
     fn targets_of_iptables() {
         for (target, expected) in [
             ("MARK --set-xmark 0x1000/0x1000", Effect::Set),
-            ("MARK --set-xmark 0x4000/0x4000", Effect::Kept),
-            ("MARK --set-xmark 0x4000/0x0", Effect::Kept),
+            ("MARK --set-xmark 0x4000/0x4000", Effect::Unchanged),
+            ("MARK --set-xmark 0x4000/0x0", Effect::Unchanged),
             ("MARK --set-xmark 0x1000/0x0", Effect::Changed),
-            ("MARK --set-xmark 0x0/0xffffefff", Effect::Kept),
+            ("MARK --set-xmark 0x0/0xffffefff", Effect::Unchanged),
             ("MARK --set-xmark 0x3/0xffffffff", Effect::Cleared),
             ("MARK --set-mark 0x1000/0x1", Effect::Set),
             ("MARK --set-mark 7", Effect::Cleared),
             ("MARK --or-mark 0x1000", Effect::Set),
-            ("MARK --and-mark 0xffff", Effect::Kept),
+            ("MARK --and-mark 0xffff", Effect::Unchanged),
             ("MARK --and-mark 0xfff", Effect::Cleared),
             ("MARK --xor-mark 0x1000", Effect::Changed),
             ("CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff", Effect::Changed),
             ("CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0x80", Effect::Cleared),
-            ("CONNMARK --restore-mark --mask 0x80", Effect::Kept),
+            ("CONNMARK --restore-mark --mask 0x80", Effect::Unchanged),
             ("CONNMARK --restore-mark", Effect::Changed),
-            ("CONNMARK --save-mark --nfmask 0xffffffff --ctmask 0xffffffff", Effect::Kept),
-            ("CONNMARK --set-xmark 0x1000/0x1000", Effect::Kept),
-            ("TPROXY --on-port 80 --on-ip 0.0.0.0 --tproxy-mark 0x1/0x1", Effect::Kept),
+            ("CONNMARK --save-mark --nfmask 0xffffffff --ctmask 0xffffffff", Effect::Unchanged),
+            ("CONNMARK --set-xmark 0x1000/0x1000", Effect::Unchanged),
+            ("TPROXY --on-port 80 --on-ip 0.0.0.0 --tproxy-mark 0x1/0x1", Effect::Unchanged),
             ("TPROXY --on-port 80 --tproxy-mark 0x200/0xffffffff", Effect::Cleared),
             ("SET --map-set x src --map-mark", Effect::Changed),
-            ("ACCEPT", Effect::Kept),
+            ("ACCEPT", Effect::Unchanged),
         ] {
             let words = format!("PREROUTING -i cali+ -j {target}").split(' ').map(str::to_owned).collect();
-            assert_eq!(of_rule(&Body::Iptables(words), BIT), expected, "{target}");
+            assert_eq!(rule_effect(&Body::Iptables(words), BIT), expected, "{target}");
         }
     }
 
@@ -260,26 +260,26 @@ mod tests {
             (json!(4096), Effect::Set),
             (json!(16), Effect::Cleared),
             (json!({"|": [mark, 4096]}), Effect::Set),
-            (json!({"|": [mark, 16]}), Effect::Kept),
+            (json!({"|": [mark, 16]}), Effect::Unchanged),
             (json!({"^": [{"&": [mark, 4_294_963_199_u32]}, 8192]}), Effect::Cleared),
-            (json!({"^": [{"&": [mark, 4_294_959_103_u32]}, 8192]}), Effect::Kept),
+            (json!({"^": [{"&": [mark, 4_294_959_103_u32]}, 8192]}), Effect::Unchanged),
             (json!({"^": [mark, 4096]}), Effect::Changed),
             (json!({"ct": {"key": "mark"}}), Effect::Changed),
             (json!({"|": [{"&": [{"ct": {"key": "mark"}}, 129]}, 1]}), Effect::Cleared),
             (json!({"map": {"key": {"payload": {}}, "data": "@m"}}), Effect::Changed),
         ] {
             let statement = json!({"mangle": {"key": mark, "value": value}});
-            assert_eq!(of_rule(&Body::Nft(vec![statement]), BIT), expected, "{value}");
+            assert_eq!(rule_effect(&Body::Nft(vec![statement]), BIT), expected, "{value}");
         }
         for other in [
             json!({"mangle": {"key": {"ct": {"key": "mark"}}, "value": 4096}}),
             json!({"match": {"op": "==", "left": mark, "right": 4096}}),
             json!({"xt": {"type": "target", "name": "MASQUERADE"}}),
         ] {
-            assert_eq!(of_rule(&Body::Nft(vec![other]), BIT), Effect::Kept);
+            assert_eq!(rule_effect(&Body::Nft(vec![other]), BIT), Effect::Unchanged);
         }
         let target = json!({"xt": {"type": "target", "name": "MARK"}});
-        assert_eq!(of_rule(&Body::Nft(vec![target]), BIT), Effect::Changed);
+        assert_eq!(rule_effect(&Body::Nft(vec![target]), BIT), Effect::Changed);
     }
 
     #[test]
@@ -287,13 +287,13 @@ mod tests {
         for (action, expected) in [
             (json!({"kind": "skbedit", "mark": 4096}), Effect::Set),
             (json!({"kind": "skbedit", "mark": 0, "mask": "0xf000"}), Effect::Cleared),
-            (json!({"kind": "skbedit", "mark": 1, "mask": 15}), Effect::Kept),
+            (json!({"kind": "skbedit", "mark": 1, "mask": 15}), Effect::Unchanged),
             (json!({"kind": "skbedit", "mark": "4096/0xf000"}), Effect::Set),
-            (json!({"kind": "skbedit", "priority": ":1"}), Effect::Kept),
+            (json!({"kind": "skbedit", "priority": ":1"}), Effect::Unchanged),
             (json!({"kind": "connmark", "zone": 0}), Effect::Changed),
-            (json!({"kind": "gact"}), Effect::Kept),
+            (json!({"kind": "gact"}), Effect::Unchanged),
         ] {
-            assert_eq!(of_action(&action, BIT), expected, "{action}");
+            assert_eq!(action_effect(&action, BIT), expected, "{action}");
         }
     }
 }

@@ -39,9 +39,9 @@ impl MarkUse {
         let maps = Maps::open(pins).ok();
         let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
         let bit = policy.map(|policy| policy.mark).filter(|&mark| mark != 0).unwrap_or(MARK);
-        let grants = maps.as_ref().and_then(|maps| exemption_maps::read(maps).ok()).unwrap_or_default();
+        let exemptions = maps.as_ref().and_then(|maps| exemption_maps::read(maps).ok()).unwrap_or_default();
         let is_exempt = |device: &Device| {
-            let subjects = grants.entries.keys().map(|exemption| exemption.subject);
+            let subjects = exemptions.entries.keys().map(|exemption| exemption.subject);
             let mut links = subjects.filter(|subject| subject.kind == SubjectKind::Interface as u64);
             links.any(|subject| subject.id == u64::from(device.index))
         };
@@ -59,7 +59,7 @@ impl MarkUse {
     }
 
     /// Reports whether the mark counts for packets from this bridge.
-    pub(crate) fn has(&self, bridge: Option<u32>) -> bool {
+    pub(crate) fn exempts_on_bridge(&self, bridge: Option<u32>) -> bool {
         self.bridges.iter().any(|(index, _)| Some(*index) == bridge)
     }
 
@@ -72,15 +72,15 @@ impl MarkUse {
 pub(crate) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<DoctorCheck> {
     let chains = rulesets.chains();
     let rules = rulesets.rules.iter().filter_map(|rule| {
-        let effect = mark_rules::of_rule(&rule.body, mark.bit);
+        let effect = mark_rules::rule_effect(&rule.body, mark.bit);
         let table_and_chain = Some((rule.chain.table.clone(), rule.chain.name.clone()));
         let hooks = chains.hooks(&rule.chain);
         let is_local = !hooks.is_empty() && hooks.iter().all(|hook| hook.is_local());
-        (effect != Effect::Kept).then(|| check(&rule.text, table_and_chain, effect, is_local, mark))
+        (effect != Effect::Unchanged).then(|| check(&rule.text, table_and_chain, effect, is_local, mark))
     });
     let actions = rulesets.actions.iter().filter_map(|action| {
-        let effect = mark_rules::of_action(action, mark.bit);
-        (effect != Effect::Kept).then(|| check(&action_text(action), None, effect, false, mark))
+        let effect = mark_rules::action_effect(action, mark.bit);
+        (effect != Effect::Unchanged).then(|| check(&action_text(action), None, effect, false, mark))
     });
     let mut checks: Vec<_> = rules.chain(actions).collect();
     if checks.is_empty() {
@@ -134,7 +134,7 @@ fn consequence(effect: Effect, bridges: &str) -> String {
     match effect {
         Effect::Set => opens,
         Effect::Cleared => closes,
-        Effect::Changed | Effect::Kept => format!("{opens}, and {closes}"),
+        Effect::Changed | Effect::Unchanged => format!("{opens}, and {closes}"),
     }
 }
 
@@ -159,7 +159,7 @@ fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {
     if source == MarkSource::Gbp && mark.bit & GBP_BITS == 0 {
         return DoctorCheck::ok(TUNNELS, format!("{observed}; no effect: gbp can't set bit {number}"));
     }
-    if !mark.has(device.master) {
+    if !mark.exempts_on_bridge(device.master) {
         let note = "no effect: the device is no port of a bridge with an exempt pod";
         return DoctorCheck::ok(TUNNELS, format!("{observed}; {note}"));
     }

@@ -35,7 +35,7 @@ use crate::{
     version::VERSION,
 };
 
-/// Schema version of the JSON output. Fields are only added while it stays the same.
+/// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
 
 /// Explains the rules in the output of `iptables-save` or `nft --json`, for a node that protects the endpoints of `provider`
@@ -43,13 +43,13 @@ const SCHEMA: u32 = 1;
 #[must_use]
 pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<DoctorCheck> {
     let rulesets = Rulesets::from_listing(listing);
-    let mut checks = firewall::rules(&rulesets, &Enforcement::of_provider(provider, Some(mode)));
+    let mut checks = firewall::rules(&rulesets, &Enforcement::from_provider(provider, Some(mode)));
     checks.extend(marks::rules(&rulesets, &MarkUse::default()));
     checks
 }
 
 /// Runs all checks on this node.
-pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
+pub async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
     let mut checks = vec![
         kernel_features::release(),
         kernel_features::btf(),
@@ -69,7 +69,7 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, D
     ];
     let devices = devices::list(netlink).await?;
     let mark = MarkUse::read(pins, &devices);
-    checks.extend(tc_programs::of_interfaces(pins, netlink, &devices, &mark).await?);
+    checks.extend(tc_programs::check_interfaces(pins, netlink, &devices, &mark).await?);
     checks.extend(qdiscs::checks(pins, netlink).await?);
     checks.extend(node_pairs::checks(pins, netlink).await?);
     checks.extend(cgroup_programs::programs(pins)?);

@@ -30,7 +30,7 @@ impl AllowList {
         let checks_packets = object::cgroup_has_cookie();
         let is_missing =
             |program: &ProgramState| !program.is_attached && (checks_packets || !program.is_packet_program);
-        let programs = cgroup_programs::inspect_node_allow(pins, id);
+        let programs = cgroup_programs::inspect(pins, cgroup_programs::NODE_ALLOW, id);
         if let Some(missing) = programs.into_iter().find(is_missing) {
             return Some(Err(missing.program));
         }

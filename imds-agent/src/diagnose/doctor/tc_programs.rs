@@ -41,7 +41,7 @@ pub(crate) struct HookProgram {
 }
 
 /// Checks the hooks of all interfaces that have or need programs of the agent.
-pub(crate) async fn of_interfaces(
+pub(crate) async fn check_interfaces(
     pins: &PinDir,
     netlink: &Netlink,
     devices: &[Device],
@@ -57,9 +57,9 @@ pub(crate) async fn of_interfaces(
     let (mut count, mut pods) = (0_usize, 0_usize);
     for link in links {
         let record = maps.as_ref().and_then(|maps| interface_records::get(maps, link.index));
-        for hook in desired_hooks(&link, record, &uplinks).iter().filter(|hook| hooks.has(hook.hook())) {
+        for hook in desired_hooks(&link, record, &uplinks).iter().filter(|hook| hooks.contains(hook.hook())) {
             count += 1;
-            let spot = AttachPoint { ifindex: link.index, hook };
+            let point = AttachPoint { ifindex: link.index, hook };
             if hook == TcHook::FromPod {
                 pods += 1;
                 let device = devices.iter().find(|device| device.index == link.index);
@@ -68,27 +68,27 @@ pub(crate) async fn of_interfaces(
             if hook == TcHook::FromPod && link.kind == LinkKind::Netkit {
                 // The kernel rejects the query for a device that is not the primary one of its pair: it has no peer hook.
                 let programs = bpf::entries(link.index, bpf::MprogHook::NetkitPeer).unwrap_or_default();
-                let entries = entries("netkit", programs, pins, spot, &ours, &names);
+                let entries = entries("netkit", programs, pins, point, &ours, &names);
                 checks.extend(check_programs(&link, "peer", &entries, mark));
             }
             // A kernel without TCX returns an error, and has no TCX programs.
-            let programs = bpf::entries(link.index, spot.direction().into()).unwrap_or_default();
-            let mut entries = entries("tcx", programs, pins, spot, &ours, &names);
-            let mut filters = clsact::filters(netlink, spot).await?;
+            let programs = bpf::entries(link.index, point.direction().into()).unwrap_or_default();
+            let mut entries = entries("tcx", programs, pins, point, &ours, &names);
+            let mut filters = clsact::filters(netlink, point).await?;
             // A filter of another kind lists its inner parts too (the hash tables of u32). All filters of one priority are of
             // one kind.
             filters.dedup_by(|one, other| one.kind != "bpf" && one.priority == other.priority);
             for filter in filters {
                 let is_stuck = !bpf::has_tcx() && filter.priority == 1 && !filter.can_share_priority();
                 entries.push(HookProgram {
-                    is_ours: filter.is_ours(),
+                    is_ours: filter.is_agent_filter(),
                     is_stuck,
                     name: filter.name,
                     id: filter.program,
                     kind: filter.kind,
                 });
             }
-            let hook = match spot.direction() {
+            let hook = match point.direction() {
                 Direction::Ingress => "ingress",
                 Direction::Egress => "egress",
             };
@@ -148,11 +148,11 @@ fn entries(
     kind: &str,
     programs: Vec<bpf::HookEntry>,
     pins: &PinDir,
-    spot: AttachPoint,
+    point: AttachPoint,
     ours: &BTreeSet<u32>,
     names: &BTreeMap<u32, String>,
 ) -> Vec<HookProgram> {
-    let pinned = dir::link_at(&pins.link(spot));
+    let pinned = dir::link_at(&pins.link(point));
     let entry = |entry: bpf::HookEntry| HookProgram {
         name: names.get(&entry.program).cloned(),
         id: Some(entry.program),
@@ -189,7 +189,7 @@ fn check_programs(
                               than 1";
                 DoctorCheck::degraded(OF_INTERFACES, observed, remedy)
             }
-            Some(false) if hook != "egress" && mark.has(link.master) => {
+            Some(false) if hook != "egress" && mark.exempts_on_bridge(link.master) => {
                 let remedy = format!(
                     "the program runs after from_pod, at a port of a bridge with an exempt pod: if it writes bit {} of the packet \
                      mark, node_egress denies an exempt pod, or lets another pod pass; choose another bit (hooks.mark_bit)",

@@ -14,8 +14,8 @@ use super::{
     verify_report::{Outcome, Skip, VerifyCheck},
 };
 use crate::{
-    config::endpoint_set::unpadded,
     datapath::{maps::interface_records, object::Maps},
+    encode::field_text,
     node::link::VERIFY_PREFIX,
     telemetry::status::{Interface, StatusReport},
 };
@@ -43,7 +43,8 @@ pub(crate) async fn wait_attached(
     let start = Instant::now();
     let mut undesired_since = None;
     while start.elapsed() < ATTACH_TIMEOUT {
-        let record = interface_records::get(maps, *ifindex).filter(|record| unpadded(&record.name) == *name);
+        let record =
+            interface_records::get(maps, *ifindex).filter(|record| field_text(&record.name) == *name);
         match record {
             Some(record) if is_attached(&record, hook) => return Ok(()),
             Some(record) if !is_desired(&record, hook) => {
@@ -118,7 +119,7 @@ fn attachment<'s>(interface: &'s Interface, hook: &str) -> Option<(&'s str, Atta
 
 /// Reports whether the interface should have the hook.
 fn is_desired(record: &InterfaceRecord, hook: TcHook) -> bool {
-    TcHookSet::from_bits(record.hooks).has(hook)
+    TcHookSet::from_bits(record.hooks).contains(hook)
 }
 
 /// Reports whether the agent has attached the hook.

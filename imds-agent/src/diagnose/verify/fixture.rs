@@ -222,8 +222,8 @@ async fn send_back(netlink: &Netlink, ifindex: u32) -> Result<Option<OwnedFd>, V
         return Ok(Some(link.map_err(VerifyError::io("attach", "a program"))?));
     }
     clsact::ensure_qdisc(netlink, ifindex).await?;
-    let spot = AttachPoint { ifindex, hook: TcHook::FromPod };
-    clsact::attach_first(netlink, spot, program.as_fd(), "verify").await?;
+    let point = AttachPoint { ifindex, hook: TcHook::FromPod };
+    clsact::attach_first(netlink, point, program.as_fd(), "verify").await?;
     Ok(None)
 }
 

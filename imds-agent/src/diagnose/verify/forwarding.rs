@@ -35,7 +35,7 @@ pub(crate) struct Path<'p> {
     pub(crate) bridge: Option<&'p Probe<'p>>,
     pub(crate) frames: Frames,
     /// Text after the sender in the report, such as ` on cni0`.
-    pub(crate) place: String,
+    pub(crate) device_suffix: String,
 }
 
 /// Result of the test packets for one destination.
@@ -105,7 +105,7 @@ impl Path<'_> {
                 },
             };
             let check = VerifyCheck::new(PATH, EXPECTED, observed, outcome);
-            checks.push(check.with_sender(format!("pod{}", self.place)).at(endpoint));
+            checks.push(check.with_sender(format!("pod{}", self.device_suffix)).with_endpoint(endpoint));
         }
         Ok(checks)
     }
@@ -126,7 +126,7 @@ impl Path<'_> {
         let mut checks = Vec::new();
         for (endpoint, skip) in endpoints {
             if let Some(skip) = skip {
-                checks.push(self.of_exempt(endpoint, &*skip.reason, skip.outcome));
+                checks.push(self.exempt_check(endpoint, &*skip.reason, skip.outcome));
                 continue;
             }
             let mut arrival = arrivals.next().unwrap_or(Arrival::Lost);
@@ -141,7 +141,7 @@ impl Path<'_> {
                 Arrival::Lost if self.has_lost_mark() => (MARK_LOST.to_owned(), Outcome::Fail),
                 Arrival::Lost => (LOST.to_owned(), Outcome::from_loss(fails_if_lost)),
             };
-            checks.push(self.of_exempt(endpoint, observed, outcome));
+            checks.push(self.exempt_check(endpoint, observed, outcome));
         }
         Ok(checks)
     }
@@ -176,7 +176,7 @@ impl Path<'_> {
         let start = Instant::now();
         let (mut sent_at, mut denied_at) = (None, None);
         while start.elapsed() < ARRIVAL_TIMEOUT {
-            let missing: Vec<_> = frames.iter().filter(|(id, _)| !last_hook.has_seen(*id)).collect();
+            let missing: Vec<_> = frames.iter().filter(|(id, _)| !last_hook.has_received(*id)).collect();
             if missing.is_empty() {
                 break;
             }
@@ -198,16 +198,21 @@ impl Path<'_> {
         }
         let denied_at = self.denied_at();
         let arrival = |id| match denied_at {
-            _ if last_hook.has_seen(id) => Arrival::Arrived,
+            _ if last_hook.has_received(id) => Arrival::Arrived,
             Some(hook) => Arrival::Denied(hook),
             None => Arrival::Lost,
         };
         frames.iter().map(|&(id, _)| arrival(id)).collect()
     }
 
-    fn of_exempt(&self, endpoint: &Endpoint, observed: impl Into<String>, outcome: Outcome) -> VerifyCheck {
+    fn exempt_check(
+        &self,
+        endpoint: &Endpoint,
+        observed: impl Into<String>,
+        outcome: Outcome,
+    ) -> VerifyCheck {
         let check = VerifyCheck::new(PATH, "reaches the last hook", observed, outcome);
-        check.with_sender(format!("exempt pod{}", self.place)).at(endpoint)
+        check.with_sender(format!("exempt pod{}", self.device_suffix)).with_endpoint(endpoint)
     }
 }
 

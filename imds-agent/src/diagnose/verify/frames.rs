@@ -172,10 +172,13 @@ impl PacketSocket {
 
 #[cfg(test)]
 mod tests {
-    use imds_ebpf_common::{InMemoryPolicy, LinkLayer, Mode, PolicyTable, Verdict, classify, endpoint::TCP};
+    use imds_ebpf_common::{InMemoryPolicy, LinkLayer, Mode, PolicyFilter, Verdict, classify, endpoint::TCP};
 
     use super::*;
-    use crate::config::endpoint_set::{self, AllowedPort, Endpoint, EndpointSet};
+    use crate::{
+        config::endpoint_set::{AllowedPort, Endpoint, EndpointSet},
+        encode::address_key,
+    };
 
     const FRAMES: Frames = Frames { to: [2; 6], from: [6; 6], marker: [0xa1, 0xb2, 0xc3, 0xd4] };
 
@@ -201,15 +204,19 @@ mod tests {
                 Endpoint { name: "imds".to_owned(), address, allow_ports: vec![AllowedPort(kept)] };
             let endpoint_set = EndpointSet::new("none", "none", vec![endpoint]);
             let endpoints: Vec<_> = endpoint_set.entries().collect();
-            let filter = PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-            let tables =
-                InMemoryPolicy { filter: &filter, endpoints: &endpoints, grants: &[], mode: Mode::Enforce };
+            let filter = PolicyFilter::new(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+            let tables = InMemoryPolicy {
+                filter: &filter,
+                endpoints: &endpoints,
+                exemptions: &[],
+                mode: Mode::Enforce,
+            };
             let verdict =
                 |service| classify(&*FRAMES.frame(address, service, 1), LinkLayer::Ethernet, &tables);
             assert_eq!(verdict(kept), Verdict::Allowed);
             assert_eq!(verdict(Service::new(TCP, 53)), Verdict::Denied);
             assert_eq!(verdict(Service::new(UDP, 54)), Verdict::Denied);
-            assert_eq!(endpoint_set::address(address), endpoints[0].0);
+            assert_eq!(address_key(address), endpoints[0].0);
         }
     }
 }

@@ -27,34 +27,47 @@ use crate::{
 
 /// Checks that calls from the cgroups of Kubernetes pods are refused.
 pub(crate) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError> {
-    let hook = Hook::HostNetwork.name();
     let report = enforced.status.host_network.as_ref();
     let is_attached = report.is_some_and(|report| report.attached);
     let mut checks = vec![VerifyCheck::attached(Hook::HostNetwork, is_attached)];
     for &id in report.map(|report| &report.cgroups).into_iter().flatten() {
-        let process = PodProcess::new(id);
-        let probe = process.as_ref().ok().map(|process| {
-            enforced.probes.add(Subject::new(SubjectKind::Cgroup, process.id), Treatment::Denied)
-        });
-        let probe = probe.transpose()?;
-        for endpoint in &enforced.endpoints {
-            let check = match &process {
-                Ok(process) => {
-                    let (observed, outcome) = process.check(endpoint);
-                    VerifyCheck::new(hook, "denied", observed, outcome)
-                }
-                Err(skip) => VerifyCheck::skipped(hook, "denied", skip),
-            };
-            checks.push(check.with_sender("hostNetwork pod").at(endpoint));
-        }
-        drop(probe);
+        checks.extend(check_calls(enforced, Hook::HostNetwork, id, "hostNetwork pod")?);
     }
     Ok(checks)
 }
 
+/// Checks that calls to each endpoint from a new cgroup below the one with the id `parent` are refused. The programs know the
+/// new cgroup as a probe, so that the user of its process does not matter. `sender` describes the process.
+pub(crate) fn check_calls(
+    enforced: &Enforced,
+    hook: Hook,
+    parent: u64,
+    sender: &str,
+) -> Result<Vec<VerifyCheck>, VerifyError> {
+    let process = PodProcess::new(parent);
+    let _probe = match &process {
+        Ok(process) => {
+            let subject = Subject::new(SubjectKind::Cgroup, process.id);
+            Some(enforced.probes.add(subject, Treatment::Denied)?)
+        }
+        Err(_) => None,
+    };
+    let check = |endpoint| {
+        let check = match &process {
+            Ok(process) => {
+                let (observed, outcome) = process.check(endpoint);
+                VerifyCheck::new(hook.name(), "denied", observed, outcome)
+            }
+            Err(skip) => VerifyCheck::skipped(hook.name(), "denied", skip),
+        };
+        check.with_sender(sender).with_endpoint(endpoint)
+    };
+    Ok(enforced.endpoints.iter().map(check).collect())
+}
+
 /// A cgroup below another one, such as that of pods, for processes like those of a hostNetwork pod. Dropping this removes the
 /// cgroup.
-pub(crate) struct PodProcess {
+struct PodProcess {
     path: PathBuf,
     /// Id of the cgroup: its inode number.
     id: u64,
@@ -63,7 +76,7 @@ pub(crate) struct PodProcess {
 
 impl PodProcess {
     /// Makes a cgroup below the one with this id.
-    pub(crate) fn new(pods: u64) -> Result<Self, Skip> {
+    fn new(pods: u64) -> Result<Self, Skip> {
         let path = cgroup::path_of(pods).ok().flatten();
         let path = path.ok_or_else(|| Skip::new(format!("cgroup {pods} is not visible from here")))?;
         Self::make(&path).map_err(|error| Skip::new(format!("failed to enter {}: {error}", path.display())))
@@ -95,13 +108,8 @@ impl PodProcess {
         Ok(Self { path: path.to_owned(), id, processes })
     }
 
-    /// Returns the id of the cgroup.
-    pub(crate) fn id(&self) -> u64 {
-        self.id
-    }
-
     /// Checks that a call to the endpoint from the cgroup is refused.
-    pub(crate) fn check(&self, endpoint: &Endpoint) -> (String, Outcome) {
+    fn check(&self, endpoint: &Endpoint) -> (String, Outcome) {
         let (address, service) = (endpoint.address, closed(&endpoint.allow_ports, TCP));
         let result = Err(self.run(move || connect(address, service)));
         (phrase(&result), Outcome::from_success(is_refused(&result)))

@@ -113,7 +113,7 @@ impl LastHook {
     }
 
     /// Reports whether the test packet with this number arrived.
-    pub(crate) fn has_seen(&self, id: u16) -> bool {
+    pub(crate) fn has_received(&self, id: u16) -> bool {
         self.counts.get(&u32::from(id), 0).is_ok_and(|count| count > 0)
     }
 

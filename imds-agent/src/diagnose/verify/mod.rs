@@ -52,7 +52,7 @@ use crate::{
     version::VERSION,
 };
 
-/// Schema version of the JSON output. Fields are only added while it stays the same.
+/// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
 /// Hook name of checks of a whole path through the node.
 const PATH: &str = "path";
@@ -257,17 +257,17 @@ impl Fixture {
         if enforced.endpoints.is_empty() {
             checks.push(VerifyCheck::new("-", "an endpoint is protected", "no endpoint is", Outcome::Fail));
         }
-        for hook in TcHook::ALL.into_iter().filter(|hook| enforced.hooks.has(hook.hook())) {
+        for hook in TcHook::ALL.into_iter().filter(|hook| enforced.hooks.contains(hook.hook())) {
             checks.push(attached::check(hook, &enforced.status));
             checks.extend(enforced.check_tc(hook, &self.pod, netlink).await?);
         }
-        if enforced.hooks.has(Hook::Socket) {
+        if enforced.hooks.contains(Hook::Socket) {
             checks.extend(pod_calls::check(enforced, &self.pod)?);
         }
-        if enforced.hooks.has(Hook::HostNetwork) {
+        if enforced.hooks.contains(Hook::HostNetwork) {
             checks.extend(host_calls::check(enforced)?);
         }
-        if enforced.hooks.has(Hook::NodeAllow) {
+        if enforced.hooks.contains(Hook::NodeAllow) {
             checks.extend(node_allow_calls::check(enforced)?);
         }
         checks.extend(self.paths.check(enforced, netlink, &self.pod).await?);

@@ -1,55 +1,37 @@
 //! The `node_allow` hook: calls of a process of the node that is not in the allow list.
 
-use imds_ebpf_common::{AllowedKind, AllowedProcess, Hook, Subject, SubjectKind};
+use imds_ebpf_common::{AllowedKind, AllowedProcess, Hook};
 use nix::unistd::getuid;
 
 use super::{
     Enforced, VerifyError,
-    host_calls::PodProcess,
-    probes::Treatment,
+    host_calls::check_calls,
     verify_report::{Skip, VerifyCheck},
 };
 use crate::{config::NodeProcess, datapath::maps::node_allow_map, node::cgroup};
 
-const EXPECTED: &str = "denied";
-
-/// Checks that calls of a process without an entry are refused. The process is in a cgroup of its own, which the programs know
-/// as a probe, so that its user does not matter.
+/// Checks that calls of a process without an entry are refused.
 pub(crate) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError> {
     let report = enforced.status.node_allow.as_ref();
-    let mut checks =
-        vec![VerifyCheck::attached(Hook::NodeAllow, report.is_some_and(|report| report.attached))];
-    let Some(cgroup) = report.and_then(|report| report.cgroup) else { return Ok(checks) };
-    let process = PodProcess::new(cgroup);
-    let probe = process.as_ref().ok().map(|process| {
-        enforced.probes.add(Subject::new(SubjectKind::Cgroup, process.id()), Treatment::Denied)
-    });
-    let probe = probe.transpose()?;
-    for endpoint in &enforced.endpoints {
-        let check = match &process {
-            Ok(process) => {
-                let (observed, outcome) = process.check(endpoint);
-                VerifyCheck::new(Hook::NodeAllow.name(), EXPECTED, observed, outcome)
-            }
-            Err(skip) => VerifyCheck::skipped(Hook::NodeAllow.name(), EXPECTED, skip),
-        };
-        checks.push(check.with_sender("unlisted process").at(endpoint));
+    let is_attached = report.is_some_and(|report| report.attached);
+    let mut checks = vec![VerifyCheck::attached(Hook::NodeAllow, is_attached)];
+    if let Some(cgroup) = report.and_then(|report| report.cgroup) {
+        checks.extend(check_calls(enforced, Hook::NodeAllow, cgroup, "unlisted process")?);
     }
-    drop(probe);
     Ok(checks)
 }
 
 /// Returns why the path of the node can't be tested, if the allow list does not contain this process.
 pub(crate) fn restriction(enforced: &Enforced) -> Result<Option<Skip>, VerifyError> {
-    if !enforced.hooks.has(Hook::NodeAllow) {
+    if !enforced.hooks.contains(Hook::NodeAllow) {
         return Ok(None);
     }
     let allowed = node_allow_map::read(&enforced.maps)
         .map_err(|source| VerifyError::Map { map: imds_ebpf_common::names::MAP_NODE_ALLOW, source })?;
     let cgroups = cgroup::ids_of_this_process().unwrap_or_default();
-    let own = cgroups.into_iter().map(|id| AllowedProcess::new(AllowedKind::Cgroup, id));
+    let listed_cgroups = cgroups.into_iter().map(|id| AllowedProcess::new(AllowedKind::Cgroup, id));
     let uid = AllowedProcess::new(AllowedKind::Uid, getuid().as_raw().into());
-    let is_listed = own.chain([uid]).any(|process| allowed.contains_key(&process));
+    let is_listed = listed_cgroups.chain([uid]).any(|process| allowed.contains_key(&process));
     let path = cgroup::path_of_this_process().ok().flatten();
     Ok((!is_listed).then(|| Skip::new(unlisted(getuid().as_raw(), path))))
 }
@@ -72,11 +54,14 @@ mod tests {
 
     #[test]
     fn unlisted_process_is_named_with_its_entries() {
-        let of = |cgroup: &str| unlisted(7, Some(cgroup.to_owned()));
+        let text_for = |cgroup: &str| unlisted(7, Some(cgroup.to_owned()));
         let text = "not tested: node.allow does not contain the process of this command; add ";
-        assert_eq!(of("/user.slice/a"), format!("{text}\"uid:7\" or \"cgroup:/user.slice/a\" to test it"));
-        assert_eq!(of("/"), format!("{text}\"uid:7\" to test it"));
-        assert_eq!(of("/../a"), of("/"));
-        assert_eq!(unlisted(7, None), of("/"));
+        assert_eq!(
+            text_for("/user.slice/a"),
+            format!("{text}\"uid:7\" or \"cgroup:/user.slice/a\" to test it")
+        );
+        assert_eq!(text_for("/"), format!("{text}\"uid:7\" to test it"));
+        assert_eq!(text_for("/../a"), text_for("/"));
+        assert_eq!(unlisted(7, None), text_for("/"));
     }
 }

@@ -43,14 +43,15 @@ pub(crate) async fn check(
             Ok(call) => call.run(last_hook, local.contains(&endpoint.address)).await,
             Err(error) => (error.in_full(), Outcome::Skipped),
         };
-        VerifyCheck::new(PATH, EXPECTED, observed, outcome).with_sender("node").at(endpoint)
+        VerifyCheck::new(PATH, EXPECTED, observed, outcome).with_sender("node").with_endpoint(endpoint)
     });
     join_all(results).await
 }
 
 /// Skips the check of each endpoint.
 pub(crate) fn skip(endpoints: &[Endpoint], skip: &Skip) -> Vec<VerifyCheck> {
-    let skipped = |endpoint| VerifyCheck::skipped(PATH, EXPECTED, skip).with_sender("node").at(endpoint);
+    let skipped =
+        |endpoint| VerifyCheck::skipped(PATH, EXPECTED, skip).with_sender("node").with_endpoint(endpoint);
     endpoints.iter().map(skipped).collect()
 }
 
@@ -79,7 +80,7 @@ impl Call {
         let start = Instant::now();
         while start.elapsed() < ARRIVAL_TIMEOUT {
             let result = timeout(POLL_INTERVAL, &mut connecting).await;
-            if last_hook.has_seen(self.id) {
+            if last_hook.has_received(self.id) {
                 return ("reached it".to_owned(), Outcome::Pass);
             }
             if let Ok(result) = result {

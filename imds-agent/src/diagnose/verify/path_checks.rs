@@ -105,7 +105,7 @@ impl Paths {
                 let skipped = |(endpoint, _): &(&Endpoint, _)| {
                     VerifyCheck::skipped(PATH, "reaches the last hook", &skip)
                         .with_sender("exempt pod")
-                        .at(endpoint)
+                        .with_endpoint(endpoint)
                 };
                 return Ok(endpoints.iter().map(skipped).collect());
             }
@@ -120,11 +120,11 @@ impl Paths {
             endpoints.iter().any(|(endpoint, skip)| endpoint.address.is_ipv4() == is_ipv4 && skip.is_none())
         });
 
-        let routed = Path { pod, probe: &probe, bridge: None, frames, place: String::new() };
+        let routed = Path { pod, probe: &probe, bridge: None, frames, device_suffix: String::new() };
         let skips = routed.controls(netlink, last_hook, families, pod.interface()).await?;
         let open = with_skips(endpoints, &skips);
         let mut checks = Vec::new();
-        if enforced.hooks.has(Hook::FromPod) || enforced.hooks.has(Hook::NodeEgress) {
+        if enforced.hooks.contains(Hook::FromPod) || enforced.hooks.contains(Hook::NodeEgress) {
             checks.extend(routed.check_denied(last_hook, &open).await?);
         }
         // Without exemptions, a firewall rule of the node that drops packets of pods is not a failure.
@@ -169,7 +169,7 @@ async fn wait_ready(enforced: &Enforced, pod: &TestPod) -> Result<(), Skip> {
     if let Some(skip) = pod.obstacle() {
         return Err(skip);
     }
-    if enforced.hooks.has(Hook::FromPod) {
+    if enforced.hooks.contains(Hook::FromPod) {
         let is_followed = enforced.status.agent.running;
         wait_attached(TcHook::FromPod, pod.interface(), &enforced.maps, is_followed).await?;
     }
@@ -200,7 +200,7 @@ impl Bridged<'_> {
             probe: self.probe,
             bridge: Some(self.at_bridge),
             frames: Frames { to, ..self.frames },
-            place: format!(" on {}", self.device.name),
+            device_suffix: format!(" on {}", self.device.name),
         };
         let skips = path.controls(netlink, last_hook, families, &bridge).await?;
         path.check_exempt(last_hook, &with_skips(endpoints, &skips), Treatment::ExemptMarked, true).await

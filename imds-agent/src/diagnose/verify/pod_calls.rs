@@ -32,8 +32,9 @@ pub(crate) fn check(
     let pod = match pod {
         Ok(pod) => pod,
         Err(skip) => {
-            let skipped =
-                |endpoint| VerifyCheck::skipped(name, "denied", skip).with_sender("pod").at(endpoint);
+            let skipped = |endpoint| {
+                VerifyCheck::skipped(name, "denied", skip).with_sender("pod").with_endpoint(endpoint)
+            };
             checks.extend(enforced.endpoints.iter().map(skipped));
             return Ok(checks);
         }
@@ -53,7 +54,7 @@ pub(crate) fn check(
             };
             let check =
                 VerifyCheck::new(name, expectation(expected), observed, Outcome::from_success(is_right));
-            checks.push(check.with_sender("pod").at(endpoint).with_service(allowed));
+            checks.push(check.with_sender("pod").with_endpoint(endpoint).with_service(allowed));
         }
     }
     Ok(checks)

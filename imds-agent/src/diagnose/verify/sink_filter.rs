@@ -54,7 +54,7 @@ impl SinkFilter {
         filters: &[TcFilter],
         program: BorrowedFd<'_>,
     ) -> Result<Option<Self>, NetlinkError> {
-        let Some(agent) = filters.iter().find(|filter| filter.is_ours()) else { return Ok(None) };
+        let Some(agent) = filters.iter().find(|filter| filter.is_agent_filter()) else { return Ok(None) };
         // All filters of a priority have the same kind and protocol, and a new BPF filter comes first.
         let is_free = |priority: &u16| {
             filters.iter().filter(|filter| filter.priority == *priority).all(TcFilter::can_share_priority)

@@ -59,7 +59,7 @@ pub(crate) async fn check(
                     )
                 }
             };
-            checks.push(check.with_sender("pod").at(endpoint).with_service(allowed));
+            checks.push(check.with_sender("pod").with_endpoint(endpoint).with_service(allowed));
         }
     }
     Ok(checks)
@@ -109,7 +109,7 @@ async fn verdict_on(
             }
         }
         if probe.count(hook, expected) > 0 {
-            settle(probe, hook, sent).await;
+            wait_for_count(probe, hook, sent).await;
             return Some(expected);
         }
         if probe.verdict(hook).is_some() {
@@ -124,7 +124,7 @@ async fn verdict_on(
 }
 
 /// Waits until a hook has counted all sent frames, so that the next check does not count a late one.
-async fn settle(probe: &Probe<'_>, hook: Hook, sent: u64) {
+async fn wait_for_count(probe: &Probe<'_>, hook: Hook, sent: u64) {
     let start = Instant::now();
     while probe.total(hook) < sent && start.elapsed() < OTHER_VERDICT_DELAY {
         sleep(POLL_INTERVAL).await;

@@ -14,7 +14,7 @@ use crate::{
 /// Report of one `imds-agent verify`.
 #[derive(Debug, Serialize)]
 pub struct VerifyReport {
-    /// Schema version. Fields are only added while it stays the same.
+    /// Schema version. Removed and changed fields increase it.
     pub schema: u32,
     /// Version of the program that made the report.
     pub version: &'static str,
@@ -132,7 +132,7 @@ impl VerifyCheck {
     }
 
     /// Adds the endpoint that the check is about.
-    pub(crate) fn at(self, endpoint: &Endpoint) -> Self {
+    pub(crate) fn with_endpoint(self, endpoint: &Endpoint) -> Self {
         Self { endpoint: Some(endpoint.name.clone()), address: Some(endpoint.address), ..self }
     }
 

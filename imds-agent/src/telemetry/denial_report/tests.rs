@@ -5,7 +5,7 @@ use imds_ebpf_common::Address;
 use super::*;
 use crate::{
     config::{Config, PodSelector, RuleSubject as Rule, provider::Dmi},
-    datapath::maps::config_record::padded,
+    encode::text_field,
 };
 
 fn record(namespace: &str, account: &str, label: &str) -> DenialRecord {
@@ -14,13 +14,13 @@ fn record(namespace: &str, account: &str, label: &str) -> DenialRecord {
         bytes: 148,
         first: 1_000_000_000,
         last: 2_000_000_000,
-        namespace: padded(namespace),
-        service_account: padded(account),
-        label: padded(label),
-        pod: padded(if namespace.is_empty() { "" } else { "pod-0" }),
-        interface: padded("tap0"),
-        comm: padded(""),
-        cgroup: padded(""),
+        namespace: text_field(namespace),
+        service_account: text_field(account),
+        label: text_field(label),
+        pod: text_field(if namespace.is_empty() { "" } else { "pod-0" }),
+        interface: text_field("tap0"),
+        comm: text_field(""),
+        cgroup: text_field(""),
     }
 }
 
@@ -35,7 +35,7 @@ fn report(records: &[(DenialKey, DenialRecord)]) -> DenialReport {
 }
 
 /// Parses the rules of the report.
-fn meant(report: &DenialReport) -> Vec<Rule> {
+fn proposed_rules(report: &DenialReport) -> Vec<Rule> {
     let config =
         Config::parse(&report.rules, Path::new("imds.toml")).unwrap_or_else(|error| panic!("{error}"));
     let rules = config.resolve(&Dmi::default()).unwrap().1;
@@ -44,7 +44,7 @@ fn meant(report: &DenialReport) -> Vec<Rule> {
 
 #[test]
 fn hooks_of_one_sender_are_merged() {
-    let later = DenialRecord { last: 3_000_000_000, pod: padded("pod-1"), ..record("a", "s", "app=x") };
+    let later = DenialRecord { last: 3_000_000_000, pod: text_field("pod-1"), ..record("a", "s", "app=x") };
     let report = report(&[
         (key(Hook::Socket, Verdict::Audited), record("a", "s", "app=x")),
         (key(Hook::FromPod, Verdict::Audited), later),
@@ -57,7 +57,7 @@ fn hooks_of_one_sender_are_merged() {
         (Some("pod-1"), "audited", Some("imds"))
     );
     let [Rule::Pods(PodSelector { namespace, service_account, selector: Some(selector) })] =
-        &meant(&report)[..]
+        &proposed_rules(&report)[..]
     else {
         panic!("{}", report.rules)
     };
@@ -72,27 +72,30 @@ fn hooks_of_one_sender_are_merged() {
 
 #[test]
 fn senders_get_distinct_rules() {
-    let call = DenialRecord { comm: padded("cu\"rl"), interface: padded(""), ..record("", "", "") };
+    let call = DenialRecord { comm: text_field("cu\"rl"), interface: text_field(""), ..record("", "", "") };
     let report = report(&[
         (key(Hook::FromPod, Verdict::Denied), record("a", "default", "")),
         (key(Hook::FromPod, Verdict::Denied), record("a", "default", "app.kubernetes.io/name=x")),
         (key(Hook::FromPod, Verdict::Denied), record("", "", "")),
-        (key(Hook::FromPod, Verdict::Denied), DenialRecord { interface: padded("#9"), ..record("", "", "") }),
+        (
+            key(Hook::FromPod, Verdict::Denied),
+            DenialRecord { interface: text_field("#9"), ..record("", "", "") },
+        ),
         (key(Hook::Socket, Verdict::Denied), call),
-        (key(Hook::Socket, Verdict::Denied), DenialRecord { cgroup: padded("a/b\"c"), ..call }),
+        (key(Hook::Socket, Verdict::Denied), DenialRecord { cgroup: text_field("a/b\"c"), ..call }),
         (
             key(Hook::Socket, Verdict::Denied),
-            DenialRecord { cgroup: padded("kubelet.slice/kubelet-kubepods.slice/pod7"), ..call },
+            DenialRecord { cgroup: text_field("kubelet.slice/kubelet-kubepods.slice/pod7"), ..call },
         ),
         (
             key(Hook::Socket, Verdict::Denied),
-            DenialRecord { comm: padded("wget"), cgroup: padded("a/b\"c"), ..call },
+            DenialRecord { comm: text_field("wget"), cgroup: text_field("a/b\"c"), ..call },
         ),
     ]);
     assert_eq!(report.denials.len(), 8);
-    let meant = meant(&report);
-    assert_eq!(meant.len(), 4, "{}", report.rules);
-    assert!(meant.contains(&Rule::Cgroup("a/b\"c".into())), "{meant:?}");
+    let proposed_rules = proposed_rules(&report);
+    assert_eq!(proposed_rules.len(), 4, "{}", report.rules);
+    assert!(proposed_rules.contains(&Rule::Cgroup("a/b\"c".into())), "{proposed_rules:?}");
     assert_eq!(report.rules.matches("# This rule exempts").count(), 2);
 }
 

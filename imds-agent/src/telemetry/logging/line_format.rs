@@ -67,7 +67,7 @@ impl LineFormat {
 
     /// Returns the lines of an error with which the process ends. In the text format, except for the journal, they stay
     /// unchanged.
-    pub(crate) fn last_words(self, text: &str) -> Vec<u8> {
+    pub(crate) fn final_error(self, text: &str) -> Vec<u8> {
         match (self.format, self.is_journal) {
             (LogFormat::Text, false) => format!("{}\n", crate::escape::escape_lines(text)).into_bytes(),
             (LogFormat::Json, _) => self.line(Level::Error, env!("CARGO_CRATE_NAME"), text),

@@ -94,9 +94,9 @@ pub fn flush() {
 }
 
 /// Writes the error with which the process ends.
-pub fn write_last_words(text: &str) {
+pub fn write_final_error(text: &str) {
     match QUEUE.get() {
-        Some((queue, format)) => queue.push_last(format.last_words(text)),
+        Some((queue, format)) => queue.push_last(format.final_error(text)),
         // A closed standard error must not cause a panic.
         None => {
             let _closed = writeln!(io::stderr(), "{}", crate::escape::escape_lines(text));

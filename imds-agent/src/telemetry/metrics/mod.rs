@@ -19,8 +19,8 @@ pub use self::{
     exemptions_hash::exemptions_hash, format::Format, program_runs::RunTimeStats, snapshot::Snapshot,
 };
 use crate::{
-    config::endpoint_set::unpadded,
     datapath::{maps::counters::Count, pin::dir::PinDir},
+    encode::field_text,
 };
 
 /// Sums of denied and audited packets by namespace, endpoint, hook and verdict.
@@ -45,7 +45,7 @@ pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>
     let mut denied = Denied::new();
     for denial in denials {
         let (key, record) = denial?;
-        let key = (unpadded(&record.namespace), DenialTo::from(&key));
+        let key = (field_text(&record.namespace), DenialTo::from(&key));
         *denied.entry(key).or_default() += Count { packets: record.count, bytes: record.bytes };
     }
     Ok(denied)

@@ -9,8 +9,8 @@ use imds_ebpf_common::{AttachMode, Hook, Mode, Verdict};
 
 use super::{Denied, family::Families};
 use crate::{
-    config::endpoint_set::plain,
     datapath::maps::counters::{Count, Counts},
+    encode::ip_address,
     telemetry::{Collected, agent_stats::AgentStats, status::StatusReport},
     version::COMMIT,
 };
@@ -119,7 +119,7 @@ impl Snapshot {
             most.into_iter().take(MAX_NAMESPACES).map(|(namespace, _)| namespace).collect();
         let mut sums: BTreeMap<[String; 4], Count> = BTreeMap::new();
         for ((namespace, key), denied) in &self.denials {
-            let address = plain(key.address);
+            let address = ip_address(key.address);
             let named_endpoint = self.report.endpoints.iter().find(|endpoint| endpoint.address == address);
             let hook =
                 Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook).map_or("unknown", Hook::name);

@@ -15,7 +15,7 @@ use crate::{
         DatapathError,
         attach::{
             cgroup_hooks::{NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY, NO_CGROUP_REMEDY},
-            cgroup_programs::{self, ProgramState},
+            cgroup_programs::{self, LOCAL_SERVICE, NODE_ALLOW, ProgramState, SOCKETS},
             host_cgroups,
             netns_identity::{no_cookie, no_cookie_remedy},
             sendmsg::SendmsgReason,
@@ -37,16 +37,16 @@ impl StatusReport {
         counts: &mut BTreeMap<(u32, u8), Counts>,
     ) -> Result<(), DatapathError> {
         let mut take = |hook: Hook| counts.remove(&(CounterKey::DELETED, hook as u8)).unwrap_or_default();
-        if hooks.has(Hook::Socket) {
+        if hooks.contains(Hook::Socket) {
             self.add_sockets(pins, maps, take(Hook::Socket))?;
         }
-        if hooks.has(Hook::LocalService) {
+        if hooks.contains(Hook::LocalService) {
             self.add_local_service(pins, maps, take(Hook::LocalService))?;
         }
-        if hooks.has(Hook::HostNetwork) {
+        if hooks.contains(Hook::HostNetwork) {
             self.add_hosts(host_cgroups::inspect(pins)?, take(Hook::HostNetwork));
         }
-        if hooks.has(Hook::NodeAllow) {
+        if hooks.contains(Hook::NodeAllow) {
             self.add_node_allow(pins, maps, take(Hook::NodeAllow))?;
         }
         Ok(())
@@ -58,7 +58,7 @@ impl StatusReport {
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let reason = SendmsgReason::from_u32(record.sendmsg);
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
-        let programs = cgroup.map(|id| cgroup_programs::inspect_sockets(pins, id)).unwrap_or_default();
+        let programs = cgroup.map(|id| cgroup_programs::inspect(pins, SOCKETS, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP, NO_CGROUP_REMEDY);
         }
@@ -91,7 +91,7 @@ impl StatusReport {
         let desired = record.local_service == 1;
         let has_cgroup = record.cgroup != 0;
         let program =
-            has_cgroup.then(|| cgroup_programs::inspect_local_service(pins, record.cgroup)).flatten();
+            has_cgroup.then(|| cgroup_programs::inspect(pins, LOCAL_SERVICE, record.cgroup).pop()).flatten();
         let attached = program.as_ref().is_some_and(|program| program.is_attached);
         match &program {
             Some(program) if desired => self.add_program(program),
@@ -125,7 +125,7 @@ impl StatusReport {
         self.total += counts;
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
-        let programs = cgroup.map(|id| cgroup_programs::inspect_node_allow(pins, id)).unwrap_or_default();
+        let programs = cgroup.map(|id| cgroup_programs::inspect(pins, NODE_ALLOW, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY);
         }

@@ -2,17 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
+use imds_ebpf_common::{Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict};
 use toml::{Table, Value};
 
 use super::{ExemptSender, StatusReport, unreadable};
 use crate::{
-    config::endpoint_set::plain,
     datapath::{
         DatapathError,
         maps::{config_record, exemption_maps},
         object::Maps,
     },
+    encode::ip_address,
     kube::pod_ref::PodRef,
 };
 
@@ -23,12 +23,12 @@ impl StatusReport {
         maps: &Maps,
         names: &BTreeMap<Subject, PodRef>,
     ) -> Result<(), DatapathError> {
-        let granted = exemption_maps::read(maps).map_err(unreadable)?;
-        let is_of_pod = |exemption: &Exemption| exemption.subject.kind != SubjectKind::Bridge as u64;
+        let exemptions = exemption_maps::read(maps).map_err(unreadable)?;
+        let is_of_pod = |exemption: &ExemptionKey| exemption.subject.kind != SubjectKind::Bridge as u64;
         let entries: Vec<_> =
-            granted.entries.into_iter().filter(|(exemption, _)| is_of_pod(exemption)).collect();
+            exemptions.entries.into_iter().filter(|(exemption, _)| is_of_pod(exemption)).collect();
         let rules = if entries.is_empty() { Vec::new() } else { exemption_rules(maps)? };
-        let sender = |(exemption, grant)| self.sender(exemption, grant, &rules, names);
+        let sender = |(exemption, record)| self.sender(exemption, record, &rules, names);
         let mut senders: Vec<_> = entries.into_iter().map(sender).collect();
         let key = |sender: &ExemptSender| {
             let ExemptSender { rule, interface, netns_cookie, cgroup, endpoint, .. } = sender.clone();
@@ -41,13 +41,13 @@ impl StatusReport {
 
     fn sender(
         &self,
-        exemption: Exemption,
-        grant: Grant,
+        exemption: ExemptionKey,
+        record: ExemptionRecord,
         rules: &[String],
         names: &BTreeMap<Subject, PodRef>,
     ) -> ExemptSender {
-        let Exemption { address, subject } = exemption;
-        let number = grant.rule as usize;
+        let ExemptionKey { address, subject } = exemption;
+        let number = record.rule as usize;
         let mut sender = ExemptSender {
             rule: number
                 .checked_sub(1)
@@ -59,7 +59,7 @@ impl StatusReport {
             cgroup: None,
             pod: names.get(&subject).cloned(),
             endpoint: (address != Address::ANY).then(|| self.endpoint_name(address)),
-            verdict: if grant.verdict == Verdict::Audited as u32 {
+            verdict: if record.verdict == Verdict::Audited as u32 {
                 Verdict::Audited
             } else {
                 Verdict::Exempt
@@ -82,7 +82,7 @@ impl StatusReport {
     }
 
     fn endpoint_name(&self, address: Address) -> String {
-        let address = plain(address);
+        let address = ip_address(address);
         let mut endpoints = self.endpoints.iter();
         let known = endpoints.find(|endpoint| endpoint.address == address);
         known.map_or_else(|| address.to_string(), |endpoint| endpoint.name.clone())

@@ -45,14 +45,14 @@ impl StatusReport {
         };
         let is_queued = record.is_some_and(|record| record.pending == 1);
         let mut attachments = Vec::new();
-        for hook in desired.iter().filter(|hook| node.hooks.has(hook.hook())) {
+        for hook in desired.iter().filter(|hook| node.hooks.contains(hook.hook())) {
             let attachment = attachment(link, hook, node).await?;
             // Such a link needs the egress hook only once a route to an endpoint leads through it.
-            let is_spare =
+            let is_optional =
                 hook == TcHook::NodeEgress && link.leads_elsewhere() && !node.uplinks.contain(link.index);
             // Hooks of uplinks are never queued, and without an agent no hook is attached later.
-            let may_wait = self.agent.running && (hook == TcHook::FromPod || is_spare);
-            let is_prepared_later = is_spare && record.is_none();
+            let may_wait = self.agent.running && (hook == TcHook::FromPod || is_optional);
+            let is_prepared_later = is_optional && record.is_none();
             let pending = attachment.is_none() && (is_prepared_later || (may_wait && is_queued));
             self.check_attachment(link, hook, attachment, pending, node);
             attachments.push(HookAttachment {
@@ -93,7 +93,7 @@ impl StatusReport {
                 return self.problem(Some(name), format!("{hook_name} is not enforced"), remedy);
             }
             // Until it is attached, the node-wide hooks deny the pod's packets, if one of them is on.
-            if !node.hooks.has(Hook::NodeEgress) && !node.hooks.has(Hook::Socket) {
+            if !node.hooks.contains(Hook::NodeEgress) && !node.hooks.contains(Hook::Socket) {
                 self.problem(
                     Some(name),
                     format!("{hook_name} is not enforced yet"),
@@ -107,7 +107,7 @@ impl StatusReport {
                 format!("XDP program {program} runs before {hook_name} and can redirect packets past it");
             self.problem(Some(name), problem, format!("see `ip link show dev {name}`"));
         }
-        if attachment.place != Order::First {
+        if attachment.order != Order::First {
             let remedy =
                 format!("see `bpftool net show` and `tc filter show dev {name} ingress` (or egress)");
             let problem = format!("{hook_name} is not first: other programs run before it");
@@ -128,7 +128,7 @@ impl StatusReport {
 fn order(link: &Link, hook: TcHook, attachment: Attachment) -> Order {
     match (hook, link.xdp) {
         (TcHook::FromPod, Some(_)) => Order::Blocked,
-        _ => attachment.place,
+        _ => attachment.order,
     }
 }
 

@@ -23,11 +23,7 @@ use crate::{
     },
     datapath::{
         DatapathError,
-        maps::{
-            config_record,
-            counters::{self, Counts},
-            endpoint_maps, pod_names,
-        },
+        maps::{config_record, counters, endpoint_maps, pod_names},
         object::{self, Maps, ObjectError},
         pin::{
             agents,
@@ -43,7 +39,7 @@ use crate::{
     version::VERSION,
 };
 
-/// Schema version of the JSON output. Fields are only added while it stays the same.
+/// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
 /// Maximum number of attempts to read a status during which the policy does not change.
 const ATTEMPTS: usize = 5;
@@ -66,7 +62,7 @@ fn policy(pins: &PinDir) -> Option<Policy> {
 }
 
 async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
-    let holder = pins.holder()?;
+    let holder = pins.lock_owner()?;
     let mut report = StatusReport::unloaded(pins, holder.as_ref());
     if !object::is_loaded(pins) {
         return Ok(report);
@@ -88,7 +84,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     report.add_configuration(&maps)?;
     let netlink = report.add_endpoints(&maps, netlink)?;
     let hooks = Hooks::from_bits(policy.hooks);
-    report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
+    report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.contains(hook)).map(Hook::name).collect();
     report.add_rejected_programs(pins, &maps)?;
     if pins.is_private() {
         report.problem(None, PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY);
@@ -120,7 +116,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     report.add_cgroups(pins, &maps, hooks, &mut counts)?;
     let links = netlink.links().await?;
     let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
-    report.kubernetes = pod_names::lookup(&maps).map_err(unreadable)?;
+    report.kubernetes = pod_names::read_watch_status(&maps).map_err(unreadable)?;
     report.add_disputes();
     let names = pod_names::read(&maps).map_err(unreadable)?;
     let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks, names: &names };
@@ -149,31 +145,12 @@ impl StatusReport {
             schema: SCHEMA,
             version: VERSION,
             pin_dir: pins.root().to_owned(),
-            state: State::Unloaded,
             agent: Agent {
                 running: holder.is_some(),
                 ready: holder.is_some_and(|holder| holder.is_ready),
                 pid: holder.and_then(|holder| holder.pid),
             },
-            configuration: None,
-            mode: None,
-            on_deny: None,
-            provider: None,
-            endpoints: Vec::new(),
-            exemptions: Vec::new(),
-            kubernetes: None,
-            interfaces: Vec::new(),
-            hooks: Vec::new(),
-            rejected_programs: Vec::new(),
-            sockets: None,
-            host_network: None,
-            local_service: None,
-            node_allow: None,
-            deleted: Counts::default(),
-            total: Counts::default(),
-            by_hook: BTreeMap::new(),
-            pending_events: 0,
-            problems: Vec::new(),
+            ..Self::default()
         }
     }
 
@@ -187,7 +164,7 @@ impl StatusReport {
     fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
         let record = config_record::read(maps).map_err(unreadable)?;
         if let Some(record) = &record
-            && let Some(config_record::RejectedConfig { at, error }) = &record.refusal
+            && let Some(config_record::RejectedConfig { at, error }) = &record.rejected
         {
             let from = record.path.as_ref().map_or_else(
                 || "the built-in defaults".to_owned(),
@@ -198,8 +175,8 @@ impl StatusReport {
             self.problem(None, format!("configuration rejected, using {from}: {error} ({at:.0})"), remedy);
         }
         self.configuration =
-            record.map(|config_record::Record { generation, path, loaded_at, refusal, .. }| {
-                let rejected = refusal
+            record.map(|config_record::EffectiveConfig { generation, path, loaded_at, rejected, .. }| {
+                let rejected = rejected
                     .map(|config_record::RejectedConfig { at, error }| RejectedConfigReport { at, error });
                 Configuration { generation, file: path, loaded_at, rejected }
             });

@@ -12,9 +12,9 @@ use crate::{
 };
 
 /// Status of the node on one pin directory.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct StatusReport {
-    /// Schema version. Fields are only added while it stays the same.
+    /// Schema version. Removed and changed fields increase it.
     pub schema: u32,
     /// Version of the program that made the report.
     pub version: &'static str,
@@ -118,7 +118,7 @@ pub struct RejectedProgram {
 }
 
 /// State of the node in one word.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Mode `enforce` without problems: requests of pods are denied.
@@ -130,11 +130,12 @@ pub enum State {
     /// The report lists at least one problem.
     Degraded,
     /// The pin directory has no programs and maps.
+    #[default]
     Unloaded,
 }
 
 /// Agent that uses the pin directory.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Agent {
     /// True if an agent runs.
     pub running: bool,

@@ -4,6 +4,6 @@ mod model;
 mod view;
 
 pub use self::{
-    model::{Command, Model, Sort},
+    model::{Command, Model, SortOrder},
     view::draw,
 };

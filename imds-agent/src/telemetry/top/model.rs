@@ -27,7 +27,7 @@ pub struct Model {
     /// Latest events, the newest at the end.
     pub events: VecDeque<String>,
     /// Sort order of the rows.
-    pub sort: Sort,
+    pub sort: SortOrder,
     /// Number of rows above the first visible one.
     pub offset: usize,
     /// True while the view is not refreshed.
@@ -61,7 +61,7 @@ pub struct Row {
 
 /// Sort order of the rows.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum Sort {
+pub enum SortOrder {
     /// Denials per second, then the total of denials.
     #[default]
     Rate,
@@ -88,7 +88,7 @@ pub enum Command {
     Last,
 }
 
-impl Sort {
+impl SortOrder {
     /// Returns the name of the order in the status line.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -169,9 +169,9 @@ impl Model {
         let total = |row: &Row| Reverse(row.counts.denied.packets);
         let name = |row: &Row| (row.index == 0, row.name.clone());
         match self.sort {
-            Sort::Rate => self.rows.sort_by_key(|row| (rate(row), total(row), name(row))),
-            Sort::Total => self.rows.sort_by_key(|row| (total(row), name(row))),
-            Sort::Name => self.rows.sort_by_key(name),
+            SortOrder::Rate => self.rows.sort_by_key(|row| (rate(row), total(row), name(row))),
+            SortOrder::Total => self.rows.sort_by_key(|row| (total(row), name(row))),
+            SortOrder::Name => self.rows.sort_by_key(name),
         }
         self.offset = self.offset.min(self.last());
     }
@@ -282,7 +282,7 @@ mod tests {
         model.apply(Command::Sort);
         assert_eq!(names(&model), ["a", "b", "c", "(sockets)"]);
         model.apply(Command::Sort);
-        assert_eq!(model.sort, Sort::Rate);
+        assert_eq!(model.sort, SortOrder::Rate);
     }
 
     #[test]

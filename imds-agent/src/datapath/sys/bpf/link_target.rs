@@ -82,7 +82,7 @@ impl MprogHook {
     }
 
     /// Returns the hook of a link of this `bpf_link_type` and `bpf_attach_type`.
-    pub(super) fn of_link(kind: u32, attach_type: u32) -> Option<Self> {
+    pub(super) fn from_link(kind: u32, attach_type: u32) -> Option<Self> {
         let hook = Self::ALL.into_iter().find(|hook| hook.attach_type() as u32 == attach_type)?;
         let expected = match hook {
             Self::Tcx(_) => BPF_LINK_TYPE_TCX,
@@ -115,11 +115,11 @@ mod tests {
 
     #[test]
     fn link_kinds_have_their_hooks() {
-        let of_link = |kind, attach_type: bpf_attach_type| MprogHook::of_link(kind, attach_type as u32);
-        assert_eq!(of_link(13, BPF_NETKIT_PEER), Some(MprogHook::NetkitPeer));
-        assert_eq!(of_link(13, BPF_NETKIT_PRIMARY), Some(MprogHook::NetkitPrimary));
-        assert_eq!(of_link(11, BPF_TCX_EGRESS), Some(MprogHook::Tcx(Direction::Egress)));
-        assert_eq!(of_link(11, BPF_NETKIT_PEER), None);
-        assert_eq!(of_link(BPF_LINK_TYPE_CGROUP as u32, BPF_TCX_INGRESS), None);
+        let from_link = |kind, attach_type: bpf_attach_type| MprogHook::from_link(kind, attach_type as u32);
+        assert_eq!(from_link(13, BPF_NETKIT_PEER), Some(MprogHook::NetkitPeer));
+        assert_eq!(from_link(13, BPF_NETKIT_PRIMARY), Some(MprogHook::NetkitPrimary));
+        assert_eq!(from_link(11, BPF_TCX_EGRESS), Some(MprogHook::Tcx(Direction::Egress)));
+        assert_eq!(from_link(11, BPF_NETKIT_PEER), None);
+        assert_eq!(from_link(BPF_LINK_TYPE_CGROUP as u32, BPF_TCX_INGRESS), None);
     }
 }

@@ -78,7 +78,7 @@ pub fn object_name(object: impl AsFd) -> io::Result<Option<String>> {
 
 /// Reports whether the program with this id is known to belong to an imds-agent, by its name.
 #[must_use]
-pub fn is_ours(id: u32) -> bool {
+pub fn is_agent_program(id: u32) -> bool {
     name(id).is_ok_and(|name| name.starts_with(PREFIX.as_bytes()))
 }
 

@@ -11,7 +11,7 @@ mod allow_list;
 const AKS: &str = "FORWARD ! -s 10.224.0.4/32 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DROP";
 
 fn azure(mode: Option<Mode>) -> Enforcement {
-    Enforcement::of_provider(Provider::named("azure").unwrap(), mode)
+    Enforcement::from_provider(Provider::named("azure").unwrap(), mode)
 }
 
 fn enforced() -> Enforcement {

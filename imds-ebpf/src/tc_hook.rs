@@ -28,39 +28,39 @@ pub(crate) trait TcProgram {
     fn classify_header(skb: *mut __sk_buff, ip: IpOffset) -> i32;
 }
 
-/// Gives a verdict on a packet at the hook `E`. Returns the TC action.
+/// Gives a verdict on a packet at the hook `H`. Returns the TC action.
 ///
 /// The slow path is in separate functions: inlined, its registers and stack would cost every packet some instructions.
 #[inline(always)]
-pub(crate) fn classify<E: TcProgram>(ctx: &TcContext, frame: LinkLayer) -> i32 {
+pub(crate) fn classify<H: TcProgram>(ctx: &TcContext, link_layer: LinkLayer) -> i32 {
     let skb = ctx.skb.skb;
-    if is_unrelated_fast(&E::packet(skb), frame, &maps::Maps) {
+    if is_unrelated_fast(&H::packet(skb), link_layer, &maps::Maps) {
         return TC_ACT_UNSPEC;
     }
-    match frame {
-        LinkLayer::Ethernet => classify_ethernet::<E>(skb),
-        LinkLayer::None => classify_without_link_layer::<E>(skb),
+    match link_layer {
+        LinkLayer::Ethernet => classify_ethernet::<H>(skb),
+        LinkLayer::None => classify_without_link_layer::<H>(skb),
     }
 }
 
 #[inline(never)]
-fn classify_ethernet<E: TcProgram>(skb: *mut __sk_buff) -> i32 {
-    if is_unrelated_frame(&E::packet(skb), &maps::Maps) {
+fn classify_ethernet<H: TcProgram>(skb: *mut __sk_buff) -> i32 {
+    if is_unrelated_frame(&H::packet(skb), &maps::Maps) {
         return TC_ACT_UNSPEC;
     }
-    classify_frame::<E>(skb, LinkLayer::Ethernet)
+    classify_frame::<H>(skb, LinkLayer::Ethernet)
 }
 
 #[inline(never)]
-fn classify_without_link_layer<E: TcProgram>(skb: *mut __sk_buff) -> i32 {
-    classify_frame::<E>(skb, LinkLayer::None)
+fn classify_without_link_layer<H: TcProgram>(skb: *mut __sk_buff) -> i32 {
+    classify_frame::<H>(skb, LinkLayer::None)
 }
 
 #[inline(always)]
-fn classify_frame<E: TcProgram>(skb: *mut __sk_buff, frame: LinkLayer) -> i32 {
-    let packet = E::packet(skb);
-    match find_header(&packet, frame) {
-        Some(ip) => E::classify_header(skb, ip.hide_bounds(&packet)),
+fn classify_frame<H: TcProgram>(skb: *mut __sk_buff, link_layer: LinkLayer) -> i32 {
+    let packet = H::packet(skb);
+    match find_header(&packet, link_layer) {
+        Some(ip) => H::classify_header(skb, ip.hide_bounds(&packet)),
         None => TC_ACT_UNSPEC,
     }
 }
@@ -95,10 +95,10 @@ pub(crate) fn finish(
     direction: ReplyDirection,
 ) -> i32 {
     let &Classified { skb, ip, hook, verdict } = classified;
-    // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
+    // SAFETY: the rate limiter belongs to this CPU, and the map does not free it while the program that looked it up runs.
     let mut limiter = limiter.map(|limiter| unsafe { &mut *limiter });
     match &mut limiter {
-        Some(limiter) => events::packet(skb, ip, hook, verdict, limiter),
+        Some(limiter) => events::report_packet(skb, ip, hook, verdict, limiter),
         None => diagnostics::warn_map_full(hook as u32),
     }
     match verdict {
@@ -107,6 +107,6 @@ pub(crate) fn finish(
             return TC_ACT_UNSPEC;
         }
     }
-    let is_answered = maps::on_deny() == DenyAction::Reject && limiter.is_some_and(RateLimiter::allow_reply);
-    if is_answered { reject::answer(skb, ip, direction) } else { TC_ACT_SHOT }
+    let may_reply = maps::on_deny() == DenyAction::Reject && limiter.is_some_and(RateLimiter::allow_reply);
+    if may_reply { reject::send_reply(skb, ip, direction) } else { TC_ACT_SHOT }
 }
