@@ -2,7 +2,7 @@
 //!
 //! The programs identify senders by values that no other program can write: the netns cookie of the socket and the ingress
 //! interface. Only pods behind a bridge of the node need the packet mark, because the ingress interface of their packets at
-//! `node_egress` is the bridge.
+//! `node_egress` is the bridge. Rules of the node can set the mark too, so that it counts only together with the source address.
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
@@ -112,17 +112,22 @@ pub(crate) fn by_interface(
     if ifindex == 0 {
         return verdict;
     }
-    let exempted = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
-    if exempted as u32 != verdict as u32 {
-        // If `from_pod` is attached, that hook has compared the source with the pod's addresses, before any source NAT.
-        // Otherwise compares them here, and accepts addresses of the node, which source NAT may have set.
-        let is_checked = has_from_pod(ifindex) || has_source(skb, ip, ifindex, NODE);
-        return if is_checked { exempted } else { verdict };
+    let mut exempted = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
+    let is_bridge = exempted as u32 == verdict as u32;
+    if is_bridge {
+        if Skb::new(skb).mark() & maps::mark() == 0 {
+            return verdict;
+        }
+        exempted = apply(verdict, Subject::new(SubjectKind::Bridge, ifindex.into()), address);
+        if exempted as u32 == verdict as u32 {
+            return verdict;
+        }
     }
-    if Skb::new(skb).mark() & maps::mark() == 0 {
-        return verdict;
-    }
-    apply(verdict, Subject::new(SubjectKind::Bridge, ifindex.into()), address)
+    // If `from_pod` is attached, that hook has compared the source with the pod's addresses, before any source NAT. Otherwise
+    // compares them here, and accepts addresses of the node, which source NAT may have set. Behind a bridge, compares them in
+    // addition to the mark: a rule of the node can set the bit on packets of all pods, and another pod can forge the address.
+    let is_checked = !is_bridge && has_from_pod(ifindex) || has_source(skb, ip, ifindex, NODE);
+    if is_checked { exempted } else { verdict }
 }
 
 /// Reports whether a packet at `from_pod` belongs to the exempt pod itself and is not forwarded for another sender.

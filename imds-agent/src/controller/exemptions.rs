@@ -188,7 +188,7 @@ impl Reconciler {
         );
         let mut desired = found.await;
         desired.add_bridges(&self.node.links);
-        if !self.datapath.hooks().has(Hook::FromPod) && !desired.entries.is_empty() {
+        if desired.needs_node_addresses(self.datapath.hooks().has(Hook::FromPod)) {
             desired.add_node(netns::addresses().unwrap_or_default());
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
