@@ -53,8 +53,9 @@ const _: () = assert!(size_of::<Event>() == 112);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RateLimitKey {
-    /// Ingress interface index for packets; cookie of the network namespace for calls; cgroup id for both at
-    /// [`Hook::HostNetwork`](crate::Hook::HostNetwork) and [`Hook::NodeAllow`](crate::Hook::NodeAllow).
+    /// Ingress interface index for packets; id of the cgroup of the pod or unit for calls, and for packets at
+    /// [`Hook::HostNetwork`](crate::Hook::HostNetwork) and [`Hook::NodeAllow`](crate::Hook::NodeAllow). A pod can create none of
+    /// these. The cookie of the network namespace for calls of senders without a cgroup v2.
     pub id: u64,
     /// Number of the [`Hook`](crate::Hook) that saw the packets or calls.
     pub hook: u32,

@@ -29,7 +29,7 @@ pub enum SubjectKind {
     /// Id of a cgroup v2.
     Cgroup = 3,
     /// Index of a bridge of the node with the host-side interface of an exempt pod as a port. Only marked packets from the
-    /// bridge are exempt.
+    /// bridge with an address of an exempt pod or of the node as their source are exempt.
     Bridge = 4,
 }
 

@@ -26,12 +26,11 @@ pub(crate) fn find_endpoint(packet: &Skb) -> Option<(IpOffset, EndpointMatch)> {
     Some((ip, lookup_endpoint(packet, ip, &maps::Maps)?))
 }
 
-/// Counts a packet and emits its event. `id` is that of the source, see [`RateLimitKey::id`]. Returns the number of the
-/// verdict.
+/// Counts a packet and emits its event. `source` is the [`RateLimitKey::id`]. Returns the number of the verdict.
 #[inline(always)]
-pub(crate) fn report(skb: *mut __sk_buff, ip: IpOffset, id: u64, hook: Hook, verdict: Verdict) -> u32 {
+pub(crate) fn report(skb: *mut __sk_buff, ip: IpOffset, source: u64, hook: Hook, verdict: Verdict) -> u32 {
     let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, Skb::new(skb).len());
-    match events::rate_limiter(&RateLimitKey::new(id, hook, verdict)) {
+    match events::rate_limiter(&RateLimitKey::new(source, hook, verdict)) {
         // SAFETY: the rate limiter belongs to this CPU, and the map does not free it while the program that looked it up runs.
         Some(limiter) => events::report_packet(skb, ip, hook, verdict, unsafe { &mut *limiter }),
         None => diagnostics::warn_map_full(hook as u32),

@@ -2,12 +2,12 @@
 //!
 //! The programs identify senders by values that no other program can write: the netns cookie of the socket and the ingress
 //! interface. Only pods behind a bridge of the node need the packet mark, because the ingress interface of their packets at
-//! `node_egress` is the bridge.
+//! `node_egress` is the bridge. Rules of the node can set the mark too, so that it counts only together with the source address.
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
-    Address, ExemptionKey, ExemptionRecord, Hook, InterfaceRecord, IpOffset, PolicyLookup as _, Subject,
-    SubjectKind, TcHook, Verdict, exemption::find_exemption, opaque::opaque, packet::source,
+    Address, ExemptionKey, ExemptionRecord, Hook, InterfaceRecord, IpOffset, Packet as _, PolicyLookup as _,
+    Subject, SubjectKind, TcHook, Verdict, exemption::find_exemption, opaque::opaque, packet::source,
 };
 
 use crate::{
@@ -119,14 +119,20 @@ pub(crate) fn apply_by_interface(
     if ifindex == 0 {
         return verdict;
     }
-    let exempted = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
-    if exempted as u32 != verdict as u32 {
-        return if is_source_checked(skb, ip, ifindex) { exempted } else { verdict };
+    let mut exempted = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
+    let is_bridge = exempted as u32 == verdict as u32;
+    if is_bridge {
+        if Skb::new(skb).mark() & maps::mark_bit() == 0 {
+            return verdict;
+        }
+        exempted = apply(verdict, Subject::new(SubjectKind::Bridge, ifindex.into()), address);
+        if exempted as u32 == verdict as u32 {
+            return verdict;
+        }
     }
-    if Skb::new(skb).mark() & maps::mark_bit() == 0 {
-        return verdict;
-    }
-    apply(verdict, Subject::new(SubjectKind::Bridge, ifindex.into()), address)
+    // Hidden from the verifier, which otherwise follows the function for each value.
+    let is_bridge = Skb::new(skb).verifier_opaque(is_bridge.into());
+    if is_source_checked(skb, ip, ifindex, is_bridge) { exempted } else { verdict }
 }
 
 /// Reports whether a packet at `from_pod` belongs to the exempt pod itself and is not forwarded for another sender.
@@ -153,15 +159,17 @@ fn is_exempt_netns(cookie: u64, address: &Address) -> bool {
         || maps::has_exemption(&ExemptionKey { address: *address, subject })
 }
 
-/// Reports whether the source of a packet from an exempt pod's interface is the pod. A separate function, so that the verifier
-/// checks it once.
+/// Reports whether a packet from the interface of an exempt pod, or a marked packet from a bridge with an exempt pod, is the
+/// pod's own. A separate function, so that the verifier checks it once.
 ///
-/// If `from_pod` is attached, that hook has compared the source with the pod's addresses, before any source NAT. Its last use
-/// shows that it still runs: while no agent runs, another pod's interface may get the same index. Otherwise compares the source
-/// here, and accepts addresses of the node, which source NAT may have set.
+/// If `from_pod` is attached to the pod's interface, that hook has compared the source with the pod's addresses, before any
+/// source NAT. Its last use shows that it still runs: while no agent runs, another pod's interface may get the same index.
+/// Otherwise compares the source here, and accepts addresses of the node, which source NAT may have set. Behind a bridge,
+/// compares it in addition to the mark: a rule of the node can set the bit on packets of all pods, and another pod can forge the
+/// address.
 #[inline(never)]
-fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32) -> bool {
-    if has_from_pod(ifindex) {
+fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, is_bridge: usize) -> bool {
+    if is_bridge == 0 && has_from_pod(ifindex) {
         return maps::is_exempt_use_recent(ifindex);
     }
     has_source(skb, ip, ifindex, NODE)

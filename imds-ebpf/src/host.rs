@@ -7,7 +7,7 @@ use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id};
 use imds_ebpf_common::{EndpointMatch, Hook, Subject, SubjectKind, Verdict};
 
 use crate::{
-    cgroup_packet, exempt,
+    cgroup_packet, event_source, exempt,
     netns::{self, SocketNetns},
     packet::Skb,
 };
@@ -26,7 +26,7 @@ pub(crate) fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let id = unsafe { bpf_skb_cgroup_id(skb) };
     let verdict = exempt::apply(verdict, Subject::new(SubjectKind::Cgroup, id), &destination);
     let verdict = verdict.hide_bounds(&packet);
-    cgroup_packet::report(skb, ip, id, hook, verdict)
+    cgroup_packet::report(skb, ip, event_source::of_packet(skb, id), hook, verdict)
 }
 
 /// Reports whether the socket belongs to the node's network namespace, or may belong to it.

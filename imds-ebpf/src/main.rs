@@ -13,6 +13,7 @@
 
 mod cgroup_packet;
 mod diagnostics;
+mod event_source;
 mod events;
 mod exempt;
 mod from_pod;

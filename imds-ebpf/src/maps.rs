@@ -48,7 +48,7 @@ static PROVIDER: Array<ProviderRecord, 1> = Array::new();
 #[btf_map(name = "imds_config")]
 static CONFIG: Array<ConfigRecord, 1> = Array::new();
 
-/// For user space only. The object defines the map so that it has BTF and a pin.
+/// User space writes the record. The programs read only the id of the cgroup.
 #[btf_map(name = "imds_cgroup")]
 static CGROUP: Array<CgroupRecord, 1> = Array::new();
 
@@ -91,7 +91,8 @@ static EXEMPTIONS: HashMap<ExemptionKey, ExemptionRecord, MAX_EXEMPTIONS, { BPF_
 #[unsafe(no_mangle)]
 static mut IMDS_FILTER: PolicyFilter = PolicyFilter::EMPTY;
 
-/// Source addresses of exempt pods, by the host-side interface of the pod. The node's own addresses have the interface 0.
+/// Source addresses of exempt pods, by the host-side interface of the pod and by its bridge. The node's own addresses have the
+/// interface 0.
 #[btf_map(name = "imds_exempt_src")]
 static EXEMPT_SOURCES: HashMap<ExemptionKey, u32, { MAX_EXEMPTIONS * 4 }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
@@ -261,6 +262,12 @@ pub(crate) fn is_enabled(hook: Hook) -> bool {
 #[inline(always)]
 pub(crate) fn node_cookie() -> Option<u64> {
     POLICY.get(0).map(|policy| policy.netns_cookie).filter(|&cookie| cookie != 0)
+}
+
+/// Returns the id of the cgroup to which the agent attaches its programs; 0 if it has not recorded one.
+#[inline(always)]
+pub(crate) fn agent_cgroup() -> u64 {
+    CGROUP.get(0).map_or(0, |record| record.cgroup)
 }
 
 /// Largest errno (`MAX_ERRNO`, include/linux/err.h). The verifier of Linux 7 checks the range of an error that a program sets.

@@ -16,7 +16,7 @@ use imds_ebpf_common::{
 };
 
 use crate::{
-    cgroup_packet, exempt, maps,
+    cgroup_packet, event_source, exempt, maps,
     netns::{self, SocketNetns},
     packet::Skb,
 };
@@ -78,7 +78,7 @@ pub(crate) fn classify_slow(skb: *mut __sk_buff) -> u32 {
         }
     }
     let verdict = verdict.hide_bounds(&packet);
-    cgroup_packet::report(skb, ip, id, hook, verdict)
+    cgroup_packet::report(skb, ip, event_source::of_packet(skb, id), hook, verdict)
 }
 
 /// The allow list has no entry for the sender.

@@ -14,7 +14,7 @@ use imds_ebpf_common::{
     event::RateLimitKey, opaque::opaque_xor,
 };
 
-use crate::{diagnostics, events, exempt, maps, netns, node_process, probe};
+use crate::{diagnostics, event_source, events, exempt, maps, netns, node_process, probe};
 
 /// 1 if `connect` and `sendmsg` programs may call `bpf_set_retval` (Linux 6.1). The loader sets it before loading. The
 /// verifier treats it as a constant, and ignores the call as dead code if it is 0.
@@ -75,7 +75,8 @@ fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict 
     if matches!(verdict, Verdict::Denied) {
         choose_errno();
     }
-    let Some(limiter) = events::rate_limiter(&RateLimitKey::new(id, hook, verdict)) else {
+    let source = event_source::of_caller(id);
+    let Some(limiter) = events::rate_limiter(&RateLimitKey::new(source, hook, verdict)) else {
         diagnostics::warn_map_full(hook as u32);
         return verdict;
     };

@@ -1,26 +1,32 @@
-//! HTTP requests are bounded in size, time and number. Excessive clients get no more, and neither delay other clients
-//! nor leave pods unenforced.
+//! HTTP requests, and the events of one pod, are bounded in size, time and number. Excessive clients and pods get no more,
+//! and neither delay others nor leave pods unenforced.
 
 use std::{
+    collections::BTreeMap,
+    ffi::CString,
     fs,
     io::{self, ErrorKind, Read as _, Write as _},
-    net::TcpStream,
-    sync::atomic::{AtomicU32, Ordering},
+    net::{TcpStream, UdpSocket},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
     thread::{self, sleep},
     time::{Duration, Instant},
 };
 
+use imds_ebpf_common::event::RateLimiter;
 use imds_tests::{
-    Agent, PodLink, StopFlag, TestEnv,
+    Agent, Cgroup, METADATA, Netns, PodLink, StopFlag, TestEnv,
     http::{DEFAULT, try_get},
+    kubelet::new_uid,
     poll::poll_until,
-    probe::LONG,
-    scaled,
+    probe::{LONG, SHORT, http_get},
+    scaled, skip_without_netns_cookie,
 };
 use nix::sys::{
+    prctl,
     resource::{Resource, getrlimit, setrlimit},
     socket::{setsockopt, sockopt},
 };
+use serde_json::Value;
 
 /// Time limit of a whole connection, with a reserve for a busy machine.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15 + 10);
@@ -205,4 +211,138 @@ fn continuous_requests() {
     assert!(answers.into_inner() > 0);
     assert_unharmed(&env);
     finish(&env, agent);
+}
+
+// Denied calls, which a pod can send from any number of network namespaces, cgroups and threads.
+
+const NAMESPACES: u32 = 200;
+const CGROUPS: u32 = 500;
+/// Cgroup of the burstable pods of a kubelet.
+const BURSTABLE: &str = "kubepods.slice/kubepods-burstable.slice";
+const DENIALS: &str = "imds_agent_denials_total{";
+const EVENTS: &str = "imds_agent_events_total";
+
+/// Returns the values of the time series whose names start with `prefix`.
+#[track_caller]
+fn series(env: &TestEnv, prefix: &str) -> BTreeMap<String, f64> {
+    let (status, metrics) = try_get(env, DEFAULT, "/metrics").expect("metrics");
+    assert_eq!(status, 200);
+    let samples = metrics.lines().filter(|line| line.starts_with(prefix));
+    let sample = |line: &str| {
+        let (name, value) = line.rsplit_once(' ')?;
+        Some((name.to_owned(), value.parse().ok()?))
+    };
+    samples.map(|line| sample(line).unwrap_or_else(|| panic!("{line}"))).collect()
+}
+
+/// Asserts that no time series has a lower value than before, and returns the values.
+#[track_caller]
+fn assert_none_falls(env: &TestEnv, before: &BTreeMap<String, f64>) -> BTreeMap<String, f64> {
+    let now = series(env, DENIALS);
+    for (name, value) in before {
+        assert!(now.get(name).is_some_and(|now| now >= value), "{name}: {value}, then {:?}", now.get(name));
+    }
+    now
+}
+
+/// Calls connect(2) on all sockets from each of the cgroups in turn, with a new thread name each time.
+fn flood(cgroups: &[Cgroup], sockets: &[UdpSocket], stop: &StopFlag, sent: &AtomicU64) {
+    for (number, cgroup) in cgroups.iter().enumerate().cycle() {
+        if stop.is_set() {
+            return;
+        }
+        cgroup.run(|| {
+            prctl::set_name(&CString::new(format!("flood-{number}")).expect("a name")).expect("set a name");
+            for socket in sockets {
+                let denied = socket.connect((METADATA, 80)).expect_err("a denied call");
+                assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
+                sent.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+}
+
+/// Floods from one pod with many cgroups, whose sockets are in `namespaces`. Asserts that the agent serves other pods: it
+/// reports a single denied call from `others`, and attaches to a new pod.
+#[track_caller]
+fn assert_flood_is_bounded(env: &TestEnv, hook: &'static str, namespaces: &[&Netns], others: &Netns) {
+    const FLOODERS: usize = 2;
+    let [of_pod, of_other] =
+        [(); 2].map(|()| format!("{BURSTABLE}/kubepods-burstable-pod{}.slice", new_uid().replace('-', "_")));
+    let [pod_cgroup, other_cgroup] = [&of_pod, &of_other].map(|path| env.add_cgroup(path));
+    let cgroups: Vec<_> =
+        (0..scaled(CGROUPS)).map(|number| env.add_cgroup(&format!("{of_pod}/{number}"))).collect();
+    let open = |netns: &&Netns| netns.run(|| UdpSocket::bind("0.0.0.0:0")).expect("a socket");
+    let sockets = [(); FLOODERS].map(|()| pod_cgroup.run(|| namespaces.iter().map(open).collect::<Vec<_>>()));
+    let agent = env.agent().hooks(&["from_pod", "socket", hook]).spawn_ready();
+    poll_until(LONG, "metrics to be served", || try_get(env, DEFAULT, "/healthz").ok());
+
+    let (stop, sent) = (StopFlag::default(), AtomicU64::new(0));
+    thread::scope(|scope| {
+        let stop_on_drop = stop.set_on_drop();
+        for (sockets, cgroups) in sockets.iter().zip(cgroups.chunks(cgroups.len().div_ceil(FLOODERS))) {
+            scope.spawn(|| flood(cgroups, sockets, &stop, &sent));
+        }
+        let (start, events) = (Instant::now(), series(env, EVENTS)[EVENTS]);
+        let mut denials = series(env, DENIALS);
+        while start.elapsed() < Duration::from_secs(3) {
+            denials = assert_none_falls(env, &denials);
+            sleep(Duration::from_millis(100));
+        }
+
+        assert!(!other_cgroup.run(|| http_get(others, METADATA, SHORT)).is_answer());
+        poll_until(Duration::from_secs(5), "the other pod's denial in the report", || {
+            let report = env.imds_agent(&["report", "-o", "json"]).output().stdout;
+            let report: Value = serde_json::from_slice(&report).expect("a report");
+            let senders = report["denials"].as_array().expect("denials");
+            let is_others = |path: &str| path.ends_with(&of_other);
+            senders.iter().any(|sender| sender["cgroup"].as_str().is_some_and(is_others)).then_some(())
+        });
+
+        let attaching = Instant::now();
+        let new = env.add_pod(PodLink::Routed);
+        env.wait_enforced(&new);
+        assert!(attaching.elapsed() < Duration::from_secs(2), "{:?}", attaching.elapsed());
+        env.assert_nothing_arrives(|| assert!(!http_get(&new.netns, METADATA, SHORT).is_answer()));
+
+        let asking = Instant::now();
+        assert!(try_get(env, DEFAULT, "/healthz").is_ok_and(|(status, _)| status == 200));
+        assert!(asking.elapsed() < Duration::from_secs(1), "{:?}", asking.elapsed());
+        denials = assert_none_falls(env, &denials);
+        assert!(!denials.is_empty(), "the denials are not counted");
+
+        // The flood is one source. Two windows are cut off by the start and the end, and the other pods have few events.
+        let emitted = series(env, EVENTS)[EVENTS] - events;
+        let cpus =
+            u32::try_from(thread::available_parallelism().expect("CPUs").get()).expect("a small number");
+        let windows = start.elapsed().as_secs_f64() + 2.0;
+        let most = windows * f64::from(RateLimiter::MAX_EVENTS * cpus) + 50.0;
+        let sent = sent.load(Ordering::Relaxed);
+        println!("{sent} calls, {emitted} events of at most {most:.0}");
+        assert!(sent > 10_000, "{sent} calls are no flood");
+        assert!(emitted <= most, "{emitted} events, more than {most:.0}");
+        drop(stop_on_drop);
+    });
+    drop(agent);
+    env.unload();
+}
+
+#[test]
+fn denied_calls_from_many_namespaces() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let other = env.add_pod(PodLink::Routed);
+    let namespaces: Vec<_> = (0..scaled(NAMESPACES)).map(|_| Netns::new("nested")).collect();
+    assert_flood_is_bounded(&env, "socket", &namespaces.iter().collect::<Vec<_>>(), &other.netns);
+}
+
+#[test]
+fn denied_calls_from_many_cgroups_of_a_host_network_pod() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    assert_flood_is_bounded(&env, "host_network", &[&*env.node; 50], &env.node);
 }

@@ -2,12 +2,14 @@
 
 use std::{
     fs,
+    net::IpAddr,
     path::PathBuf,
     process::{self, Child},
 };
 
 use imds_tests::{
-    Agent, Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, TestEnv, known_here, lacks_netns_cookie,
+    Agent, Cgroup, METADATA, METADATA_V6, Netns, PacketSocket, Pod, PodLink, SERVICE, TestEnv, known_here,
+    lacks_netns_cookie, output,
     poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, reachable},
     skip, skip_without_netns_cookie, with_each_backend,
@@ -97,6 +99,60 @@ fn route_through_exempt_pod() {
         drop(agent);
         env.unload();
     });
+}
+
+/// A route of the node leads another pod's packets through the exempt pod, which forwards them.
+#[test]
+fn pod_behind_exempt_gateway_is_denied() {
+    const ENDPOINTS: [IpAddr; 2] = [IpAddr::V4(METADATA), IpAddr::V6(METADATA_V6)];
+    let env = TestEnv::new().with_ipv6();
+    let [gateway, other] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
+    let [gateway_v6, other_v6] = [&gateway, &other].map(|pod| env.add_pod_ipv6(pod));
+    for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        gateway.netns.sysctl(key, "1");
+    }
+    for (family, address) in [("-4", IpAddr::V4(gateway.address)), ("-6", IpAddr::V6(gateway_v6))] {
+        for line in [
+            format!("rule add iif {} lookup 100", other.host_ifname),
+            format!("route add default via {address} dev {} onlink table 100", gateway.host_ifname),
+        ] {
+            let mut command = env.node.command("ip");
+            command.arg(family).args(line.split(' '));
+            let output = output(command);
+            assert!(output.status.success(), "{line}: {output:?}");
+        }
+    }
+    let gets = |pod: &Pod, endpoint| {
+        env.in_cgroup(|| try_poll(LONG, || http_get(&pod.netns, endpoint, SHORT).is_answer().then_some(())))
+    };
+    let forwarded = PacketSocket::frames(&gateway.netns, Pod::IFNAME);
+    for endpoint in ENDPOINTS {
+        assert!(gets(&gateway, endpoint).is_some() && gets(&other, endpoint).is_some(), "{endpoint}");
+    }
+    // The source and destination addresses of the other pod's requests.
+    for addresses in [
+        [other.address.octets(), METADATA.octets()].concat(),
+        [other_v6.octets(), METADATA_V6.octets()].concat(),
+    ] {
+        assert!(forwarded.sees(&addresses, SHORT), "the other pod's requests do not pass the exempt pod");
+    }
+
+    let config = format!("provider = 'aws'\n{}", rule(&format!("interface = '{}'", gateway.host_ifname), ""));
+    for hooks in [&["from_pod"][..], &["node_egress"], &["from_pod", "node_egress"]] {
+        let agent = start(&env, hooks, &config);
+        for endpoint in ENDPOINTS {
+            assert!(gets(&gateway, endpoint).is_some(), "{endpoint}, {hooks:?}: {}", agent.log());
+            env.assert_nothing_arrives(|| {
+                let answer = http_get(&other.netns, endpoint, SHORT);
+                assert!(!answer.is_answer(), "{endpoint}, {hooks:?}: {}", agent.log());
+            });
+        }
+        drop(agent);
+        env.unload();
+    }
+    for endpoint in ENDPOINTS {
+        assert!(gets(&other, endpoint).is_some(), "{endpoint}");
+    }
 }
 
 #[test]

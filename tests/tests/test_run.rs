@@ -297,7 +297,8 @@ fn node_egress_by_interface_and_mark() {
     for (hooks, mark, ingress, expected) in [
         (with_from_pod, 1, 7, TC_ACT_UNSPEC),
         (with_from_pod, MARK, 8, TC_ACT_SHOT),
-        (with_from_pod, MARK | 1, 9, TC_ACT_UNSPEC),
+        // The mark alone exempts no packet.
+        (with_from_pod, MARK | 1, 9, TC_ACT_SHOT),
         (with_from_pod, 1, 9, TC_ACT_SHOT),
         // Without `from_pod`, the source address must be the pod's.
         (alone, 1, 7, TC_ACT_SHOT),
@@ -306,15 +307,23 @@ fn node_egress_by_interface_and_mark() {
             return;
         }
     }
-    let (ExemptionKey { subject, .. }, _) = pod;
     let source =
         etherparse::SlicedPacket::from_ethernet(&udp(IMDS_IPV4)).ok().and_then(|packet| match packet.net {
             Some(etherparse::NetSlice::Ipv4(ip)) => Some(ip.header().source()),
             _ => None,
         });
     let address = Address::from_ipv4(source.expect("an IPv4 packet"));
-    object.insert(MAP_EXEMPT_SOURCES, ExemptionKey { address, subject }, 1_u32);
-    assert!(check(&mut object, alone, 1, 7, TC_ACT_UNSPEC));
+    for index in [7, 9] {
+        let subject = Subject::new(SubjectKind::Interface, index);
+        object.insert(MAP_EXEMPT_SOURCES, ExemptionKey { address, subject }, 1_u32);
+    }
+    for (hooks, mark, ingress, expected) in [
+        (alone, 1, 7, TC_ACT_UNSPEC),
+        (with_from_pod, MARK | 1, 9, TC_ACT_UNSPEC),
+        (with_from_pod, 1, 9, TC_ACT_SHOT),
+    ] {
+        assert!(check(&mut object, hooks, mark, ingress, expected));
+    }
 }
 
 #[test]

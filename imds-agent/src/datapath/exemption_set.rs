@@ -29,7 +29,7 @@ impl ExemptionSet {
     }
 
     /// Marks the entries of pods behind a bridge, whose packets name the bridge as their ingress interface at `node_egress`,
-    /// and adds entries for marked packets of these bridges.
+    /// and adds entries and sources for marked packets of these bridges.
     ///
     /// A bridge with a netkit port gets none: such a pod may set the mark itself (`scrub none`).
     pub fn add_bridges(&mut self, links: &BTreeMap<u32, Link>) {
@@ -49,9 +49,25 @@ impl ExemptionSet {
             }
         }
         self.entries.extend(bridge_entries);
+        let of_bridge = |source: &ExemptionKey| {
+            let link = ifindex_of(source.subject).and_then(|index| links.get(&index));
+            let bridges = link.map(|link| interface_role::ingress_devices(link, links)).unwrap_or_default();
+            let address = source.address;
+            let subject = |bridge: u32| Subject::new(SubjectKind::Interface, bridge.into());
+            bridges.into_iter().map(move |bridge| ExemptionKey { address, subject: subject(bridge) })
+        };
+        let sources: Vec<_> = self.sources.iter().flat_map(of_bridge).collect();
+        self.sources.extend(sources);
     }
 
-    /// Adds the node's own addresses: if `from_pod` is off, masqueraded packets are recognized by them.
+    /// Reports whether the programs compare sources with the node's own addresses, which masquerading sets.
+    #[must_use]
+    pub fn needs_node_addresses(&self, has_from_pod: bool) -> bool {
+        let is_bridge = |key: &ExemptionKey| key.subject.kind == SubjectKind::Bridge as u64;
+        !self.entries.is_empty() && (!has_from_pod || self.entries.keys().any(is_bridge))
+    }
+
+    /// Adds the node's own addresses, by which masqueraded packets are recognized.
     pub fn add_node_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         let subject = Subject::new(SubjectKind::Interface, 0);
         let sources =
@@ -64,4 +80,44 @@ impl ExemptionSet {
 fn ifindex_of(subject: Subject) -> Option<u32> {
     let is_interface = SubjectKind::from_u64(subject.kind) == Some(SubjectKind::Interface);
     u32::try_from(subject.id).ok().filter(|_| is_interface)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::node::link::LinkKind;
+
+    const BRIDGE: u32 = 3;
+    const PORT: u32 = 7;
+    const ROUTED: u32 = 8;
+
+    /// Returns the entries and sources of an exempt pod behind this interface.
+    fn of_pod(index: u32) -> ExemptionSet {
+        let subject = Subject::new(SubjectKind::Interface, index.into());
+        let record = ExemptionRecord::new(Verdict::Exempt, 1);
+        let source = address_key(Ipv4Addr::new(10, 244, 0, 7).into());
+        ExemptionSet {
+            entries: [(ExemptionKey { address: imds_ebpf_common::Address::ANY, subject }, record)].into(),
+            sources: [ExemptionKey { address: source, subject }].into(),
+        }
+    }
+
+    #[test]
+    fn bridges_have_the_sources_of_their_exempt_pods() {
+        let bridge = Link { kind: LinkKind::Bridge, ..Link::with_index(BRIDGE) };
+        let port = Link { master: Some(BRIDGE), ..Link::with_index(PORT) };
+        let links = [bridge, port, Link::with_index(ROUTED)].map(|link| (link.index, link)).into();
+        for (index, expected) in [(PORT, vec![BRIDGE, PORT]), (ROUTED, vec![ROUTED])] {
+            let mut exemptions = of_pod(index);
+            exemptions.add_bridges(&links);
+            let sources: Vec<_> =
+                exemptions.sources.iter().filter_map(|source| ifindex_of(source.subject)).collect();
+            assert_eq!(sources, expected);
+            assert_eq!(exemptions.needs_node_addresses(true), index == PORT);
+            assert!(exemptions.needs_node_addresses(false));
+        }
+        assert!(!ExemptionSet::default().needs_node_addresses(false));
+    }
 }

@@ -1,16 +1,22 @@
 //! Vectors that stay partly open. Each test proves the limit that docs/security.md names, and the remedy.
 
-use std::net::{Ipv4Addr, UdpSocket};
+use std::{
+    fs,
+    net::{Ipv4Addr, UdpSocket},
+};
 
 use imds_tests::{
     Agent, METADATA, PacketSocket, Pod, PodLink, SERVICE, Services, TestEnv, WHOLE_TEST, lacks_program,
     output, packets,
     poll::try_poll,
-    probe::{LONG, SHORT, reachable},
+    probe::{LONG, SHORT, http_get, reachable},
     skip, skip_without_netns_cookie,
 };
 
-use crate::TC_HOOKS;
+use crate::{
+    TC_HOOKS,
+    services::{CLUSTER_IP, nft, redirect},
+};
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
@@ -283,5 +289,71 @@ fn reflected_requests_return_no_response() {
         env.node.sysctl("ipv4/conf/all/rp_filter", "0");
         drop(agent);
         env.unload();
+    }
+}
+
+// Rules of the node that write the mark bit of packets from the bridge of an exempt pod.
+
+/// The default of `hooks.mark_bit`.
+const MARK_BIT: u8 = 12;
+
+/// A rule that sets the bit exempts other pods only at `node_egress`, for requests to which a Service gives the endpoint's
+/// address after `from_pod`, and only behind masquerading. A rule that clears the bit denies the exempt pod. With another
+/// bit, neither rule has an effect.
+#[test]
+fn rules_that_write_the_mark_of_bridged_pods() {
+    if lacks_program(WHOLE_TEST, &["nft"]) {
+        return;
+    }
+    for (bit, is_written) in [(MARK_BIT, true), (MARK_BIT + 1, false)] {
+        let env = TestEnv::new();
+        let [exempt, other] = [(); 2].map(|()| env.add_pod(PodLink::Bridged));
+        redirect(&env.node, CLUSTER_IP, METADATA);
+        let config = env.scratch_dir().join("imds.toml");
+        let text = format!(
+            "[[exempt]]\nname = 'reader'\ninterface = '{}'\n[hooks]\nsocket = false\nmark_bit = {bit}",
+            exempt.host_ifname
+        );
+        fs::write(&config, text).expect("write a configuration");
+        let agent = env.agent().config_file(config.to_str().expect("a path in UTF-8")).spawn_ready();
+        let rule = |value: &str| {
+            format!(
+                "table ip marks {{
+                    chain forward {{ type filter hook forward priority 0; meta mark set meta mark {value}; }}
+                }}"
+            )
+        };
+        let assert_reach = |expected: [bool; 4], case: &str| {
+            let gets = |pod: &Pod, address| http_get(&pod.netns, address, SHORT).is_answer();
+            let found = [
+                gets(&exempt, METADATA),
+                gets(&exempt, CLUSTER_IP),
+                gets(&other, METADATA),
+                gets(&other, CLUSTER_IP),
+            ];
+            assert_eq!(found, expected, "{case}, bit {bit}: {}", agent.log());
+        };
+        assert_reach([true, false, false, false], "no rule");
+
+        nft(&env.node, &rule("or 0x1000"));
+        assert_reach([true, is_written, false, false], "a rule sets the bit");
+        nft(
+            &env.node,
+            &format!(
+                "table ip masq {{
+                    chain postrouting {{ type nat hook postrouting priority 100; oifname {} masquerade; }}
+                }}",
+                TestEnv::UPLINK
+            ),
+        );
+        assert_reach([true, is_written, false, is_written], "a rule sets the bit, behind masquerading");
+        nft(&env.node, "delete table ip marks");
+        assert_reach([true, false, false, false], "masquerading alone");
+
+        nft(&env.node, &rule("and 0xffffefff"));
+        assert_reach([!is_written, false, false, false], "a rule clears the bit");
+        drop(agent);
+        env.unload();
+        assert!(reachable(&other.netns, CLUSTER_IP));
     }
 }

@@ -1,14 +1,14 @@
 //! A metadata service on the node itself, such as a proxy. Requests to it leave through no uplink.
 
 use imds_tests::{
-    METADATA, METADATA_V6, PacketSocket, Pod, PodLink, Services, TestEnv, packets,
-    probe::{SHORT, http_get, udp_echo},
+    METADATA, METADATA_V6, Netns, PacketSocket, Pod, PodLink, Services, TestEnv, packets,
+    probe::{SHORT, http_get, reachable, udp_echo},
 };
 
 use crate::{
     ALL, AWS,
     links::{add_ifb, lacks_ifb, send_by_ifb},
-    services::{CLUSTER_IP, redirect},
+    services::{CLUSTER_IP, CLUSTER_IP_V6, redirect},
     source_route::{LOOSE, source_route},
     tunnels::{VXLAN, tunnel},
 };
@@ -55,6 +55,33 @@ fn local_service_behind_kube_service() {
         .also(LOCAL_SERVICE)
         .vector("TCP to a Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())
         .assert_blocked_all();
+}
+
+#[test]
+fn local_service_behind_kube_service_over_ipv6() {
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    env.add_pod_ipv6(&pod);
+    env.node.ip(&format!("addr add {METADATA_V6}/128 dev lo nodad"));
+    let _services = env.in_cgroup(|| Services::start(&env.node, &[METADATA_V6.into()]));
+    redirect(&env.node, CLUSTER_IP_V6, METADATA_V6);
+    env.vectors(&[])
+        .also(LOCAL_SERVICE)
+        .config(AWS)
+        .vector("TCP to a Service", || http_get(&pod.netns, CLUSTER_IP_V6, SHORT).is_answer())
+        .vector("UDP to a Service", || udp_echo(&pod.netns, CLUSTER_IP_V6, SHORT).is_answer())
+        .assert_blocked_all();
+
+    // No other hook sees the protected address, and the node's own requests pass.
+    let by_service = |netns: &Netns| env.in_cgroup(|| http_get(netns, CLUSTER_IP_V6, SHORT).is_answer());
+    for (hooks, expected) in [(&["from_pod"][..], true), (&["from_pod", LOCAL_SERVICE], false)] {
+        let agent = env.agent().config(AWS).hooks(hooks).spawn_ready();
+        assert_eq!(by_service(&pod.netns), expected, "{hooks:?}: {}", agent.log());
+        assert!(by_service(&env.node), "{hooks:?}: {}", agent.log());
+        assert!(env.in_cgroup(|| reachable(&env.node, METADATA_V6)), "{hooks:?}: {}", agent.log());
+        drop(agent);
+        env.unload();
+    }
 }
 
 #[test]

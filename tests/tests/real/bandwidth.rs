@@ -47,14 +47,14 @@ fn bandwidth() -> Value {
 /// Attach mode of the agent, or `None` for its own choice.
 type Mode = Option<AttachMode>;
 
-/// Selects pod interfaces by name, as in Kubernetes. The agent adds an egress filter to interfaces that may be an
-/// uplink, for which an `ingress` qdisc has no place.
+/// Selects pod interfaces by name. Without it, the agent also adds an egress filter to interfaces that may be an uplink,
+/// for which an `ingress` qdisc has no place.
 const PODS: &str = "[interfaces]\ninclude = ['veth*']\n";
+/// Configurations with and without [`PODS`].
+const WITH_AND_WITHOUT_PODS: [&str; 2] = [PODS, ""];
 
 fn agent<'w>(env: &'w TestEnv, mode: Mode, config: &str, delay: &str) -> AgentCommand<'w> {
-    let known = if mode == Some(AttachMode::Clsact) { PODS } else { "" };
-    let config = format!("{known}{config}");
-    let agent = env.agent().hooks(&known_here(ALL)).config(&config).args(&["--clsact-delay", delay]);
+    let agent = env.agent().hooks(&known_here(ALL)).config(config).args(&["--clsact-delay", delay]);
     match mode {
         // `AgentCommand::backend` also sets the delay.
         Some(mode) => agent.args(&["--tc-backend", mode.name()]),
@@ -115,7 +115,12 @@ fn assert_qdiscs_of_plugin(env: &TestEnv, pod: &CniPod<'_>) {
 
 /// Starts this number of pods while the agent runs, asserts that none fails and no packet arrives, and unloads the
 /// agent.
-fn assert_pods_start(make: for<'w> fn(&'w TestEnv, &[Value]) -> CniNetwork<'w>, mode: Mode, count: u32) {
+fn assert_pods_start(
+    make: for<'w> fn(&'w TestEnv, &[Value]) -> CniNetwork<'w>,
+    mode: Mode,
+    config: &str,
+    count: u32,
+) {
     if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"])
         || (mode == Some(AttachMode::Tcx) && skip_without_tcx())
     {
@@ -127,7 +132,7 @@ fn assert_pods_start(make: for<'w> fn(&'w TestEnv, &[Value]) -> CniNetwork<'w>, 
     assert!(reaches(&env, &before.netns));
     assert_qdiscs_of_plugin(&env, &before);
 
-    let agent = start(&env, mode, "");
+    let agent = start(&env, mode, config);
     let (pods, failures) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
     env.assert_nothing_arrives(|| {
         thread::scope(|scope| {
@@ -181,40 +186,45 @@ const MANY: u32 = 50;
 
 #[test]
 fn tcx_with_ptp_pods() {
-    assert_pods_start(ptp, Some(AttachMode::Tcx), FEW);
+    assert_pods_start(ptp, Some(AttachMode::Tcx), "", FEW);
 }
 
 #[test]
 fn tcx_with_bridge_pods() {
-    assert_pods_start(bridge, Some(AttachMode::Tcx), FEW);
+    assert_pods_start(bridge, Some(AttachMode::Tcx), "", FEW);
 }
 
 #[test]
 fn default_mode_with_ptp_pods() {
-    assert_pods_start(ptp, None, FEW);
+    assert_pods_start(ptp, None, "", FEW);
 }
 
 #[test]
 fn default_mode_with_bridge_pods() {
-    assert_pods_start(bridge, None, FEW);
+    assert_pods_start(bridge, None, "", FEW);
 }
 
 #[test]
 fn clsact_with_ptp_pods() {
-    assert_pods_start(ptp, Some(AttachMode::Clsact), FEW);
+    for config in WITH_AND_WITHOUT_PODS {
+        assert_pods_start(ptp, Some(AttachMode::Clsact), config, FEW);
+    }
 }
 
 #[test]
 fn clsact_with_bridge_pods() {
-    assert_pods_start(bridge, Some(AttachMode::Clsact), FEW);
+    for config in WITH_AND_WITHOUT_PODS {
+        assert_pods_start(bridge, Some(AttachMode::Clsact), config, FEW);
+    }
 }
 
 #[test]
 #[ignore = "takes long: cargo xtask e2e real"]
 fn fifty_pods_in_each_mode() {
-    for mode in [None, Some(AttachMode::Clsact)] {
+    let clsact = WITH_AND_WITHOUT_PODS.map(|config| (Some(AttachMode::Clsact), config));
+    for (mode, config) in [(None, "")].into_iter().chain(clsact) {
         for make in [ptp, bridge] {
-            assert_pods_start(make, mode, imds_tests::scaled(MANY));
+            assert_pods_start(make, mode, config, imds_tests::scaled(MANY));
         }
     }
 }
@@ -230,7 +240,7 @@ fn clsact_waits_for_a_process() {
     let before = network.add_pod();
     assert!(reaches(&env, &before.netns));
     before.delete();
-    let agent = spawn(&env, agent(&env, Some(AttachMode::Clsact), "", LONG_CLSACT_DELAY));
+    let agent = spawn(&env, agent(&env, Some(AttachMode::Clsact), PODS, LONG_CLSACT_DELAY));
     let pod = env.assert_nothing_arrives(|| connect(&network)).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(qdisc_kinds(&env.node, pod.veth()), ["noqueue"]);
 
@@ -280,12 +290,14 @@ fn exempt_pod_with_limited_bandwidth() {
     if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"]) {
         return;
     }
-    for mode in [None, Some(AttachMode::Clsact)] {
+    let clsact = WITH_AND_WITHOUT_PODS.map(|config| (Some(AttachMode::Clsact), config));
+    for (mode, config) in [(None, "")].into_iter().chain(clsact) {
         let env = TestEnv::new();
         let network = ptp(&env, &[bandwidth()]);
         let [exempt, other] = [network.add_pod(), network.add_pod()];
         assert!(reaches(&env, &exempt.netns) && reaches(&env, &other.netns));
-        let agent = start(&env, mode, &exemption(&format!("interface = '{}'", exempt.veth())));
+        let exemption = exemption(&format!("interface = '{}'", exempt.veth()));
+        let agent = start(&env, mode, &format!("{config}{exemption}"));
         assert_attached(&env, mode, &[&exempt, &other]);
         assert!(reaches(&env, &env.node));
         assert!(reaches(&env, &exempt.netns), "the exempt pod is denied with {mode:?}");

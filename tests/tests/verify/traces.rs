@@ -48,6 +48,8 @@ fn no_traces() {
             let output = String::from_utf8(env.imds_agent(command).output().stdout).unwrap();
             assert!(!output.contains("imdsv") && !output.contains("imds-netns"), "{output}");
         }
+        let events = env.imds_agent(&["events", "--no-follow", "--since", "1h"]).output();
+        assert!(events.status.success() && events.stdout.is_empty(), "{events:?}");
         let denials = env.imds_agent(&["report", "-o", "json"]).output().stdout;
         let denials: serde_json::Value = serde_json::from_slice(&denials).unwrap();
         assert_eq!(denials["denials"].as_array().map(Vec::len), Some(0), "{denials:#}");

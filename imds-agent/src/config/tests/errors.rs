@@ -50,6 +50,10 @@ fn errors_have_suggestions() {
             "[[endpoint]]\nname = 'a'\naddress = '10.0.0.0/24'",
             "not an IPv4 or IPv6 address: ranges are not supported: list the address",
         ),
+        (
+            "[[endpoint]]\nname = 'a'\naddress = 'fd00:ec2::/32'",
+            "not an IPv4 or IPv6 address: ranges are not supported: list the address",
+        ),
     ] {
         let errors = all_errors(text);
         assert!(errors.iter().any(|error| error.ends_with(expected)), "{text}: {errors:?}");

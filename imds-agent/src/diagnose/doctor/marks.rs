@@ -129,7 +129,10 @@ fn check(
 
 /// Describes the effect on packets from these bridges that the rule matches.
 fn consequence(effect: Effect, bridges: &str) -> String {
-    let opens = format!("a pod behind {bridges} that is not exempt can pass node_egress as an exempt one");
+    let opens = format!(
+        "a pod behind {bridges} that is not exempt can pass node_egress with requests that a Service or another DNAT rule sends to \
+         an endpoint, if the node masquerades them"
+    );
     let closes = format!("exempt pods behind {bridges} can be denied at node_egress");
     match effect {
         Effect::Set => opens,
