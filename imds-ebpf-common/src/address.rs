@@ -55,6 +55,12 @@ impl Address {
         }
     }
 
+    /// Creates an address from the octets of an IPv6 address, in network byte order, without a conversion.
+    #[inline(always)]
+    pub(crate) const fn from_octets(octets: [u8; 16]) -> Self {
+        Self { octets }
+    }
+
     /// Returns the octets, in network byte order. An IPv4 address is in the IPv4-mapped form.
     #[must_use]
     pub const fn octets(self) -> [u8; 16] {

@@ -318,12 +318,13 @@ pub fn flow<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Flow> {
     Some(flow)
 }
 
-/// Returns the source address of a packet with an IP header at `ip`; `None` if it is cut off.
+/// Returns the source address of a packet with an IP header at `ip`; `None` if it is cut off. Does not extract an embedded IPv4
+/// address, which no translator or tunnel uses as the source inside the node.
 #[inline(always)]
 pub fn source<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Address> {
     let offset = ip.offset();
     if ip.is_v6() {
-        return packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr)).map(Address::from_ipv6);
+        return packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr)).map(Address::from_octets);
     }
     packet.fetch(offset + offset_of!(Ipv4Hdr, src_addr)).map(Address::from_ipv4)
 }

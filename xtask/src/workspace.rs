@@ -20,6 +20,14 @@ pub(crate) fn root() -> &'static Path {
 pub(crate) fn cargo(subcommand: &str) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.arg(subcommand);
+    // Build scripts that depend on these variables of xtask would run again after each cargo command of the user's shell.
+    for (name, _) in env::vars_os() {
+        let is_of_xtask =
+            |name: &str| ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|prefix| name.starts_with(prefix));
+        if name.to_str().is_some_and(is_of_xtask) {
+            cargo.env_remove(name);
+        }
+    }
     cargo
 }
 
