@@ -119,7 +119,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     }
     report.add_cgroups(pins, &maps, hooks, &mut counts)?;
     let links = netlink.links().await?;
-    let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
+    let uplinks = Uplinks::new(&netlink.endpoint_routes().await?, links.iter());
     report.kubernetes = pod_names::lookup(&maps).map_err(unreadable)?;
     report.add_disputes();
     let names = pod_names::read(&maps).map_err(unreadable)?;
