@@ -12,7 +12,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 24] = [
+const NAMES: [&str; 25] = [
     "kernel",
     "btf",
     "bpffs",
@@ -32,6 +32,7 @@ const NAMES: [&str; 24] = [
     "xdp_programs",
     "tc_qdiscs",
     "node_pairs",
+    "open_vswitch",
     "cgroup_programs",
     "metadata_programs",
     "firewall_rules",

@@ -44,9 +44,9 @@ impl Reconciler {
         }
     }
 
-    /// Attaches the sendmsg programs while an interface lacks a desired program, and detaches them otherwise.
+    /// Attaches the sendmsg programs while the programs of interfaces do not see all packets, and detaches them otherwise.
     pub(super) fn follow_enforcement(&mut self) -> Result<(), DatapathError> {
-        let changes = self.datapath.set_enforced(self.node.errors.is_empty())?;
+        let changes = self.datapath.set_enforced(self.node.is_enforced())?;
         self.report_cgroups(changes);
         Ok(())
     }

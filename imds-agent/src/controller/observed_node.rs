@@ -7,6 +7,7 @@ use imds_ebpf_common::TcHook;
 use crate::node::{
     interface_role::{EndpointRoutes, Uplinks},
     link::Link,
+    userspace_ovs,
 };
 
 /// Links of the node and their roles, as last read.
@@ -32,6 +33,11 @@ impl ObservedNode {
                 || before.are_routed(link.index) != self.uplinks.are_routed(link.index)
         };
         self.links.values().filter(is_changed).cloned().collect()
+    }
+
+    /// Reports whether each interface has its programs, and these see the packets of every pod.
+    pub(super) fn is_enforced(&self) -> bool {
+        self.errors.is_empty() && userspace_ovs::find(self.links.values()).is_none()
     }
 
     /// Reports whether the link is an uplink that is no pod's. A port of an uplink may be a pod's, unless both ends of the

@@ -65,6 +65,8 @@ pub enum LinkKind {
     Ifb,
     /// Open vSwitch datapath or internal port.
     Ovs,
+    /// tun or tap device.
+    Tun,
     /// Loopback device, which gets no hook.
     Loopback,
     /// Device of any other kind.
@@ -182,6 +184,7 @@ fn kind(info: &[LinkInfo]) -> Option<LinkKind> {
         InfoKind::IpVlan | InfoKind::IpVtap => LinkKind::Ipvlan,
         InfoKind::Vrf => LinkKind::Vrf,
         InfoKind::Ifb => LinkKind::Ifb,
+        InfoKind::Tun => LinkKind::Tun,
         InfoKind::Other(kind) if kind == "openvswitch" => LinkKind::Ovs,
         _ => return None,
     })

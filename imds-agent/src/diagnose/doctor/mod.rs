@@ -18,6 +18,7 @@ mod metadata_programs;
 mod nft_rule;
 mod node_pairs;
 mod number_set;
+mod open_vswitch;
 mod qdiscs;
 mod rulesets;
 mod tc_programs;
@@ -71,6 +72,7 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, D
     checks.extend(tc_programs::of_interfaces(pins, netlink, &devices, &mark).await?);
     checks.extend(qdiscs::checks(pins, netlink).await?);
     checks.extend(node_pairs::checks(pins, netlink).await?);
+    checks.push(open_vswitch::datapath(netlink).await?);
     checks.extend(cgroup_programs::programs(pins)?);
     checks.extend(metadata_programs::checks(netlink).await?);
     let rulesets = Rulesets::list();
