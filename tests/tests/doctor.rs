@@ -12,7 +12,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 25] = [
+const NAMES: [&str; 26] = [
     "kernel",
     "btf",
     "bpffs",
@@ -37,6 +37,7 @@ const NAMES: [&str; 25] = [
     "metadata_programs",
     "firewall_rules",
     "mark_rules",
+    "tc_redirects",
     "mark_tunnels",
 ];
 

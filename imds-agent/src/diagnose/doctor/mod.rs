@@ -20,6 +20,7 @@ mod node_pairs;
 mod number_set;
 mod open_vswitch;
 mod qdiscs;
+mod redirects;
 mod rulesets;
 mod tc_programs;
 mod traffic;
@@ -78,6 +79,7 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, D
     let rulesets = Rulesets::list();
     checks.extend(firewall::rules(&rulesets, &Enforcement::read(pins)));
     checks.extend(marks::rules(&rulesets, &mark));
+    checks.extend(redirects::checks(&rulesets, pins, netlink).await?);
     checks.extend(marks::tunnels(&devices, &mark));
     Ok(DoctorReport {
         schema: SCHEMA,
