@@ -207,7 +207,8 @@ fn sendmsg_is_attached_if_needed() {
             assert!(!env.in_cgroup(|| udp_echo(&pod.netns, METADATA, SHORT).is_answer()));
         });
     };
-    let covered = (false, Some("from_pod and node_egress cover all pods".to_owned()));
+    let covered =
+        (false, Some("from_pod and node_egress cover pods whose packets the node forwards".to_owned()));
     for (hooks, setting, expected) in [
         (&ALL[..], None, covers.then(|| covered.clone())),
         (&["socket"], None, Some((true, Some("from_pod is off".to_owned())))),

@@ -13,7 +13,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 24] = [
+const NAMES: [&str; 26] = [
     "kernel",
     "btf",
     "bpffs",
@@ -33,10 +33,12 @@ const NAMES: [&str; 24] = [
     "xdp_programs",
     "tc_qdiscs",
     "node_pairs",
+    "open_vswitch",
     "cgroup_programs",
     "metadata_programs",
     "firewall_rules",
     "mark_rules",
+    "tc_redirects",
     "mark_tunnels",
 ];
 

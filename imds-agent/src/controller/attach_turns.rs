@@ -23,6 +23,9 @@ pub(super) struct AttachState {
     pub(super) turn: Option<AttachPoint>,
     /// Attachments of the initial sync that wait for their turn.
     pub(super) initial: BTreeSet<AttachPoint>,
+    /// Hooks that have had the agent's program since the start or the last detachment: if it is missing, another program
+    /// has removed it.
+    pub(super) attached: BTreeSet<AttachPoint>,
     /// Hooks that could not be reconciled the last time.
     pub(super) failed: BTreeSet<AttachPoint>,
     /// Backoff of repairs that another program undoes repeatedly.
@@ -38,6 +41,7 @@ impl AttachState {
             queue: AttachQueue::new(),
             turn: None,
             initial: BTreeSet::new(),
+            attached: BTreeSet::new(),
             failed: BTreeSet::new(),
             backoff: RepairBackoff::default(),
             clsact_delay: Duration::ZERO,
@@ -139,9 +143,9 @@ impl Reconciler {
 
     /// Reports whether an attachment has to wait for its turn, and queues it.
     ///
-    /// Attachments to uplinks and to interfaces other than veth and netkit never wait. In clsact mode the first filter
-    /// needs a qdisc, and a CNI plugin (`bandwidth`) may want to add its own: the link waits until its plugins have
-    /// finished.
+    /// Attachments to uplinks and to interfaces other than veth and netkit never wait, except for ports of an uplink whose
+    /// peer is in another network namespace: pods may use the bridge of the NIC. In clsact mode the first filter needs a
+    /// qdisc, and a CNI plugin (`bandwidth`) may want to add its own: the link waits until its plugins have finished.
     pub(super) async fn must_wait(
         &mut self,
         link: &Link,
@@ -150,7 +154,7 @@ impl Reconciler {
         attachments: &[Attachment],
     ) -> Result<bool, DatapathError> {
         let is_attached = attachments.iter().any(|attachment| attachment.backend == desired);
-        let is_uplink = point.hook == TcHook::NodeEgress && self.node.uplinks.contain(link.index);
+        let is_uplink = point.hook == TcHook::NodeEgress && self.node.is_exit(link);
         // The kernel announces a pair that a CNI plugin creates before its peer is known.
         let is_pair = link.leads_elsewhere() || matches!(link.kind, LinkKind::Veth | LinkKind::Netkit);
         // An attachment that failed in its turn is retried with each event and resync.

@@ -188,11 +188,14 @@ impl Reconciler {
     /// Logs an action, and counts it if it corrects drift.
     pub(super) fn report(&mut self, link: &Link, hook: TcHook, action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
-        let is_turn = self.attaching.turn == Some(AttachPoint { ifindex: *index, hook });
+        let point = AttachPoint { ifindex: *index, hook };
+        let is_turn = self.attaching.turn == Some(point);
+        // A hook that a route or a bridge makes necessary later is no drift.
+        let is_first = is_new || !self.attaching.attached.contains(&point);
         let (hook, level) = (hook.hook().name(), self.change_log_level());
         if level == Level::Warn && !is_turn {
             match action {
-                Action::Attach(_) if !is_new => self.corrections.attached += 1,
+                Action::Attach(_) if !is_first => self.corrections.attached += 1,
                 Action::Replace(_) => self.corrections.replaced += 1,
                 Action::Pin(_) => self.corrections.pinned += 1,
                 Action::Reorder(_) => self.corrections.reordered += 1,
@@ -202,7 +205,7 @@ impl Reconciler {
         let at = format!("{name} (ifindex {index})");
         let (level, change, text) = match action {
             Action::Attach(mode) => {
-                let is_expected = is_new || is_turn;
+                let is_expected = is_first || is_turn;
                 let again = if is_expected || self.progress.in_reload { "" } else { " again" };
                 let level = if is_expected { Level::Info } else { level };
                 (level, Change::Attached, format!("attached {hook} to {at}{again} with {}", mode.name()))

@@ -32,7 +32,7 @@ impl Reconciler {
 
     /// Reads the routes again, and reconciles the interfaces whose role changed.
     pub(super) async fn reclassify(&mut self) -> Result<(), DatapathError> {
-        self.node.routed = self.netlink.uplinks().await?;
+        self.node.routes = self.netlink.endpoint_routes().await?;
         self.update_uplinks().await;
         self.reconcile_local_service().await
     }
@@ -44,9 +44,9 @@ impl Reconciler {
         }
     }
 
-    /// Attaches the sendmsg programs while an interface lacks a desired program, and detaches them otherwise.
+    /// Attaches the sendmsg programs while the programs of interfaces do not see all packets, and detaches them otherwise.
     pub(super) fn reconcile_sendmsg(&mut self) -> Result<(), DatapathError> {
-        let changes = self.datapath.set_enforced(self.node.errors.is_empty())?;
+        let changes = self.datapath.set_enforced(self.node.is_enforced())?;
         self.report_cgroups(changes);
         Ok(())
     }
@@ -130,6 +130,11 @@ impl Reconciler {
             let result = self.reconcile_hook(link, (hook, desired), &attachments, is_new).await;
             if matches!(result, Ok(Reconciled::AsDesired)) {
                 self.attaching.failed.remove(&point);
+                if desired == AttachMode::None {
+                    self.attaching.attached.remove(&point);
+                } else {
+                    self.attaching.attached.insert(point);
+                }
             } else {
                 self.attaching.failed.insert(point);
             }
@@ -196,7 +201,12 @@ impl Reconciler {
             || self.progress.in_reload
             || !self.progress.initial_sync_done
             || self.attaching.turn == Some(point);
-        let is_repair = |action: &Action| !matches!(action, Action::Detach(_) | Action::Pin(_));
+        let is_first = !self.attaching.attached.contains(&point);
+        let is_repair = |action: &Action| match action {
+            Action::Attach(_) => !is_first,
+            Action::Replace(_) | Action::Reorder(_) => true,
+            Action::Detach(_) | Action::Pin(_) => false,
+        };
         !is_expected && actions.iter().any(is_repair)
     }
 
@@ -224,6 +234,7 @@ impl Reconciler {
         self.attaching.queue.remove_link(index);
         self.attaching.backoff.remove_link(index);
         self.attaching.failed.retain(|point| point.ifindex != index);
+        self.attaching.attached.retain(|point| point.ifindex != index);
         if let Some(link) = self.node.links.remove(&index) {
             let text = format!("{} (ifindex {index}) was deleted", link.name);
             self.changes.log_change(Level::Info, Change::Deleted, text);

@@ -165,8 +165,8 @@ impl Reconciler {
         log_if_preexisting(before.contains(Hook::HostNetwork), self.rescan_kubepods())?;
         self.interfaces = interfaces.clone();
         self.netlink = self.netlink.clone().with_endpoints(endpoint_set.addresses());
-        self.node.routed = self.netlink.uplinks().await?;
-        self.node.uplinks = Uplinks::new(self.node.routed.clone(), self.node.links.values());
+        self.node.routes = self.netlink.endpoint_routes().await?;
+        self.node.uplinks = Uplinks::new(&self.node.routes, self.node.links.values());
         self.reconcile_all_links().await;
         self.resolve_sandboxes(usize::MAX).await;
         self.change_rules(exempt.clone()).await?;

@@ -96,7 +96,7 @@ impl Reconciler {
         let around = self.reconcile_node().and(self.reconcile_local_service().await);
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
         let mut links = self.read_links().await?;
-        self.node.uplinks = Uplinks::new(self.node.routed.clone(), links.iter());
+        self.node.uplinks = Uplinks::new(&self.node.routes, links.iter());
         links.sort_by_key(|link| (link.leads_elsewhere(), !self.node.uplinks.contain(link.index)));
         for link in links {
             self.reconcile_link(link).await;
@@ -136,7 +136,7 @@ impl Reconciler {
 
     /// Lists the links of the node, and removes the state of deleted ones.
     async fn read_links(&mut self) -> Result<Vec<Link>, DatapathError> {
-        self.node.routed = self.netlink.uplinks().await?;
+        self.node.routes = self.netlink.endpoint_routes().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
         let known = self.node.links.keys().copied().chain(self.datapath.recorded_ifindexes());

@@ -18,47 +18,55 @@ pub struct Assignment {
     pub hooks: TcHookSet,
 }
 
+/// Interfaces that routes to protected endpoints name.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct EndpointRoutes {
+    /// Interfaces of routes that lead to an endpoint.
+    pub sure: BTreeSet<u32>,
+    /// Interfaces of routes to all link-local addresses, for a link-local endpoint. Each interface with IPv6 has such a
+    /// route, those of pods too.
+    pub link_local: BTreeSet<u32>,
+}
+
+impl EndpointRoutes {
+    /// Adds the interfaces of a route.
+    pub(super) fn add(&mut self, is_link_local: bool, interfaces: Vec<u32>) {
+        let routes = if is_link_local { &mut self.link_local } else { &mut self.sure };
+        routes.extend(interfaces);
+    }
+}
+
 /// Interfaces through which the node sends to protected endpoints.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Uplinks {
-    /// Interfaces that a route names.
+    /// Interfaces that a route names. The link-local route of a veth or netkit does not count, because the device may be
+    /// a pod's.
     routed: BTreeSet<u32>,
     /// Interfaces below or beside those of the routes: ports of a bridge, slaves of a bond, the NIC of a VLAN.
     related: BTreeSet<u32>,
 }
 
 impl Uplinks {
-    /// Computes the uplinks of a node with these `links`, whose routes to protected endpoints leave through the
-    /// interfaces `routed`.
+    /// Computes the uplinks of a node with these `links` and `endpoint_routes`.
     ///
     /// Ports of one bridge, bond or VRF belong together, and a stacked device belongs to the one below it. All ports of
     /// Open vSwitch belong together, too, because the agent does not read its flows.
     #[must_use]
     pub fn new<'l>(
-        routed: BTreeSet<u32>,
+        endpoint_routes: &EndpointRoutes,
         links: impl IntoIterator<Item = &'l Link, IntoIter: Clone>,
     ) -> Self {
         let links = links.into_iter();
-        let mut related = routed.clone();
-        loop {
-            let before = related.len();
-            for link in links.clone() {
-                if related.contains(&link.index)
-                    || link.master.is_some_and(|master| related.contains(&master))
-                {
-                    related.insert(link.index);
-                    related.extend(link.master);
-                    related.extend(link.lower);
-                }
-            }
-            let ovs = links.clone().filter(|link| link.kind == LinkKind::Ovs).map(|link| link.index);
-            if ovs.clone().any(|index| related.contains(&index)) {
-                related.extend(ovs);
-            }
-            if related.len() == before {
-                return Self { routed, related };
-            }
-        }
+        let mut routed = endpoint_routes.sure.clone();
+        let mut related = with_related(routed.clone(), &links);
+        // Otherwise each pod would be an uplink, and each port of a bridge that only pods use.
+        let of_node = links.filter(|link| !link.may_be_pod());
+        let link_local =
+            of_node.clone().map(|link| link.index).filter(|index| endpoint_routes.link_local.contains(index));
+        routed.extend(link_local);
+        related.extend(&routed);
+        related = with_related(related, &of_node);
+        Self { routed, related }
     }
 
     /// Reports whether a route to a protected endpoint names the interface.
@@ -71,6 +79,30 @@ impl Uplinks {
     #[must_use]
     pub fn contain(&self, index: u32) -> bool {
         self.related.contains(&index)
+    }
+}
+
+/// Adds the devices below and beside those in `related`.
+fn with_related<'l>(
+    mut related: BTreeSet<u32>,
+    links: &(impl Iterator<Item = &'l Link> + Clone),
+) -> BTreeSet<u32> {
+    loop {
+        let before = related.len();
+        for link in links.clone() {
+            if related.contains(&link.index) || link.master.is_some_and(|master| related.contains(&master)) {
+                related.insert(link.index);
+                related.extend(link.master);
+                related.extend(link.lower);
+            }
+        }
+        let ovs = links.clone().filter(|link| link.kind == LinkKind::Ovs).map(|link| link.index);
+        if ovs.clone().any(|index| related.contains(&index)) {
+            related.extend(ovs);
+        }
+        if related.len() == before {
+            return related;
+        }
     }
 }
 
@@ -130,12 +162,14 @@ pub fn assign(link: &Link, uplinks: &Uplinks, interfaces: &Interfaces, is_known_
         return assignment(Role::Excluded, TcHookSet::NONE);
     }
     let is_uplink = uplinks.contain(link.index);
+    // A pod's link to the bridge of the NIC is beside the uplink, but leads to the pod only.
+    let is_exit = is_uplink && (!link.leads_elsewhere() || uplinks.are_routed(link.index));
     if interfaces.includes(&link.name) {
-        return assignment(Role::Pod, if is_uplink { TcHookSet::BOTH } else { TcHookSet::FROM_POD });
+        return assignment(Role::Pod, if is_exit { TcHookSet::BOTH } else { TcHookSet::FROM_POD });
     }
     if link.leads_elsewhere() {
         let role = if uplinks.are_routed(link.index) { Role::Uplink } else { Role::Pod };
-        let is_sure = is_known_pod && !is_uplink;
+        let is_sure = is_known_pod && !is_exit;
         return assignment(role, if is_sure { TcHookSet::FROM_POD } else { TcHookSet::BOTH });
     }
     let role = match link.kind {
@@ -158,9 +192,13 @@ mod tests {
         Link { name: name.to_owned(), kind, peer_netns, ..Link::with_index(7) }
     }
 
+    fn sure(routed: &[u32]) -> EndpointRoutes {
+        EndpointRoutes { sure: routed.iter().copied().collect(), ..EndpointRoutes::default() }
+    }
+
     fn assigned(link: &Link, routed: &[u32], config: &str) -> (Role, TcHookSet) {
         let config = Config::parse(config, Path::new("test")).unwrap();
-        let uplinks = Uplinks::new(routed.iter().copied().collect(), std::iter::once(link));
+        let uplinks = Uplinks::new(&sure(routed), std::iter::once(link));
         let Assignment { role, hooks } = assign(link, &uplinks, &config.interfaces, false);
         (role, hooks)
     }
@@ -178,7 +216,7 @@ mod tests {
     fn known_pod_gets_from_pod_only() {
         let pod = link("v", LinkKind::Veth, Some(0));
         let hooks = |routed: &[u32]| {
-            let uplinks = Uplinks::new(routed.iter().copied().collect(), std::iter::once(&pod));
+            let uplinks = Uplinks::new(&sure(routed), std::iter::once(&pod));
             assign(&pod, &uplinks, &Interfaces::default(), true).hooks
         };
         assert_eq!(hooks(&[]), TcHookSet::FROM_POD);
@@ -228,10 +266,51 @@ mod tests {
         let vlan = Link { lower: Some(2), ..Link::with_index(3) };
         let other_port = port(4, 9);
         let links = [bridge, nic, vlan, other_port];
-        let uplinks = |routed| Uplinks::new(BTreeSet::from([routed]), links.iter());
+        let uplinks = |routed| Uplinks::new(&sure(&[routed]), links.iter());
         assert!([1, 2].into_iter().all(|index| uplinks(1).contain(index)));
         assert!(!uplinks(1).contain(4) && !uplinks(1).contain(3));
         assert!([1, 2, 3].into_iter().all(|index| uplinks(3).contain(index)));
         assert!(uplinks(3).are_routed(3) && !uplinks(3).are_routed(2));
+    }
+    #[test]
+    fn link_local_routes_make_no_pod_an_uplink() {
+        let with_index = |index, kind, master| Link { kind, master, ..Link::with_index(index) };
+        let remote =
+            |index, master| Link { peer_netns: Some(0), ..with_index(index, LinkKind::Veth, master) };
+        let links = [
+            with_index(1, LinkKind::Bond, None),
+            with_index(2, LinkKind::Other, Some(1)),
+            with_index(3, LinkKind::Bridge, None),
+            remote(4, Some(3)),
+            remote(5, None),
+            with_index(6, LinkKind::Netkit, None),
+        ];
+        let all = links.iter().map(|link| link.index).collect();
+        let uplinks =
+            |sure| Uplinks::new(&EndpointRoutes { sure, link_local: BTreeSet::clone(&all) }, links.iter());
+        let ours = uplinks(BTreeSet::new());
+        assert!([1, 3].into_iter().all(|index| ours.are_routed(index)) && ours.contain(2));
+        assert!(![4, 5, 6].into_iter().any(|index| ours.contain(index) || ours.are_routed(index)));
+        // A route that leads to the endpoint still counts.
+        let routed = uplinks(BTreeSet::from([5]));
+        assert!(routed.are_routed(5) && !routed.contain(4));
+    }
+
+    #[test]
+    fn known_pods_on_the_bridge_of_the_nic_get_from_pod_only() {
+        let bridge = Link { kind: LinkKind::Bridge, ..Link::with_index(1) };
+        let port =
+            |index, kind, peer_netns| Link { kind, peer_netns, master: Some(1), ..Link::with_index(index) };
+        let [nic, pod] = [port(2, LinkKind::Other, None), port(3, LinkKind::Veth, Some(0))];
+        let uplinks = Uplinks::new(&sure(&[1]), [&bridge, &nic, &pod]);
+        let hooks = |link: &Link, config: &str, is_known| {
+            let config = Config::parse(config, Path::new("test")).unwrap();
+            assign(link, &uplinks, &config.interfaces, is_known).hooks
+        };
+        let include = "[interfaces]\ninclude = ['*']";
+        assert_eq!(hooks(&pod, "", false), TcHookSet::BOTH);
+        assert_eq!(hooks(&pod, "", true), TcHookSet::FROM_POD);
+        assert_eq!(hooks(&pod, include, false), TcHookSet::FROM_POD);
+        assert_eq!(hooks(&nic, include, false), TcHookSet::BOTH);
     }
 }

@@ -67,6 +67,8 @@ pub enum LinkKind {
     Ifb,
     /// Open vSwitch datapath or internal port.
     Ovs,
+    /// tun or tap device.
+    Tun,
     /// Loopback device, which gets no hook.
     Loopback,
     /// Device of any other kind.
@@ -137,6 +139,12 @@ impl Link {
         }
     }
 
+    /// Reports whether the interface can be a pod's link, now or once its peer is moved to the pod.
+    #[must_use]
+    pub fn may_be_pod(&self) -> bool {
+        matches!(self.kind, LinkKind::Veth | LinkKind::Netkit | LinkKind::NetkitPeer | LinkKind::Unreadable)
+    }
+
     /// Parses a `RTM_NEWLINK` message. Returns `None` for a bridge's message about a port, which has the same type but
     /// another family.
     #[must_use]
@@ -193,6 +201,7 @@ fn kind(info: &[LinkInfo]) -> Option<LinkKind> {
         InfoKind::IpVlan | InfoKind::IpVtap => LinkKind::Ipvlan,
         InfoKind::Vrf => LinkKind::Vrf,
         InfoKind::Ifb => LinkKind::Ifb,
+        InfoKind::Tun => LinkKind::Tun,
         InfoKind::Other(kind) if kind == "openvswitch" => LinkKind::Ovs,
         _ => return None,
     })

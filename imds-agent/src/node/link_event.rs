@@ -79,6 +79,16 @@ impl Destination {
         Self { address: address.unwrap_or(any), prefix_length: route.header.destination_prefix_length }
     }
 
+    /// Reports whether the kernel adds such a route to each interface with IPv6 (`fe80::/64`), so that the route does not
+    /// show that the interface leads to an endpoint in it. A longer prefix shows that.
+    pub(super) fn is_link_local(self) -> bool {
+        const LINK_LOCAL: Destination = Destination {
+            address: IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0)),
+            prefix_length: 10,
+        };
+        LINK_LOCAL.has(self.address) && (LINK_LOCAL.prefix_length..=64).contains(&self.prefix_length)
+    }
+
     pub(super) fn has(self, address: IpAddr) -> bool {
         let common = match (self.address, address) {
             (IpAddr::V4(own), IpAddr::V4(other)) => (u32::from(own) ^ u32::from(other)).leading_zeros(),

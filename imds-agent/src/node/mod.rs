@@ -17,3 +17,4 @@ pub mod pod_cgroups;
 mod process;
 pub mod sandbox;
 pub mod sender_resolver;
+pub(crate) mod userspace_ovs;

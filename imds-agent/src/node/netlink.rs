@@ -1,7 +1,6 @@
 //! rtnetlink: interfaces, routes, filters, and events about their changes.
 
 use std::{
-    collections::BTreeSet,
     fs::File,
     future::ready,
     io,
@@ -21,7 +20,7 @@ use rtnetlink::{
 };
 use thiserror::Error;
 
-use super::{event_stream, link::Link, link_dump};
+use super::{event_stream, interface_role::EndpointRoutes, link::Link, link_dump};
 use crate::node::link_event::{Destination, Event};
 
 /// Error of a request to rtnetlink.
@@ -120,13 +119,17 @@ impl Netlink {
     ///
     /// A router advertisement of a pod can make the pod's link an uplink. This is harmless, because an uplink gets an
     /// additional hook and loses none.
-    pub async fn uplinks(&self) -> Result<BTreeSet<u32>, NetlinkError> {
-        let leaving = self.routes(None, |route| self.leads_to_endpoint(route)).await?;
-        let mut uplinks: BTreeSet<_> = leaving.iter().flat_map(outgoing).collect();
-        for &endpoint in &self.endpoints {
-            uplinks.extend(self.way_to(endpoint).await?);
+    pub async fn endpoint_routes(&self) -> Result<EndpointRoutes, NetlinkError> {
+        let mut routes = EndpointRoutes::default();
+        for route in self.routes(None, |route| self.leads_to_endpoint(route)).await? {
+            routes.add(Destination::of(&route).is_link_local(), outgoing(&route));
         }
-        Ok(uplinks)
+        for &endpoint in &self.endpoints {
+            // The kernel's choice among the interfaces with a link-local route is arbitrary.
+            let is_link_local = matches!(endpoint, IpAddr::V6(address) if address.is_unicast_link_local());
+            routes.add(is_link_local, self.way_to(endpoint).await?);
+        }
+        Ok(routes)
     }
 
     fn leads_to_endpoint(&self, route: &RouteMessage) -> bool {
@@ -346,6 +349,12 @@ mod tests {
         };
         assert!(leads_v6(Ipv6Addr::UNSPECIFIED, 0) && leads_v6(endpoint_v6, 128));
         assert!(!leads_v6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 64));
+        let is_link_local = |address: &str, prefix_length| {
+            Destination { address: address.parse().unwrap(), prefix_length }.is_link_local()
+        };
+        assert!(is_link_local("fe80::", 64) && is_link_local("fe80::", 10));
+        assert!(!is_link_local("fe80::a9fe:a9fe", 128) && !is_link_local("::", 0));
+        assert!(!is_link_local("169.254.0.0", 16) && !is_link_local("fd00:ec2::", 64));
         assert_eq!(outgoing(&route(any, 0)), [3]);
     }
 }

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::{
     ALL, exemption,
+    nics::{lacks_macvlan, nic_bridge},
     plugins::{bridge, ptp, send_until},
     reaches, reaches_somehow,
 };
@@ -67,12 +68,14 @@ fn start<'w>(env: &'w TestEnv, mode: Mode, config: &str) -> Agent<'w> {
     if mode == Some(AttachMode::Clsact) { spawn(env, agent) } else { agent.spawn_ready() }
 }
 
-/// Starts an agent and waits until the hooks that deny every pod of the node are attached.
+/// Starts an agent and waits until the hooks that deny every pod of the node are attached, `node_egress` on each uplink.
 fn spawn<'w>(env: &TestEnv, agent: AgentCommand<'w>) -> Agent<'w> {
     let agent = agent.spawn();
     poll_until(ATTACHED, "the hooks of the node", || {
         let status = env.try_status().ok()?;
-        let is_attached = status.has_attached(TestEnv::UPLINK, "node_egress");
+        let mut uplinks = status.interfaces.iter().filter(|interface| interface.role == "uplink").peekable();
+        let is_attached = uplinks.peek().is_some()
+            && uplinks.all(|uplink| status.has_attached(&uplink.name, "node_egress"));
         (is_attached && status.sockets.is_none_or(|sockets| sockets.attached)).then_some(())
     });
     agent
@@ -113,14 +116,12 @@ fn assert_qdiscs_of_plugin(env: &TestEnv, pod: &CniPod<'_>) {
     assert_eq!(qdisc_kinds(&env.node, pod.veth()), ["ingress", "tbf"], "{}", pod.veth());
 }
 
+/// Creates a network whose pods get the chained plugins.
+type MakeNetwork = for<'w> fn(&'w TestEnv, &[Value]) -> CniNetwork<'w>;
+
 /// Starts this number of pods while the agent runs, asserts that none fails and no packet arrives, and unloads the
 /// agent.
-fn assert_pods_start(
-    make: for<'w> fn(&'w TestEnv, &[Value]) -> CniNetwork<'w>,
-    mode: Mode,
-    config: &str,
-    count: u32,
-) {
+fn assert_pods_start(make: MakeNetwork, mode: Mode, config: &str, count: u32) {
     if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"])
         || (mode == Some(AttachMode::Tcx) && skip_without_tcx())
     {
@@ -215,6 +216,26 @@ fn clsact_with_ptp_pods() {
 fn clsact_with_bridge_pods() {
     for config in WITH_AND_WITHOUT_PODS {
         assert_pods_start(bridge, Some(AttachMode::Clsact), config, FEW);
+    }
+}
+
+/// A provider with the endpoint `fe80::a9fe:a9fe`: each link with IPv6 has a route to all link-local addresses.
+const LINK_LOCAL_ENDPOINT: &str = "provider = 'hetzner'\n";
+
+#[test]
+fn clsact_with_ptp_pods_and_a_link_local_endpoint() {
+    assert_pods_start(ptp, Some(AttachMode::Clsact), &format!("{LINK_LOCAL_ENDPOINT}{PODS}"), FEW);
+}
+
+#[test]
+fn clsact_with_bridge_pods_and_a_link_local_endpoint() {
+    assert_pods_start(bridge, Some(AttachMode::Clsact), &format!("{LINK_LOCAL_ENDPOINT}{PODS}"), FEW);
+}
+
+#[test]
+fn clsact_with_pods_on_the_bridge_of_the_nic() {
+    if !lacks_macvlan() {
+        assert_pods_start(nic_bridge, Some(AttachMode::Clsact), PODS, FEW);
     }
 }
 

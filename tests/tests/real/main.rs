@@ -9,16 +9,18 @@ mod plugin_qdiscs;
 mod plugins;
 mod rules;
 
-use std::thread;
+use std::{thread, time::Duration};
 
 use imds_tests::{
     AttachMode, METADATA, Netns, TestEnv, known_here,
     netns::unique,
-    poll::try_poll,
+    poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, udp_echo},
 };
 
 const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
+/// Time limit until an agent enforces each interface.
+const READY: Duration = Duration::from_secs(30);
 /// TC hooks, which see packets.
 const PACKETS: &[&str] = &["from_pod", "node_egress"];
 
@@ -82,7 +84,14 @@ fn assert_exempt_with(
     {
         let mode = if imds_tests::hook::has_tcx() { mode } else { AttachMode::Clsact };
         let case = format!("{hooks:?} with {}", mode.name());
-        let agent = env.agent().config(config).hooks(&known_here(hooks)).backend(mode).spawn_ready();
+        let agent = env.agent().config(config).hooks(&known_here(hooks)).backend(mode).spawn();
+        // The pods of the tests are no ports of a userspace datapath, which the agent reports.
+        poll_until(READY, "each interface is enforced", || {
+            let status = env.try_status().ok()?;
+            let of_ovs = Some(ovs::USERSPACE_PORT);
+            let has_others = status.problems.iter().any(|problem| problem.interface.as_deref() != of_ovs);
+            (status.agent.ready && status.all_pods_enforced() && !has_others).then_some(())
+        });
         let assert_case = |when: &str| {
             for netns in exempt.into_iter().chain([&*env.node]) {
                 assert!(reaches(env, netns), "{case}, {when}: {} is denied", netns.name());

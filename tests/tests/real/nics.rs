@@ -1,8 +1,12 @@
 //! Exempt pods and the node's own traffic on nodes whose packets leave through more than one interface.
 
-use imds_tests::{AttachMode, Pod, PodLink, TestEnv, WHOLE_TEST, lacks_device};
+use imds_tests::{
+    AttachMode, CniNetwork, Pod, PodLink, TestEnv, WHOLE_TEST, cni::plugin, known_here, lacks_device,
+    lacks_program, poll::poll_until, probe::LONG, skip_without_tcx,
+};
+use serde_json::{Value, json};
 
-use crate::{assert_exempt_with, exemption, run};
+use crate::{PACKETS, assert_exempt_with, exemption, plugins::ptp, run};
 
 const NIC: &str = "nic0";
 /// Bridge between the node's address and its NIC.
@@ -49,6 +53,17 @@ pub(crate) fn set_address(env: &TestEnv, interface: &str) {
          route add default via 10.0.0.1",
         env.node_address()
     ));
+}
+
+/// Moves the node's address to a bridge with a NIC, and returns a network of pods on that bridge, which are neighbours of
+/// the node.
+pub(crate) fn nic_bridge<'w>(env: &'w TestEnv, chained: &[Value]) -> CniNetwork<'w> {
+    let nic = Nic::Macvlan.install(env);
+    env.node.ip(&format!("link add {OUTER_BRIDGE} type bridge\nlink set {nic} master {OUTER_BRIDGE}"));
+    set_address(env, OUTER_BRIDGE);
+    let addresses = json!({ "subnet": "10.0.0.0/24", "rangeStart": "10.0.0.64", "gateway": "10.0.0.1" });
+    let bridge = json!({ "type": "bridge", "bridge": OUTER_BRIDGE });
+    env.cni_network(&addresses, &[&[bridge], chained].concat())
 }
 
 pub(crate) fn lacks_macvlan() -> bool {
@@ -114,5 +129,39 @@ fn macvlan_shaped_by_ifb() {
 fn veth_shaped_by_ifb() {
     if !lacks_ifb() {
         assert_ifb(Nic::Veth);
+    }
+}
+
+/// Asserts that the links of new pods have the role `pod`, and that no first attachment counts as a repair.
+#[track_caller]
+fn assert_no_drift(config: &str, make: for<'w> fn(&'w TestEnv, &[Value]) -> CniNetwork<'w>) {
+    if lacks_program(WHOLE_TEST, &[&plugin("ptp"), &plugin("bridge"), "iptables"]) || skip_without_tcx() {
+        return;
+    }
+    let env = TestEnv::new();
+    let network = make(&env, &[]);
+    let agent = env.agent().config(config).hooks(&known_here(PACKETS)).backend(AttachMode::Tcx).spawn_ready();
+    for _ in 0..3 {
+        let pod = network.add_pod();
+        // `node_egress` comes last, when no more links appear.
+        poll_until(LONG, "both hooks on the pod's link", || {
+            let status = env.status();
+            PACKETS.iter().all(|hook| status.has_attached(pod.veth(), hook)).then_some(())
+        });
+        assert_eq!(env.status().interface(pod.veth()).role, "pod");
+        pod.delete();
+    }
+    assert!(!agent.log().contains(" again with "), "{}", agent.log());
+}
+
+#[test]
+fn pods_with_a_link_local_endpoint_are_no_drift() {
+    assert_no_drift("provider = 'hetzner'\n", ptp);
+}
+
+#[test]
+fn pods_on_the_bridge_of_the_nic_are_no_drift() {
+    if !lacks_macvlan() {
+        assert_no_drift("", nic_bridge);
     }
 }

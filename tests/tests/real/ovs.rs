@@ -5,12 +5,25 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use imds_tests::{TestEnv, WHOLE_TEST, lacks_program, poll::poll_until, probe::LONG};
+use imds_tests::{
+    METADATA, PodLink, Status, TestEnv, WHOLE_TEST,
+    doctor::{doctor_report, one},
+    known_here, lacks_program,
+    poll::poll_until,
+    probe::{LONG, SHORT, http_get, udp_echo},
+};
 use tempfile::TempDir;
 
-use crate::nics::{Nic, assert_exempt_pods, lacks_macvlan, set_address};
+use crate::{
+    ALL,
+    nics::{Nic, assert_exempt_pods, lacks_macvlan, set_address},
+};
 
 const BRIDGE: &str = "br-ex";
+/// Datapath type of a datapath in vswitchd.
+const USERSPACE: &str = "netdev";
+/// Interface of that datapath, which the agent's reports name.
+pub(crate) const USERSPACE_PORT: &str = "ovs-netdev";
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 const PROGRAMS: [&str; 4] = ["ovs-vsctl", "ovs-vswitchd", "ovsdb-server", "ovsdb-tool"];
 
@@ -36,10 +49,9 @@ impl<'w> OpenVSwitch<'w> {
         ovs
     }
 
-    /// Adds a bridge with this port. Packets pass the kernel's datapath if it is loaded, otherwise vswitchd.
-    fn add_bridge(&self, bridge: &str, port: &str) {
-        let has_module = Path::new("/sys/module/openvswitch").exists();
-        let datapath = format!("datapath_type={}", if has_module { "system" } else { "netdev" });
+    /// Adds a bridge with this port, in a datapath of this type.
+    fn add_bridge(&self, bridge: &str, port: &str, datapath: &str) {
+        let datapath = format!("datapath_type={datapath}");
         let mut command = self.vsctl();
         command.args(["add-br", bridge, "--", "set", "bridge", bridge, &datapath]);
         Self::run(command.args(["--", "add-port", bridge, port]));
@@ -89,6 +101,12 @@ impl Drop for OpenVSwitch<'_> {
     }
 }
 
+/// Returns the datapath type of the kernel module if it is loaded, otherwise that of vswitchd.
+fn datapath_type() -> &'static str {
+    let has_module = Path::new("/sys/module/openvswitch").exists();
+    if has_module { "system" } else { USERSPACE }
+}
+
 #[test]
 fn ovs_in_front_of_macvlan() {
     if lacks_program(WHOLE_TEST, &PROGRAMS) || lacks_macvlan() {
@@ -97,7 +115,47 @@ fn ovs_in_front_of_macvlan() {
     let env = TestEnv::new();
     let nic = Nic::Macvlan.install(&env);
     let ovs = OpenVSwitch::start(&env);
-    ovs.add_bridge(BRIDGE, nic);
+    ovs.add_bridge(BRIDGE, nic, datapath_type());
     set_address(&env, BRIDGE);
     assert_exempt_pods(&env);
+}
+
+/// vswitchd reads the packets of pods before `from_pod`, and sends them on sockets of the node. The agent reports that, and
+/// attaches the sendmsg programs, so that at least all calls are denied.
+#[test]
+fn userspace_datapath_is_reported() {
+    if lacks_program(WHOLE_TEST, &PROGRAMS) || lacks_macvlan() {
+        return;
+    }
+    let env = TestEnv::new();
+    let nic = Nic::Macvlan.install(&env);
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().hooks(&known_here(ALL)).spawn_ready();
+    assert_eq!(one(&doctor_report(&env), "open_vswitch")["state"], "ok");
+
+    let ovs = OpenVSwitch::start(&env);
+    ovs.add_bridge(BRIDGE, nic, USERSPACE);
+    set_address(&env, BRIDGE);
+    let status = env.status_when("the datapath is reported", |status| status.state == "degraded");
+    let of_datapath = |name: &Option<String>| name.as_deref() == Some(USERSPACE_PORT);
+    let problem = status.problems.iter().find(|problem| of_datapath(&problem.interface));
+    let problem = problem.unwrap_or_else(|| panic!("{status:#?}"));
+    assert!(problem.problem.contains("from_pod does not see"), "{problem:?}");
+    assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
+    assert_eq!(one(&doctor_report(&env), "open_vswitch")["state"], "degraded");
+    poll_until(LONG, "the sendmsg programs", || {
+        env.status().sockets.is_some_and(|sockets| sockets.sendmsg.attached).then_some(())
+    });
+    env.assert_nothing_arrives(|| {
+        let is_answered = env.in_cgroup(|| {
+            http_get(&pod.netns, METADATA, SHORT).is_answer()
+                || udp_echo(&pod.netns, METADATA, SHORT).is_answer()
+        });
+        assert!(!is_answered);
+    });
+
+    OpenVSwitch::run(ovs.vsctl().args(["del-br", BRIDGE]));
+    env.status_when("the datapath is gone", Status::is_ready);
+    drop(agent);
+    env.unload();
 }

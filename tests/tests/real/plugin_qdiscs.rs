@@ -124,6 +124,36 @@ fn doctor_names_a_shared_filter_block() {
     env.unload();
 }
 
+/// `doctor` names a `mirred` action whose target denies what passed the first interface, unless the target is excluded.
+#[test]
+fn doctor_names_redirects_to_another_interface() {
+    const SECOND: &str = "nic1";
+    let env = TestEnv::new();
+    let (node, fabric, uplink) = (&env.node, &env.fabric, TestEnv::UPLINK);
+    fabric
+        .ip(&format!("link add node1 type veth peer name {SECOND} netns {}\nlink set node1 up", node.name()));
+    node.ip(&format!("link set {SECOND} up"));
+    let agent = env.agent().config("").spawn_ready();
+    assert_eq!(one(&doctor_report(&env), "tc_redirects")["state"], "ok");
+    run(node, &format!("tc qdisc add dev {uplink} clsact"));
+    run(
+        node,
+        &format!(
+            "tc filter add dev {uplink} egress protocol all prio 9 u32 match u32 0 0 action mirred egress redirect dev {SECOND}"
+        ),
+    );
+    let named = one(&doctor_report(&env), "tc_redirects").clone();
+    assert_eq!(named["state"], "degraded", "{named:#}");
+    assert_has(&named, "observed", &format!("egress redirect to {SECOND}"));
+    assert_has(&named, "remedy", "[interfaces] exclude");
+    drop(agent);
+    let excluded = format!("[interfaces]\nexclude = ['{SECOND}']");
+    let agent = env.agent().config(&excluded).spawn_ready();
+    assert_eq!(one(&doctor_report(&env), "tc_redirects")["state"], "ok");
+    drop(agent);
+    env.unload();
+}
+
 /// `from_pod` shares an `ingress` qdisc of a pod interface. The agent keeps the qdisc and foreign filters.
 #[test]
 fn ingress_qdisc_on_pod_link() {

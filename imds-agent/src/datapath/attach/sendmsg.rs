@@ -13,7 +13,7 @@ pub struct SendmsgInputs {
     pub hooks: Hooks,
     /// True if TC programs can read the netns cookie of a packet's socket (Linux 6.13).
     pub has_tc_cookie: bool,
-    /// True if all interfaces are enforced.
+    /// True if all interfaces are enforced, and no userspace datapath forwards packets past them.
     pub is_enforced: bool,
 }
 
@@ -30,7 +30,7 @@ pub enum SendmsgReason {
     NodeEgressOff = 3,
     /// Before Linux 6.13 `node_egress` cannot identify packets of macvlan, ipvlan and netkit pods.
     NoTcCookie = 4,
-    /// An interface is not enforced, because it lacks a program.
+    /// An interface is not enforced, because it lacks a program or Open vSwitch forwards its packets in userspace.
     NotEnforced = 5,
 }
 
@@ -61,7 +61,9 @@ impl SendmsgReason {
 }
 
 /// Returns the reason why the sendmsg programs are needed, or `None` if they are not. They add a cost to each sendto(2) on an
-/// unconnected UDP socket of the node, so they run only if `from_pod` and `node_egress` do not cover the packets of all pods.
+/// unconnected UDP socket of the node, so they run only if `from_pod` and `node_egress` do not cover all pods whose packets the node forwards. The agent
+/// cannot tell if a pod has another device (host-device, SR-IOV): such a device is in the pod's network namespace only.
+/// For these pods the operator sets `hooks.sendmsg` to true.
 #[must_use]
 pub fn sendmsg_reason(inputs: SendmsgInputs) -> Option<SendmsgReason> {
     let SendmsgInputs { setting, hooks, has_tc_cookie, is_enforced } = inputs;

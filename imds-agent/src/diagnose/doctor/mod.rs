@@ -19,7 +19,9 @@ mod nft_rule;
 mod node_allow_coverage;
 mod node_pairs;
 mod number_set;
+mod open_vswitch;
 mod qdiscs;
+mod redirects;
 mod rulesets;
 mod tc_programs;
 mod traffic;
@@ -72,11 +74,13 @@ pub async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport
     checks.extend(tc_programs::check_interfaces(pins, netlink, &devices, &mark).await?);
     checks.extend(qdiscs::checks(pins, netlink).await?);
     checks.extend(node_pairs::checks(pins, netlink).await?);
+    checks.push(open_vswitch::datapath(netlink).await?);
     checks.extend(cgroup_programs::programs(pins)?);
     checks.extend(metadata_programs::checks(netlink).await?);
     let rulesets = Rulesets::list();
     checks.extend(firewall::rules(&rulesets, &Enforcement::read(pins)));
     checks.extend(marks::rules(&rulesets, &mark));
+    checks.extend(redirects::checks(&rulesets, pins, netlink).await?);
     checks.extend(marks::tunnels(&devices, &mark));
     Ok(DoctorReport {
         schema: SCHEMA,

@@ -16,7 +16,7 @@ pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Docto
     let protected =
         Maps::open(pins).ok().and_then(|maps| endpoint_maps::read(&maps).ok()).unwrap_or_default();
     let addresses = protected.keys().map(|&address| ip_address(address)).collect();
-    let routed = netlink.clone().with_endpoints(addresses).uplinks().await?;
+    let routed = netlink.clone().with_endpoints(addresses).endpoint_routes().await?.sure;
     let links = netlink.links().await?;
     let through = links.iter().filter(|link| link.is_internal_pair() && routed.contains(&link.index));
     let pairs = through.filter_map(|link| {

@@ -29,7 +29,7 @@ pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Docto
     let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
     let hooks = policy.map_or_else(Hooks::default, |policy| Hooks::from_bits(policy.hooks));
     let links = netlink.links().await?;
-    let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
+    let uplinks = Uplinks::new(&netlink.endpoint_routes().await?, links.iter());
     let (qdiscs, has_tcx) = (qdisc::list(netlink).await?, bpf::has_tcx());
     let mut checks = Vec::new();
     for link in &links {

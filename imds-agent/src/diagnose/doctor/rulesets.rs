@@ -80,7 +80,7 @@ impl Rulesets {
             let ruleset = serde_json::from_str(&text).unwrap_or_default();
             rulesets.add_nft(&ruleset, &shown.collect());
         }
-        for kind in ["skbedit", "connmark"] {
+        for kind in ["skbedit", "connmark", "mirred"] {
             let listed = run("tc", &["-json", "actions", "list", "action", kind]);
             let listed = listed.and_then(|text| serde_json::from_str(&text).ok());
             rulesets.actions.extend(listed.iter().flat_map(actions));

@@ -52,7 +52,7 @@ pub(crate) async fn check_interfaces(
     let hooks = policy.map_or_else(Hooks::default, |policy| Hooks::from_bits(policy.hooks));
     let ours = pinned_programs(pins);
     let links = netlink.links().await?;
-    let (names, uplinks) = (names(), Uplinks::new(netlink.uplinks().await?, links.iter()));
+    let (names, uplinks) = (names(), Uplinks::new(&netlink.endpoint_routes().await?, links.iter()));
     let (mut checks, mut of_xdp) = (Vec::new(), Vec::new());
     let (mut count, mut pods) = (0_usize, 0_usize);
     for link in links {

@@ -68,7 +68,7 @@ impl StatusReport {
         let mut sendmsg = programs.iter().filter(|program| program.is_sendmsg);
         let text = match (reason, record.sendmsg) {
             (Some(reason), _) => Some(reason.text()),
-            (None, 0) => Some("from_pod and node_egress cover all pods"),
+            (None, 0) => Some("from_pod and node_egress cover pods whose packets the node forwards"),
             (None, SENDMSG_OFF) => Some("hooks.sendmsg is false"),
             (None, _) => None,
         };

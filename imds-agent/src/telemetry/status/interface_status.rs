@@ -50,8 +50,9 @@ impl StatusReport {
             // Such a link needs the egress hook only once a route to an endpoint leads through it.
             let is_optional =
                 hook == TcHook::NodeEgress && link.leads_elsewhere() && !node.uplinks.contain(link.index);
-            // Hooks of uplinks are never queued, and without an agent no hook is attached later.
-            let may_wait = self.agent.running && (hook == TcHook::FromPod || is_optional);
+            // Hooks of uplinks are never queued, except for ports that may be pods. Without an agent no hook is attached later.
+            let is_pod_port = link.leads_elsewhere() && !node.uplinks.are_routed(link.index);
+            let may_wait = self.agent.running && (hook == TcHook::FromPod || is_pod_port);
             let is_prepared_later = is_optional && record.is_none();
             let pending = attachment.is_none() && (is_prepared_later || (may_wait && is_queued));
             self.check_attachment(link, hook, attachment, pending, node);

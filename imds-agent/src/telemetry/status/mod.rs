@@ -35,7 +35,7 @@ use crate::{
     },
     escape::escape,
     kube::pod_ref::PodRef,
-    node::{interface_role::Uplinks, netlink::Netlink},
+    node::{interface_role::Uplinks, netlink::Netlink, userspace_ovs},
     version::VERSION,
 };
 
@@ -115,11 +115,14 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     }
     report.add_cgroups(pins, &maps, hooks, &mut counts)?;
     let links = netlink.links().await?;
-    let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
+    let uplinks = Uplinks::new(&netlink.endpoint_routes().await?, links.iter());
     report.kubernetes = pod_names::read_watch_status(&maps).map_err(unreadable)?;
     report.add_disputes();
     let names = pod_names::read(&maps).map_err(unreadable)?;
     let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks, names: &names };
+    if let Some(port) = userspace_ovs::find(&links) {
+        report.problem(Some(&port.name), userspace_ovs::PROBLEM, userspace_ovs::REMEDY);
+    }
     for link in links {
         report.add(&link, &node, &mut counts).await?;
     }
