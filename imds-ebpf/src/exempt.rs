@@ -163,7 +163,7 @@ fn is_exempt_netns(cookie: u64, address: &Address) -> bool {
 /// pod's own. A separate function, so that the verifier checks it once.
 ///
 /// If `from_pod` is attached to the pod's interface, that hook has compared the source with the pod's addresses, before any
-/// source NAT. Its last use shows that it still runs: while no agent runs, another pod's interface may get the same index.
+/// source NAT. A recent use shows that it still runs: while no agent runs, another pod's interface may get the same index.
 /// Otherwise compares the source here, and accepts addresses of the node, which source NAT may have set. Behind a bridge,
 /// compares it in addition to the mark: a rule of the node can set the bit on packets of all pods, and another pod can forge the
 /// address.

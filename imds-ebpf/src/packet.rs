@@ -185,7 +185,7 @@ impl Packet for Skb {
 
 /// A socket buffer at a TC hook on the receiving side of an interface.
 ///
-/// Its EtherType is `skb->protocol`, by which the node chooses the protocol that handles the packet. A veth device sets it from
+/// The EtherType is `skb->protocol`, by which the node chooses the protocol that handles the packet. A veth device sets it from
 /// the frame. A netkit device keeps the value that the sender has given to its packet socket (`netkit_xmit`,
 /// drivers/net/netkit.c), and the node ignores the EtherType of the frame then.
 pub(crate) struct ReceivedSkb(Skb);

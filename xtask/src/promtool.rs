@@ -1,4 +1,4 @@
-//! `promtool`, with which the tests check metrics and alerts. It is unpacked in the cache, because Debian's package also
+//! `promtool`, with which the tests check metrics and alerts. xtask unpacks it in the cache, because Debian's package also
 //! contains a service that starts.
 
 use std::path::PathBuf;
