@@ -217,6 +217,15 @@ impl InterfaceRecord {
     pub const fn is_attached(&self, hook: TcHook) -> bool {
         self.attach_mode(hook) != AttachMode::None as u8
     }
+
+    /// Reports whether a link of the agent is attached at a hook. Its program runs before all qdiscs and filters.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_link(&self, hook: TcHook) -> bool {
+        const TCX: u8 = AttachMode::Tcx as u8;
+        const NETKIT: u8 = AttachMode::Netkit as u8;
+        matches!(self.attach_mode(hook), TCX | NETKIT)
+    }
 }
 
 /// Role of an interface on the node, which decides its hooks.

@@ -162,24 +162,29 @@ fn is_exempt_netns(cookie: u64, address: &Address) -> bool {
 /// Reports whether a packet from the interface of an exempt pod, or a marked packet from a bridge with an exempt pod, is the
 /// pod's own. A separate function, so that the verifier checks it once.
 ///
-/// If `from_pod` is attached to the pod's interface, that hook has compared the source with the pod's addresses, before any
-/// source NAT. A recent use shows that it still runs: while no agent runs, another pod's interface may get the same index.
-/// Otherwise compares the source here, and accepts addresses of the node, which source NAT may have set. Behind a bridge,
-/// compares it in addition to the mark: a rule of the node can set the bit on packets of all pods, and another pod can forge the
-/// address.
+/// If `from_pod` is attached to the pod's interface by a link, that hook has compared the source with the pod's addresses, before any
+/// source NAT. A recent use shows that it still runs: while no agent runs, another pod's interface may get the same index. There
+/// is none if `from_pod` saw the address of a Service, so that the source must be the pod's. Without the link,
+/// addresses of the node count too, which source NAT may have set. Behind a bridge, compares the source in addition to the mark: a
+/// rule of the node can set the bit on packets of all pods, and another pod can forge the address.
 #[inline(never)]
 fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, is_bridge: usize) -> bool {
-    if is_bridge == 0 && has_from_pod(ifindex) {
-        return maps::is_exempt_use_recent(ifindex);
+    let mut other = NODE;
+    if is_bridge == 0 && has_from_pod_link(ifindex) {
+        if maps::is_exempt_use_recent(ifindex) {
+            return true;
+        }
+        other = ifindex;
     }
-    has_source(skb, ip, ifindex, NODE)
+    has_source(skb, ip, ifindex, other)
 }
 
-/// Reports whether `from_pod` is on and attached to the interface.
+/// Reports whether `from_pod` is on and attached to the interface by a link. A filter may come after one of another program that
+/// redirects the packet, as the CNI plugin `bandwidth` does.
 #[inline(always)]
-fn has_from_pod(ifindex: u32) -> bool {
-    let is_attached = |record: &InterfaceRecord| record.is_attached(TcHook::FromPod);
-    maps::is_enabled(Hook::FromPod) && maps::interface(ifindex).is_some_and(is_attached)
+fn has_from_pod_link(ifindex: u32) -> bool {
+    let has_link = |record: &InterfaceRecord| record.has_link(TcHook::FromPod);
+    maps::is_enabled(Hook::FromPod) && maps::interface(ifindex).is_some_and(has_link)
 }
 
 /// Index for the node's own addresses in the map of source addresses. No interface has the index 0.

@@ -224,7 +224,7 @@ const MAX_TRANSIT_NS: u64 = 3_000_000_000;
 #[inline(always)]
 pub(crate) fn is_exempt_use_recent(ifindex: u32) -> bool {
     // SAFETY: the value is an integer of eight aligned bytes, which programs replace at once.
-    unsafe { EXEMPT_USE.get(ifindex) }.is_some_and(|&used| now().wrapping_sub(used) < MAX_TRANSIT_NS)
+    unsafe { EXEMPT_USE.get(ifindex) }.is_some_and(|&used| now().saturating_sub(used) < MAX_TRANSIT_NS)
 }
 
 /// Reports whether the allow list of the node contains `process`.

@@ -8,6 +8,8 @@ use std::{
 use crate::{
     Netns, TestEnv,
     netkit::{self, NetkitMode},
+    poll::poll_until,
+    probe::LONG,
 };
 
 /// Subnet of all pod addresses.
@@ -61,13 +63,20 @@ impl TestEnv {
     #[must_use]
     pub fn add_successor(&self, name: &str, index: u32, address: Ipv4Addr) -> Netns {
         let (successor, eth0) = (Netns::new("successor"), Pod::IFNAME);
-        self.node.ip(&format!(
-            "link add {name} index {index} address {} type veth peer name {eth0} netns {}
-             link set {name} up
-             addr add {ROUTED_GATEWAY}/32 dev {name}
-             route add {address}/32 dev {name}",
+        let pair = format!(
+            "link add {name} index {index} address {} type veth peer name {eth0} netns {}",
             mac_text(ROUTED_GATEWAY_MAC),
             successor.name()
+        );
+        // The kernel may not have released the index of the deleted interface yet.
+        poll_until(LONG, "a free interface index", || {
+            let mut add = self.node.command("ip");
+            add.args(pair.split_whitespace()).output().unwrap().status.success().then_some(())
+        });
+        self.node.ip(&format!(
+            "link set {name} up
+             addr add {ROUTED_GATEWAY}/32 dev {name}
+             route add {address}/32 dev {name}"
         ));
         successor.ip(&format!(
             "link set lo up

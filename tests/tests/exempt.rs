@@ -326,18 +326,20 @@ fn later_pod_is_exempt_successor_is_not() {
     assert!(reaches(&env, &successor));
 }
 
-/// Without an agent, the exemption of a deleted pod stays in the maps, and `node_egress` alone checks its successor.
+/// Without an agent, the exemption of a deleted pod stays in the maps, and `node_egress` alone checks its successor, which has
+/// another address.
 #[test]
 fn exemption_ends_without_an_agent() {
     let env = TestEnv::new();
-    let first = env.add_pod(PodLink::Routed);
-    let agent =
-        start(&env, &["from_pod", "node_egress"], &rule(&format!("interface = '{}'", first.host_ifname), ""));
+    let [first, other] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
+    let config = rule(&format!("interface = '{}'", first.host_ifname), "");
+    let agent = start(&env, &["from_pod", "node_egress"], &config);
     wait_exempt(&env, &first);
     agent.kill9();
     wait_exempt(&env, &first);
-    let (name, index, address) = (first.host_ifname.clone(), first.host_ifindex, first.address);
+    let (name, index, address) = (first.host_ifname.clone(), first.host_ifindex, other.address);
     first.delete();
+    other.delete();
     let successor = env.add_successor(&name, index, address);
     poll_until(LONG, "the successor to be denied", || (!reachable(&successor, METADATA)).then_some(()));
     env.assert_nothing_arrives(|| assert!(!reachable(&successor, METADATA)));

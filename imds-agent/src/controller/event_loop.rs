@@ -213,10 +213,13 @@ impl Agent {
     ) -> anyhow::Result<()> {
         for left in (0..EVENT_BATCH).rev() {
             let link_event = event.context("lost the connection to rtnetlink: cannot follow interfaces")?;
-            if matches!(link_event, Event::Overrun) {
-                self.trim_schedule.on_large_change();
-            }
+            let is_overrun = matches!(link_event, Event::Overrun);
             log_error(self.reconciler.on_netlink_event(link_event).await);
+            if is_overrun {
+                self.trim_schedule.on_large_change();
+                // The resync may take longer than the queue has room for: timers and signals take their turn before the next one.
+                break;
+            }
             // An event that is read here must be handled, or it is lost.
             match (left > 0).then(|| events.next().now_or_never()).flatten() {
                 Some(next) => event = next,

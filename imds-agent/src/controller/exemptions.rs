@@ -191,7 +191,7 @@ impl Reconciler {
         );
         let mut desired = found.await;
         desired.add_bridges(&self.node.links);
-        if desired.needs_node_addresses(self.datapath.hooks().contains(Hook::FromPod)) {
+        if !desired.entries.is_empty() {
             desired.add_node_addresses(netns::addresses().unwrap_or_default());
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.

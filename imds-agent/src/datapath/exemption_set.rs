@@ -60,13 +60,6 @@ impl ExemptionSet {
         self.sources.extend(sources);
     }
 
-    /// Reports whether the programs compare sources with the node's own addresses, which masquerading sets.
-    #[must_use]
-    pub fn needs_node_addresses(&self, has_from_pod: bool) -> bool {
-        let is_bridge = |key: &ExemptionKey| key.subject.kind == SubjectKind::Bridge as u64;
-        !self.entries.is_empty() && (!has_from_pod || self.entries.keys().any(is_bridge))
-    }
-
     /// Adds the node's own addresses, by which masqueraded packets are recognized.
     pub fn add_node_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         let subject = Subject::new(SubjectKind::Interface, 0);
@@ -115,9 +108,6 @@ mod tests {
             let sources: Vec<_> =
                 exemptions.sources.iter().filter_map(|source| ifindex_of(source.subject)).collect();
             assert_eq!(sources, expected);
-            assert_eq!(exemptions.needs_node_addresses(true), index == PORT);
-            assert!(exemptions.needs_node_addresses(false));
         }
-        assert!(!ExemptionSet::default().needs_node_addresses(false));
     }
 }

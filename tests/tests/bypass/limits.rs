@@ -292,6 +292,25 @@ fn reflected_requests_return_no_response() {
     }
 }
 
+/// `from_pod` sees the address of the Service, so that `node_egress` compares the source with the pod's addresses.
+#[test]
+fn routed_exempt_pod_behind_a_service() {
+    if lacks_program(WHOLE_TEST, &["nft"]) {
+        return;
+    }
+    let env = TestEnv::new();
+    let [exempt, other] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
+    redirect(&env.node, CLUSTER_IP, METADATA);
+    let gets = |pod: &Pod| http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer();
+    assert!(gets(&exempt) && gets(&other));
+    let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", exempt.host_ifname);
+    let agent = env.agent().hooks(&["from_pod", "node_egress"]).config(&rule).spawn_ready();
+    assert!(gets(&exempt) && !gets(&other));
+    drop(agent);
+    env.unload();
+    assert!(gets(&other));
+}
+
 // Rules of the node that write the mark bit of packets from the bridge of an exempt pod.
 
 /// The default of `hooks.mark_bit`.

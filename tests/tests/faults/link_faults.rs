@@ -3,11 +3,15 @@
 use std::{fs, path::PathBuf, process::Command, thread::sleep, time::Duration};
 
 use imds_tests::{
-    AttachMode, PodLink, TestEnv, foreign_bpf::detach_link, hook::run_tc, output, scaled, skip_without_tcx,
+    AttachMode, PodLink, TestEnv, foreign_bpf::detach_link, hook::run_tc, output, poll::poll_until, scaled,
+    skip_without_tcx,
 };
 use nix::sys::signal::Signal;
 
 use super::{Case, LINKS, Random, signal};
+
+/// Time limit of a repair. The agent delays repeated repairs of a missing program by up to 10 seconds.
+const REPAIRED: Duration = Duration::from_secs(20);
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
@@ -148,15 +152,16 @@ fn stripped_at_random(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let agent = case.agent().resync(1).spawn_ready();
     let mut random = Random::new();
-    let (mut stripped, goal) = (0, u64::from(scaled(100)));
+    let (mut stripped, goal) = (0, u64::from(scaled(40)));
     case.under_flood(|| {
         while stripped < goal {
             stripped += random.of(&Point::TC_HOOKS).strip(&case, &mut random);
             if case.has_sockets() && random.is_true() {
                 stripped += Point::Socket.strip(&case, &mut random);
             }
-            case.env.status_when("everything is enforced again", |status| {
-                status.is_ready() && status.state == "enforcing"
+            poll_until(REPAIRED, "everything to be enforced again", || {
+                let status = case.env.status();
+                (status.is_ready() && status.state == "enforcing").then_some(())
             });
         }
     });

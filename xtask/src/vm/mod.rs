@@ -46,7 +46,7 @@ pub(crate) struct Vm {
     /// Kernel to test, `this` for this machine's own; may be repeated [default: all of Debian's]
     #[arg(long = "kernel", value_enum, value_name = "VERSION")]
     lines: Vec<Line>,
-    /// Run a selection of tests with fewer repetitions and one attach mode
+    /// Run a selection of tests, or the named executables, with fewer repetitions and one attach mode, as a debug build
     #[arg(long)]
     quick: bool,
     /// Output format
@@ -106,10 +106,10 @@ impl Vm {
             kernels.into_iter().collect::<Result<Vec<_>>>()?;
             return Ok(ExitCode::SUCCESS);
         }
-        let payload = if self.quick && self.filter.is_empty() {
-            Payload::of_debug_build(&plan::quick_executables())?
-        } else {
-            Payload::build(&self.filter)?
+        let payload = match (self.quick, self.filter.is_empty()) {
+            (true, true) => Payload::of_debug_build(&plan::quick_executables())?,
+            (true, false) => Payload::of_debug_build(&self.filter)?,
+            (false, _) => Payload::build(&self.filter)?,
         };
         let plan = Plan::new(payload, &self.filter, self.quick, self.scale)?;
         let rows = self.run_all(kernels, &plan, &tools)?;
