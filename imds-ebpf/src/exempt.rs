@@ -98,7 +98,7 @@ fn exempt_at_node_egress(
 ) -> u32 {
     // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
-    if cookie != 0 {
+    if netns::is_known_at_tc() && cookie != 0 {
         let exempted = apply(verdict, Subject::new(SubjectKind::Netns, cookie), address);
         if exempted as u32 != verdict as u32 {
             return exempted as u32;

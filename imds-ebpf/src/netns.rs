@@ -21,6 +21,12 @@ pub(crate) fn is_node(cookie: u64) -> bool {
     cookie == node
 }
 
+/// Reports whether TC programs can read the network namespace of a socket.
+#[inline(always)]
+pub(crate) fn is_known_at_tc() -> bool {
+    TC_HAS_COOKIE.load() != 0
+}
+
 /// Network namespace of a packet's socket.
 #[derive(Clone, Copy)]
 pub(crate) enum SocketNetns {
@@ -45,7 +51,7 @@ pub(crate) fn from_socket(skb: *mut __sk_buff) -> SocketNetns {
     if socket.is_null() {
         return SocketNetns::NoSocket;
     }
-    if TC_HAS_COOKIE.load() == 0 {
+    if !is_known_at_tc() {
         return SocketNetns::Unknown;
     }
     // SAFETY: the helper takes the context of a TC program.
