@@ -87,6 +87,19 @@ impl TestEnv {
             status.find(&pod.host_ifname).is_some_and(crate::status::Interface::is_attached)
         })
     }
+
+    /// Waits until a running agent enforces `pod` and one that starts then, and asserts that neither reaches the endpoint.
+    /// Returns the later pod.
+    #[track_caller]
+    #[must_use]
+    pub fn assert_enforced_with_later_pod(&self, pod: &Pod) -> Pod {
+        self.wait_enforced(pod);
+        self.assert_blocked(pod);
+        let later = self.add_pod(crate::PodLink::Routed);
+        self.wait_enforced(&later);
+        self.assert_blocked(&later);
+        later
+    }
 }
 
 #[track_caller]

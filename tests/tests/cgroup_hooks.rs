@@ -157,11 +157,7 @@ fn occupied_cgroup_degrades_the_agent() {
 
     let agent = env.agent().hooks(&["from_pod", "socket"]).resync(1).spawn();
     agent.wait_for_log("failed to attach imds_connect4 to cgroup", LONG);
-    env.wait_enforced(&pod);
-    env.assert_blocked(&pod);
-    let late = env.add_pod(PodLink::Routed);
-    env.wait_enforced(&late);
-    env.assert_blocked(&late);
+    let late = env.assert_enforced_with_later_pod(&pod);
 
     let status = env.status_when("the agent is ready", |status| status.agent.ready);
     assert!(

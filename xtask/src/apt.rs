@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::workspace::execute;
+use crate::{
+    cache,
+    workspace::{execute, print_status},
+};
 
 /// Installs packages. Updates the package lists first if a package is unknown.
 pub(crate) fn install(packages: &[String]) -> Result<()> {
@@ -30,6 +33,18 @@ pub(crate) fn download(packages: &[String], dir: &Path) -> Result<()> {
     download.arg("-o").arg(format!("Dir::Cache::Archives={}", dir.display()));
     execute(download.args(packages))
         .context("failed to download packages: is this machine online? If so, run `apt-get update` first")
+}
+
+/// Downloads packages with their missing dependencies, and unpacks them in `dir` of the cache.
+pub(crate) fn unpack_to_cache(packages: &[String], dir: &Path) -> Result<()> {
+    let names = packages.join(" and ");
+    print_status(format_args!("downloading {names} to {}", dir.display()));
+    cache::make(dir, |root, staging| {
+        let downloads = staging.join("packages");
+        download(packages, &downloads)?;
+        unpack(&downloads, root)
+    })
+    .with_context(|| format!("failed to get {names}"))
 }
 
 /// Unpacks all packages of `dir` below `root`.

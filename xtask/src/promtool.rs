@@ -3,10 +3,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use imds_ebpf_build::Host;
 
-use crate::{apt, cache, workspace::print_status};
+use crate::{apt, cache};
 
 /// Debian package that contains it.
 const PACKAGE: &str = "prometheus";
@@ -19,13 +19,7 @@ pub(crate) fn path() -> Result<PathBuf> {
     let dir = cache::dir()?.join(PACKAGE);
     let program = dir.join("usr/bin/promtool");
     if !program.exists() {
-        print_status(format_args!("downloading {PACKAGE} to {}", dir.display()));
-        cache::make(&dir, |root, staging| {
-            let packages = staging.join("packages");
-            apt::download(&[PACKAGE.to_owned()], &packages)?;
-            apt::unpack(&packages, root)
-        })
-        .with_context(|| format!("failed to get promtool from the package {PACKAGE}"))?;
+        apt::unpack_to_cache(&[PACKAGE.to_owned()], &dir)?;
     }
     Ok(program)
 }

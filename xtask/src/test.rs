@@ -1,6 +1,6 @@
 //! The command `cargo xtask test`.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::Command};
 
 use anyhow::{Result, bail};
 use nix::unistd::Uid;
@@ -47,7 +47,14 @@ pub(crate) fn prepare() -> Result<PathBuf> {
     }
     let agent = artifacts("debug")?.join("imds-agent");
     setup::ensure(Purpose::Test)?;
-    // Builds the tests too, so that cargo selects the same features and compiles nothing twice.
-    execute(cargo("build").args(HOST_CRATES).args(["--bins", "--tests"]))?;
+    execute(&mut build_command())?;
     Ok(agent)
+}
+
+/// Returns the command that builds the agent and all tests: together, so that cargo selects the same features for both and
+/// compiles nothing twice.
+pub(crate) fn build_command() -> Command {
+    let mut build = cargo("build");
+    build.args(HOST_CRATES).args(["--bins", "--tests"]);
+    build
 }

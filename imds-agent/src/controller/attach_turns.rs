@@ -170,7 +170,7 @@ impl Reconciler {
         let now = Instant::now();
         if waits_for_plugin {
             self.attaching.queue.push(point, now + self.attaching.clsact_delay);
-        } else if self.node.is_optional(link, point.hook) && self.exemptions.pods.is_enabled() {
+        } else if self.node.uplinks.is_optional(link, point.hook) && self.exemptions.pods.is_enabled() {
             self.attaching.queue.push_optional(point, now + SPARE_DELAY);
         } else {
             self.attaching.queue.push(point, now);

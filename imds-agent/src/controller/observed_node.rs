@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use imds_ebpf_common::TcHook;
-
 use crate::node::{
     interface_role::{EndpointRoutes, Uplinks},
     link::Link,
@@ -45,10 +43,5 @@ impl ObservedNode {
     pub(super) fn is_exit(&self, link: &Link) -> bool {
         let is_of_node = !link.may_be_pod() || link.is_internal_pair();
         self.uplinks.are_routed(link.index) || (is_of_node && self.uplinks.contain(link.index))
-    }
-
-    /// Reports whether `node_egress` on the link is only a precaution: no route to an endpoint uses the link yet.
-    pub(super) fn is_optional(&self, link: &Link, hook: TcHook) -> bool {
-        hook == TcHook::NodeEgress && link.leads_elsewhere() && !self.uplinks.contain(link.index)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use imds_ebpf_common::{Role, TcHookSet};
+use imds_ebpf_common::{Role, TcHook, TcHookSet};
 
 use crate::{
     config::Interfaces,
@@ -79,6 +79,13 @@ impl Uplinks {
     #[must_use]
     pub fn contain(&self, index: u32) -> bool {
         self.related.contains(&index)
+    }
+
+    /// Reports whether `node_egress` on the link is only a precaution: the link leads to another network namespace, and no route
+    /// to an endpoint uses it yet.
+    #[must_use]
+    pub fn is_optional(&self, link: &Link, hook: TcHook) -> bool {
+        hook == TcHook::NodeEgress && link.leads_elsewhere() && !self.contain(link.index)
     }
 }
 

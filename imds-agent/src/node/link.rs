@@ -142,7 +142,7 @@ impl Link {
     /// Reports whether the interface can be a pod's link, now or once its peer is moved to the pod.
     #[must_use]
     pub fn may_be_pod(&self) -> bool {
-        matches!(self.kind, LinkKind::Veth | LinkKind::Netkit | LinkKind::NetkitPeer | LinkKind::Unreadable)
+        self.is_pair() || self.kind == LinkKind::Unreadable
     }
 
     /// Parses a `RTM_NEWLINK` message. Returns `None` for a bridge's message about a port, which has the same type but

@@ -314,11 +314,7 @@ fn missing_cgroup_v2_degrades_the_agent() {
     let agent = env.agent().config_file(config.to_str().unwrap());
     let mut command = wrapped(&env, &["unshare", "--mount", "sh", "-c", script, "sh"], &agent);
     let mut child = command.stderr(log).spawn().unwrap();
-    env.wait_enforced(&pod);
-    env.assert_blocked(&pod);
-    let late = env.add_pod(PodLink::Routed);
-    env.wait_enforced(&late);
-    env.assert_blocked(&late);
+    let _late = env.assert_enforced_with_later_pod(&pod);
     let status = env.status_when("the agent is ready", |status| status.agent.ready);
     assert_eq!(status.state, "degraded");
     assert!(status.problems.iter().any(|problem| problem.problem.contains("imds_connect4 is not attached")));

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
 use crate::{
-    test::HOST_CRATES,
+    test,
     workspace::{artifacts, cargo, describe, execute, print_status, root},
 };
 
@@ -45,7 +45,7 @@ impl Payload {
     /// Returns the agent and the named test executables of `cargo xtask test`, without debug information. If that command
     /// ran before, nothing is compiled.
     pub(super) fn of_debug_build(names: &[String]) -> Result<Self> {
-        let mut payload = Self::from_build(cargo("build").args(HOST_CRATES).args(["--bins", "--tests"]))?;
+        let mut payload = Self::from_build(&mut test::build_command())?;
         payload.tests.retain(|(name, _)| names.contains(name));
         let dir = artifacts("vm")?.join("debug");
         fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;

@@ -42,14 +42,7 @@ impl Tools {
             .map(|(_, package)| package.to_owned())
             .collect();
         if !lacking.is_empty() {
-            let names = lacking.join(" and ");
-            print_status(format_args!("downloading {names} to {}", tools.unpacked.display()));
-            cache::make(&tools.unpacked, |root, staging| {
-                let packages = staging.join("packages");
-                apt::download(&lacking, &packages)?;
-                apt::unpack(&packages, root)
-            })
-            .with_context(|| format!("failed to get {names}"))?;
+            apt::unpack_to_cache(&lacking, &tools.unpacked)?;
         }
         if !tools.knows_newest_kind()? {
             tools.newer = Some(get_iproute2(cache)?);

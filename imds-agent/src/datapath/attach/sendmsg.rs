@@ -61,9 +61,9 @@ impl SendmsgReason {
 }
 
 /// Returns the reason why the sendmsg programs are needed, or `None` if they are not. They add a cost to each sendto(2) on an
-/// unconnected UDP socket of the node, so they run only if `from_pod` and `node_egress` do not cover all pods whose packets the node forwards. The agent
-/// cannot tell if a pod has another device (host-device, SR-IOV): such a device is in the pod's network namespace only.
-/// For these pods the operator sets `hooks.sendmsg` to true.
+/// unconnected UDP socket of the node, so they run only if `from_pod` and `node_egress` do not cover all pods whose packets the
+/// node forwards. The agent cannot tell if a pod has another device (host-device, SR-IOV): such a device is in the pod's network
+/// namespace only. For these pods the operator sets `hooks.sendmsg` to true.
 #[must_use]
 pub fn sendmsg_reason(inputs: SendmsgInputs) -> Option<SendmsgReason> {
     let SendmsgInputs { setting, hooks, has_tc_cookie, is_enforced } = inputs;

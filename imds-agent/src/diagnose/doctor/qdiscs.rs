@@ -35,11 +35,10 @@ pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Docto
     for link in &links {
         let record = maps.as_ref().and_then(|maps| interface_records::get(maps, link.index));
         let desired = desired_hooks(link, record, &uplinks);
-        // Links to other namespaces get `node_egress` only because a route may make them uplinks.
-        let is_optional =
-            |hook| hook == TcHook::NodeEgress && link.leads_elsewhere() && !uplinks.contain(link.index);
         let needed = desired.iter().filter(|&hook| {
-            hooks.contains(hook.hook()) && needs_filter(record.as_ref(), hook, has_tcx) && !is_optional(hook)
+            hooks.contains(hook.hook())
+                && needs_filter(record.as_ref(), hook, has_tcx)
+                && !uplinks.is_optional(link, hook)
         });
         checks.extend(needed.filter_map(|hook| blocked(link, hook, &qdiscs, has_tcx)));
     }

@@ -47,9 +47,7 @@ impl StatusReport {
         let mut attachments = Vec::new();
         for hook in desired.iter().filter(|hook| node.hooks.contains(hook.hook())) {
             let attachment = attachment(link, hook, node).await?;
-            // Such a link needs the egress hook only once a route to an endpoint leads through it.
-            let is_optional =
-                hook == TcHook::NodeEgress && link.leads_elsewhere() && !node.uplinks.contain(link.index);
+            let is_optional = node.uplinks.is_optional(link, hook);
             // Hooks of uplinks are never queued, except for ports that may be pods. Without an agent no hook is attached later.
             let is_pod_port = link.leads_elsewhere() && !node.uplinks.are_routed(link.index);
             let may_wait = self.agent.running && (hook == TcHook::FromPod || is_pod_port);
