@@ -12,9 +12,9 @@ use std::{
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
     Address, Counter, CounterKey, Endpoint, ExemptionKey, ExemptionRecord, Hook, IMDS_IPV4, InMemoryPolicy,
-    LinkLayer, Mode, Policy, PolicyFilter, Service, Subject, SubjectKind, Verdict, apply_exemption,
+    LinkLayer, Mode, Packet, Policy, PolicyFilter, Service, Subject, SubjectKind, Verdict, apply_exemption,
     endpoint::{TCP, UDP},
-    find_header, lookup_endpoint,
+    find_header, is_vlan, lookup_endpoint,
     names::{
         MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, PROG_FROM_POD, PROG_FROM_POD_L3, SECTION_FILTER,
     },
@@ -166,6 +166,24 @@ fn frame() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
+/// Packet of a test run on the receiving side of an interface. A test run sets `skb->protocol` from the place of the EtherType of
+/// an Ethernet frame (`eth_type_trans`), also for a program that expects no link-layer header.
+struct ReceivedPacket<'a>(&'a [u8]);
+
+impl Packet for ReceivedPacket<'_> {
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.0.read(offset)
+    }
+
+    fn ether_type(&self, link_layer: LinkLayer) -> Option<u16> {
+        let protocol = self.0.ether_type(LinkLayer::Ethernet)?;
+        match link_layer {
+            LinkLayer::None if !is_vlan(protocol) => self.0.ether_type(link_layer),
+            LinkLayer::Ethernet | LinkLayer::None => Some(protocol),
+        }
+    }
+}
+
 /// Sender of a test run's packet: the loopback interface.
 const SENDER: Subject = Subject::new(SubjectKind::Interface, 1);
 
@@ -231,8 +249,9 @@ fn kernel_and_host_agree_on_any_packet() {
         prop_oneof![4 => frame(), 1 => frame().prop_map(|frame| frame[14.min(frame.len())..].to_vec())];
     let result = runner(seed()).run(&packet, |packet| {
         for (name, frame) in [(PROG_FROM_POD, LinkLayer::Ethernet), (PROG_FROM_POD_L3, LinkLayer::None)] {
-            let verdict = find_header(&packet[..], frame)
-                .and_then(|ip| lookup_endpoint(&packet[..], ip, &tables))
+            let received = ReceivedPacket(&packet);
+            let verdict = find_header(&received, frame)
+                .and_then(|ip| lookup_endpoint(&received, ip, &tables))
                 .map_or(Verdict::Unrelated, |endpoint_match| {
                     apply_exemption(endpoint_match.verdict, SENDER, &endpoint_match.destination, &tables)
                 });
