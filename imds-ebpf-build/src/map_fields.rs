@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use imds_ebpf_common::{
-    AllowedKind, AttachMode, DenyAction, DenyErrno, Hook, Mode, OwnPackets, Role, SubjectKind, Verdict,
+    AllowedKind, AttachMode, DenyAction, DenyErrno, ExemptionRecord, Hook, Mode, OwnPackets, Role,
+    SubjectKind, Verdict,
     endpoint::{TCP, UDP},
 };
 
@@ -34,6 +35,7 @@ enum Enum {
     AttachMode,
     DenyAction,
     DenyErrno,
+    ExemptionFlag,
     Hook,
     Mode,
     OwnPackets,
@@ -77,7 +79,7 @@ const FIELDS: [(&str, &[(&str, Meaning)]); 17] = [
             ("comm", Text),
         ],
     ),
-    ("ExemptionRecord", &[("verdict", Number(Enum::Verdict))]),
+    ("ExemptionRecord", &[("verdict", Number(Enum::Verdict)), ("flags", Number(Enum::ExemptionFlag))]),
     (
         "InterfaceRecord",
         &[
@@ -139,6 +141,10 @@ impl Enum {
                 let all = [Eperm, Enetunreach, Econnrefused, Ehostunreach];
                 ("on_deny_errno", all.map(|errno| (errno.name(), errno as u32)).into())
             }
+            Self::ExemptionFlag => (
+                "exemption_flag",
+                vec![("none", 0), ("mark", ExemptionRecord::MARK), ("bridge", ExemptionRecord::BRIDGE)],
+            ),
             Self::Hook => ("hook", Hook::ALL.map(|hook| (hook.name(), hook as u32)).into()),
             Self::Mode => {
                 use Mode::{Audit, Enforce, Off};
@@ -165,7 +171,6 @@ impl Enum {
                     ("interface", SubjectKind::Interface as u32),
                     ("netns", SubjectKind::Netns as u32),
                     ("cgroup", SubjectKind::Cgroup as u32),
-                    ("bridge", SubjectKind::Bridge as u32),
                 ],
             ),
             Self::Verdict => {

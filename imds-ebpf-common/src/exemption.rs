@@ -22,15 +22,12 @@ pub struct Subject {
 #[repr(u64)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum SubjectKind {
-    /// Index of the host-side interface of a pod.
+    /// Index of the host-side interface of a pod, or of a bridge with such a port ([`ExemptionRecord::BRIDGE`]).
     Interface = 1,
     /// Cookie of a network namespace.
     Netns = 2,
     /// Id of a cgroup v2.
     Cgroup = 3,
-    /// Index of a bridge of the node with the host-side interface of an exempt pod as a port. Only marked packets from the
-    /// bridge with an address of an exempt pod or of the node as their source are exempt.
-    Bridge = 4,
 }
 
 impl SubjectKind {
@@ -41,7 +38,6 @@ impl SubjectKind {
             1 => Some(Self::Interface),
             2 => Some(Self::Netns),
             3 => Some(Self::Cgroup),
-            4 => Some(Self::Bridge),
             _ => None,
         }
     }
@@ -86,7 +82,7 @@ pub struct ExemptionRecord {
     pub verdict: u32,
     /// Number of the exemption rule in the configuration, from 1.
     pub rule: u32,
-    /// Flags: [`ExemptionRecord::MARK`] or 0.
+    /// Flag: [`ExemptionRecord::MARK`], [`ExemptionRecord::BRIDGE`] or 0.
     pub flags: u32,
     /// Explicit padding, always written as 0.
     pub reserved: u32,
@@ -98,18 +94,30 @@ pub struct ExemptionRecord {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct ProbeRecord {
-    /// 1 if the programs treat the probe as an exempt sender, else 0.
-    pub exempt: u32,
+    /// Flags: [`ProbeRecord::EXEMPT`], [`ProbeRecord::MARK`] and [`ProbeRecord::BRIDGE`].
+    pub flags: u32,
     /// Explicit padding, always written as 0.
     pub reserved: u32,
     /// Number of packets and calls at each hook by verdict: `verdicts[hook][verdict]`.
     pub verdicts: [[u64; 6]; 7],
 }
 
+impl ProbeRecord {
+    /// Flag: the programs treat the probe as an exempt sender.
+    pub const EXEMPT: u32 = 1;
+    /// Flag: `from_pod` sets the exemption mark on packets of the probe.
+    pub const MARK: u32 = 2;
+    /// Flag: the probe is a bridge, and only marked packets from it belong to the probe.
+    pub const BRIDGE: u32 = 4;
+}
+
 impl ExemptionRecord {
     /// Flag: `from_pod` sets the exemption mark on packets of this subject. Needed for a pod behind a bridge of the node,
     /// because the ingress interface at `node_egress` is then the bridge.
     pub const MARK: u32 = 1;
+    /// Flag: the subject is a bridge of the node with the host-side interface of an exempt pod as a port. Only marked packets
+    /// from the bridge with an address of an exempt pod or of the node as their source are exempt.
+    pub const BRIDGE: u32 = 2;
 
     /// Creates the record of an exemption with this `verdict` by the rule with the number `rule`, from 1.
     #[must_use]

@@ -28,6 +28,7 @@ pub mod event_log;
 pub mod exemption;
 pub mod filter;
 pub mod flow;
+pub mod link_layer;
 pub mod maps;
 pub mod names;
 pub mod opaque;
@@ -45,13 +46,12 @@ pub use event::Event;
 pub use exemption::{ExemptionKey, ExemptionRecord, ProbeRecord, Subject, SubjectKind, apply_exemption};
 pub use filter::PolicyFilter;
 pub use flow::Flow;
+pub use link_layer::{IpOffset, LinkLayer, is_vlan};
 pub use maps::{
     AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, OwnPackets, PodRecord,
     Policy, ProviderRecord, Role,
 };
-pub use packet::{
-    IpOffset, LinkLayer, Packet, find_header, flow, is_unrelated_fast, is_unrelated_frame, is_vlan, service,
-};
+pub use packet::{Packet, find_header, flow, is_unrelated_fast, is_unrelated_frame, service};
 pub use policy::{DenyAction, DenyErrno, Hook, Mode, TcHook, TcHookSet, Verdict};
 pub use policy_lookup::{InMemoryPolicy, PolicyLookup};
 pub use verdict::{EndpointMatch, classify, classify_address, classify_slow, lookup_endpoint};

@@ -6,7 +6,8 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use crate::{
     endpoint::TCP,
-    packet::{self, IpOffset, Packet},
+    link_layer::IpOffset,
+    packet::{self, Packet},
 };
 
 /// Size of a word in bytes. Functions of this module take parts of a packet as 32-bit words in memory order.

@@ -3,7 +3,8 @@
 use crate::{
     address::{Address, Destination},
     endpoint::{AllowedPorts, Service, allows, allows_any},
-    packet::{self, IpOffset, LinkLayer, Packet, find_header, is_unrelated_fast},
+    link_layer::{IpOffset, LinkLayer},
+    packet::{self, Packet, find_header, is_unrelated_fast},
     policy::{Mode, Verdict},
     policy_lookup::PolicyLookup,
 };

@@ -55,7 +55,8 @@ fn exempt_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verd
     let (mut exempted, mut is_marked) = (verdict, false);
     if Maps.may_be_exempt(subject.slot()) {
         let (found, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
-        if found as u32 != verdict as u32 && is_own_packet(skb, ip, ifindex, address) {
+        let is_changed = found as u32 != verdict as u32 && flags & ExemptionRecord::BRIDGE == 0;
+        if is_changed && is_own_packet(skb, ip, ifindex, address) {
             (exempted, is_marked) = (found, flags & ExemptionRecord::MARK != 0);
             maps::record_exempt_use(ifindex);
         }
@@ -107,7 +108,7 @@ fn exempt_at_node_egress(
     apply_by_interface(skb, ip, Skb::new(skb).ingress_ifindex(), verdict, address) as u32
 }
 
-/// Applies the exemption of the ingress interface `ifindex`, or of the bridge with this index if the packet is marked.
+/// Applies the exemption of the ingress interface `ifindex`. For a bridge, only if the packet is marked.
 #[inline(always)]
 pub(crate) fn apply_by_interface(
     skb: *mut __sk_buff,
@@ -116,22 +117,18 @@ pub(crate) fn apply_by_interface(
     verdict: Verdict,
     address: &Address,
 ) -> Verdict {
-    if ifindex == 0 {
+    let subject = Subject::new(SubjectKind::Interface, ifindex.into());
+    if ifindex == 0 || !Maps.may_be_exempt(subject.slot()) {
         return verdict;
     }
-    let mut exempted = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
-    let is_bridge = exempted as u32 == verdict as u32;
-    if is_bridge {
-        if Skb::new(skb).mark() & maps::mark_bit() == 0 {
-            return verdict;
-        }
-        exempted = apply(verdict, Subject::new(SubjectKind::Bridge, ifindex.into()), address);
-        if exempted as u32 == verdict as u32 {
-            return verdict;
-        }
+    let (exempted, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
+    let packet = Skb::new(skb);
+    let is_bridge = flags & ExemptionRecord::BRIDGE != 0;
+    if exempted as u32 == verdict as u32 || (is_bridge && packet.mark() & maps::mark_bit() == 0) {
+        return verdict;
     }
     // Hidden from the verifier, which otherwise follows the function for each value.
-    let is_bridge = Skb::new(skb).verifier_opaque(is_bridge.into());
+    let is_bridge = packet.verifier_opaque(is_bridge.into());
     if is_source_checked(skb, ip, ifindex, is_bridge) { exempted } else { verdict }
 }
 
@@ -168,6 +165,7 @@ fn is_exempt_netns(cookie: u64, address: &Address) -> bool {
 /// addresses of the node count too, which source NAT may have set. Behind a bridge, compares the source in addition to the mark: a
 /// rule of the node can set the bit on packets of all pods, and another pod can forge the address.
 #[inline(never)]
+#[expect(clippy::cast_possible_truncation, reason = "the value has 32 bits")]
 fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, is_bridge: usize) -> bool {
     let mut other = NODE;
     if is_bridge == 0 && has_from_pod_link(ifindex) {
@@ -176,6 +174,8 @@ fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, is_bridge:
         }
         other = ifindex;
     }
+    // Hidden from the verifier, which otherwise follows the function for each value.
+    let other = Skb::new(skb).verifier_opaque(other as usize) as u32;
     has_source(skb, ip, ifindex, other)
 }
 

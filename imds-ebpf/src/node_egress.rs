@@ -2,7 +2,8 @@
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use imds_ebpf_common::{
-    EndpointMatch, Hook, IpOffset, Subject, SubjectKind, Verdict, event::RateLimitKey, lookup_endpoint,
+    EndpointMatch, Hook, IpOffset, ProbeRecord, Subject, SubjectKind, Verdict, event::RateLimitKey,
+    lookup_endpoint,
 };
 
 use crate::{
@@ -31,7 +32,7 @@ impl TcProgram for NodeEgress {
         let Some(EndpointMatch { destination, verdict }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
             return TC_ACT_UNSPEC;
         };
-        let Some(sender) = sender::identify(skb) else { return pass_marked(skb) };
+        let Some(sender) = sender::identify(skb, ip) else { return pass_marked(skb) };
         if let Some(probed) = classify_probe(&packet, sender, verdict) {
             exempt::set_mark(skb, 1);
             return finish_probe(probed.verdict);
@@ -58,10 +59,13 @@ fn classify_probe(packet: &Skb, sender: SocketOwner, verdict: Verdict) -> Option
     if !maps::has_probes() {
         return None;
     }
-    let ifindex = u64::from(packet.ingress_ifindex());
     let find = |kind, id| maps::probe(&Subject::new(kind, id));
     let probe = find(SubjectKind::Netns, sender.cookie)
-        .or_else(|| find(SubjectKind::Interface, ifindex))
-        .or_else(|| find(SubjectKind::Bridge, ifindex).filter(|_| packet.mark() & maps::mark_bit() != 0))?;
+        .or_else(|| find(SubjectKind::Interface, packet.ingress_ifindex().into()))?;
+    // SAFETY: the map owns the value, and frees it only after an RCU grace period.
+    let is_bridge = unsafe { (*probe).flags } & ProbeRecord::BRIDGE != 0;
+    if is_bridge && packet.mark() & maps::mark_bit() == 0 {
+        return None;
+    }
     Some(probe::count(probe, Hook::NodeEgress, verdict))
 }

@@ -4,11 +4,6 @@ use imds_ebpf_common::{Hook, ProbeRecord, Subject, Verdict, opaque::opaque};
 
 use crate::maps;
 
-/// Flag in `ProbeRecord::exempt`: the programs treat the probe as an exempt sender.
-const EXEMPT: u32 = 1;
-/// Flag in `ProbeRecord::exempt`: `from_pod` sets the exemption mark on packets of the probe.
-const MARKED: u32 = 2;
-
 /// Result for a packet or call of a probe.
 pub(crate) struct Probed {
     pub(crate) verdict: Verdict,
@@ -32,21 +27,22 @@ pub(crate) fn count(probe: *mut ProbeRecord, hook: Hook, verdict: Verdict) -> Pr
     let packed = count_number(probe, hook as u32, verdict as u32);
     // SAFETY: the lower bits are the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(packed & 0xff) };
-    Probed { verdict, is_marked: packed & MARKED << 8 != 0 }
+    Probed { verdict, is_marked: packed & ProbeRecord::MARK << 8 != 0 }
 }
 
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
 fn count_number(probe: *mut ProbeRecord, hook: u32, verdict: u32) -> u32 {
     // SAFETY: the map owns the value, and frees it only after an RCU grace period.
-    let ProbeRecord { exempt, verdicts, .. } = unsafe { &mut *probe };
+    let ProbeRecord { flags, verdicts, .. } = unsafe { &mut *probe };
     let denied = Verdict::Denied as u32;
-    let is_exempt = *exempt & EXEMPT != 0 && (verdict == denied || verdict == Verdict::Audited as u32);
+    let is_exempt =
+        *flags & ProbeRecord::EXEMPT != 0 && (verdict == denied || verdict == Verdict::Audited as u32);
     let verdict = if is_exempt { Verdict::Exempt as u32 } else { verdict };
     // Opaque, because the compiler knows the range of both numbers and would remove the bounds checks that the verifier needs.
     let (row, column) = (opaque(hook.into()) as usize, opaque(verdict.into()) as usize);
     if let Some(count) = verdicts.get_mut(row).and_then(|row| row.get_mut(column)) {
         *count += 1;
     }
-    verdict | *exempt << 8
+    verdict | *flags << 8
 }

@@ -18,7 +18,6 @@ use imds_ebpf_common::{
 };
 use imds_tests::{
     SKIPPED, WHOLE_TEST,
-    hook::has_tcx,
     program::{Object, action, marked},
     skip,
 };
@@ -31,8 +30,6 @@ const OTHER: [u8; 4] = [198, 51, 100, 10];
 const ETHERNET_LEN: usize = 14;
 /// Upper bound of the instructions that the verifier processes for a program, so that an agent starts quickly.
 const MAX_VERIFIED: u32 = 4096;
-/// Upper bound before Linux 6.6, whose verifier recognizes fewer equal states.
-const MAX_VERIFIED_WITHOUT_TCX: u32 = 4224;
 
 const IMDS: Endpoint =
     Endpoint { name: *b"imds\0\0\0\0\0\0\0\0\0\0\0\0", id: 1, allow_ports: [Service::NONE; 8] };
@@ -268,8 +265,10 @@ fn only_bridged_exempt_pods_are_marked() {
 
 #[test]
 fn node_egress_by_interface_and_mark() {
-    let [pod, bridge] = [(SubjectKind::Interface, 7), (SubjectKind::Bridge, 9)]
-        .map(|(kind, id)| exemption(Subject::new(kind, id), Address::ANY, Verdict::Exempt));
+    let [pod, (bridge, record)] = [7, 9].map(|ifindex| {
+        exemption(Subject::new(SubjectKind::Interface, ifindex), Address::ANY, Verdict::Exempt)
+    });
+    let bridge = (bridge, ExemptionRecord { flags: ExemptionRecord::BRIDGE, ..record });
     let mut object = object_with(&[pod, bridge], Mode::Enforce);
     let record = InterfaceRecord {
         role: Role::Pod as u8,
@@ -358,7 +357,6 @@ fn unwritten_and_full_bloom_filter() {
 
 #[test]
 fn verifier_instructions_are_bounded() {
-    let max_verified = if has_tcx() { MAX_VERIFIED } else { MAX_VERIFIED_WITHOUT_TCX };
     let object = Object::load_with(OBJECT, &kernel_features());
     for name in programs() {
         let Some(verified) = object.verified_instructions(name) else {
@@ -366,7 +364,7 @@ fn verifier_instructions_are_bounded() {
             return;
         };
         println!("{name}: {verified} instructions");
-        assert!(verified < max_verified, "{name}: {verified}");
+        assert!(verified < MAX_VERIFIED, "{name}: {verified}");
     }
 }
 

@@ -40,11 +40,11 @@ impl ExemptionSet {
             };
             for bridge in interface_role::ingress_devices(link, links) {
                 record.flags = ExemptionRecord::MARK;
-                let subject = Subject::new(SubjectKind::Bridge, bridge.into());
-                let bridge_entry =
-                    bridge_entries.entry(ExemptionKey { subject, ..*exemption }).or_insert(*record);
+                let subject = Subject::new(SubjectKind::Interface, bridge.into());
+                let of_bridge = ExemptionRecord { flags: ExemptionRecord::BRIDGE, ..*record };
+                let entry = bridge_entries.entry(ExemptionKey { subject, ..*exemption }).or_insert(of_bridge);
                 if record.verdict == Verdict::Exempt as u32 {
-                    *bridge_entry = *record;
+                    *entry = of_bridge;
                 }
             }
         }

@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
 };
 
-use imds_ebpf_common::{Address, Hook, Mode, SubjectKind};
+use imds_ebpf_common::{Address, ExemptionRecord, Hook, Mode, SubjectKind};
 
 use super::{chains::BaseHook, node_allow_coverage::AllowList, traffic::Traffic};
 use crate::{
@@ -68,7 +68,7 @@ impl Enforcement {
         let mut cgroup_exemptions = exemptions.clone();
         for (exemption, record) in exemption_maps::read(maps).ok()?.entries {
             // A bridge stands for the pods behind it, which have entries of their own.
-            if exemption.subject.kind == SubjectKind::Bridge as u64 {
+            if record.flags == ExemptionRecord::BRIDGE {
                 continue;
             }
             let number = record.rule as usize;

@@ -155,7 +155,7 @@ impl Path<'_> {
 
     fn reset(&self, treatment: Treatment) -> Result<(), VerifyError> {
         if let Some(bridge) = self.bridge {
-            bridge.reset(if treatment == Treatment::Denied { treatment } else { Treatment::Exempt })?;
+            bridge.reset(Treatment::ExemptBridge)?;
         }
         self.probe.reset(treatment)
     }

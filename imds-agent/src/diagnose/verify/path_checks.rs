@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
 };
 
-use imds_ebpf_common::{Hook, Role, Subject, SubjectKind, TcHook, names::MAP_EXEMPT};
+use imds_ebpf_common::{ExemptionRecord, Hook, Role, Subject, SubjectKind, TcHook, names::MAP_EXEMPT};
 
 use super::{
     Enforced, PATH, VerifyError,
@@ -110,7 +110,7 @@ impl Paths {
                 return Ok(endpoints.iter().map(skipped).collect());
             }
         };
-        let exempt = object::present(enforced.maps.exempt.keys()).collect::<Result<Vec<_>, _>>();
+        let exempt = object::present(enforced.maps.exempt.iter()).collect::<Result<Vec<_>, _>>();
         let exempt = exempt.map_err(|source| VerifyError::Map { map: MAP_EXEMPT, source })?;
         let ifindex = pod.interface().ifindex;
         let probe =
@@ -132,15 +132,15 @@ impl Paths {
 
         let bridges: BTreeSet<u64> = exempt
             .iter()
-            .filter(|exemption| exemption.subject.kind == SubjectKind::Bridge as u64)
-            .map(|exemption| exemption.subject.id)
+            .filter(|(_, record)| record.flags == ExemptionRecord::BRIDGE)
+            .map(|(exemption, _)| exemption.subject.id)
             .collect();
         for (bridge, device) in bridges.iter().filter_map(|bridge| {
             let device = self.devices.get(&u32::try_from(*bridge).ok()?)?;
             Some((*bridge, device))
         }) {
             let at_bridge =
-                enforced.probes.add(Subject::new(SubjectKind::Bridge, bridge), Treatment::Exempt)?;
+                enforced.probes.add(Subject::new(SubjectKind::Interface, bridge), Treatment::ExemptBridge)?;
             let on_bridge = Bridged { device, probe: &probe, at_bridge: &at_bridge, frames };
             pod.join_bridge(netlink, device.index, device.mtu).await?;
             let result = on_bridge.check(netlink, last_hook, pod, endpoints, families).await;

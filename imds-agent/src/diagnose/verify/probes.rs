@@ -11,16 +11,18 @@ use imds_ebpf_common::{
 use super::VerifyError;
 use crate::datapath::{object, pin::dir::PinDir};
 
-/// Flags of [`ProbeRecord::exempt`].
+/// Flags of a probe.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u32)]
 pub(crate) enum Treatment {
     /// The programs treat the probe like a pod without an exemption.
     Denied = 0,
     /// The programs treat the probe as an exempt sender.
-    Exempt = 1,
+    Exempt = ProbeRecord::EXEMPT,
     /// The programs treat the probe as an exempt sender, and `from_pod` sets the exemption mark.
-    ExemptMarked = 3,
+    ExemptMarked = ProbeRecord::EXEMPT | ProbeRecord::MARK,
+    /// The probe is a bridge. The programs treat it as exempt, and count only marked packets from it.
+    ExemptBridge = ProbeRecord::EXEMPT | ProbeRecord::BRIDGE,
 }
 
 /// Maps of the probes, which one run at a time uses.
@@ -76,7 +78,7 @@ pub(crate) struct Probe<'p> {
 impl Probe<'_> {
     /// Changes how the programs treat the probe, and sets its counts to zero.
     pub(crate) fn reset(&self, treatment: Treatment) -> Result<(), VerifyError> {
-        let record = ProbeRecord { exempt: treatment as u32, ..ProbeRecord::default() };
+        let record = ProbeRecord { flags: treatment as u32, ..ProbeRecord::default() };
         self.probes.maps.borrow_mut().records.insert(self.subject, record, 0).map_err(map_failed)
     }
 

@@ -24,9 +24,10 @@ impl StatusReport {
         names: &BTreeMap<Subject, PodRef>,
     ) -> Result<(), DatapathError> {
         let exemptions = exemption_maps::read(maps).map_err(unreadable)?;
-        let is_of_pod = |exemption: &ExemptionKey| exemption.subject.kind != SubjectKind::Bridge as u64;
+        // A bridge entry covers exempt pods behind it, which have entries of their own.
+        let is_of_pod = |record: &ExemptionRecord| record.flags != ExemptionRecord::BRIDGE;
         let entries: Vec<_> =
-            exemptions.entries.into_iter().filter(|(exemption, _)| is_of_pod(exemption)).collect();
+            exemptions.entries.into_iter().filter(|(_, record)| is_of_pod(record)).collect();
         let rules = if entries.is_empty() { Vec::new() } else { exemption_rules(maps)? };
         let sender = |(exemption, record)| self.sender(exemption, record, &rules, names);
         let mut senders: Vec<_> = entries.into_iter().map(sender).collect();
@@ -75,8 +76,7 @@ impl StatusReport {
             }
             Some(SubjectKind::Netns) => sender.netns_cookie = Some(subject.id),
             Some(SubjectKind::Cgroup) => sender.cgroup = Some(subject.id),
-            // A bridge entry covers exempt pods behind it, which have entries of their own.
-            Some(SubjectKind::Bridge) | None => {}
+            None => {}
         }
         sender
     }
