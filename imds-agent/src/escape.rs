@@ -7,16 +7,10 @@
 //! Backslashes are not escaped, because systemd uses many in the names of cgroups. Escaping is therefore idempotent: a name can
 //! be escaped both when it is read and when it is written.
 
-use std::{
-    borrow::Cow,
-    fmt::Write as _,
-    io::{self, Write},
-    os::unix::ffi::OsStrExt as _,
-    path::Path,
-};
+use std::{borrow::Cow, fmt::Write as _, os::unix::ffi::OsStrExt as _, path::Path};
 
 use serde::Serialize;
-use serde_json::ser::{CharEscape, CompactFormatter, Formatter, PrettyFormatter, Serializer};
+use serde_json::Value;
 
 /// Reports whether a character can change the display of the text around it: control characters, line separators, and marks
 /// and overrides of the writing direction.
@@ -75,94 +69,33 @@ fn escape_all(text: &str, is_unsafe: impl Fn(char) -> bool) -> Cow<'_, str> {
 
 /// Formats a value as JSON on one line. Strings are escaped as by [`escape`].
 pub fn to_json(value: &impl Serialize) -> serde_json::Result<String> {
-    serialize(value, Escaping { inner: CompactFormatter, keeps_lines: false })
+    serde_json::to_string(&with_escaped_strings(serde_json::to_value(value)?, escape))
 }
 
 /// Formats a value as indented JSON. Strings are escaped as by [`escape_lines`].
 pub fn to_json_pretty(value: &impl Serialize) -> serde_json::Result<String> {
-    serialize(value, Escaping { inner: PrettyFormatter::new(), keeps_lines: true })
+    serde_json::to_string_pretty(&with_escaped_strings(serde_json::to_value(value)?, escape_lines))
 }
 
-fn serialize(value: &impl Serialize, formatter: impl Formatter) -> serde_json::Result<String> {
-    let mut json = Vec::new();
-    value.serialize(&mut Serializer::with_formatter(&mut json, formatter))?;
-    // Serializers write UTF-8.
-    Ok(String::from_utf8_lossy(&json).into_owned())
-}
-
-/// JSON formatter that escapes the characters of strings.
-struct Escaping<F> {
-    inner: F,
-    keeps_lines: bool,
-}
-
-impl<F: Formatter> Formatter for Escaping<F> {
-    fn write_string_fragment<W: ?Sized + Write>(&mut self, to: &mut W, fragment: &str) -> io::Result<()> {
-        // JSON escapes a backslash in a string with another one.
-        to.write_all(escape(fragment).replace('\\', r"\\").as_bytes())
-    }
-
-    fn write_char_escape<W: ?Sized + Write>(
-        &mut self,
-        to: &mut W,
-        char_escape: CharEscape,
-    ) -> io::Result<()> {
-        let byte = match char_escape {
-            CharEscape::Quote | CharEscape::ReverseSolidus | CharEscape::Solidus => {
-                return self.inner.write_char_escape(to, char_escape);
-            }
-            CharEscape::LineFeed if self.keeps_lines => return self.inner.write_char_escape(to, char_escape),
-            CharEscape::Backspace => 0x08,
-            CharEscape::FormFeed => 0x0c,
-            CharEscape::LineFeed => b'\n',
-            CharEscape::CarriageReturn => b'\r',
-            CharEscape::Tab => b'\t',
-            CharEscape::AsciiControl(byte) => byte,
-        };
-        write!(to, "\\{}", char::from(byte).escape_default())
-    }
-
-    fn begin_array<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
-        self.inner.begin_array(to)
-    }
-
-    fn end_array<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
-        self.inner.end_array(to)
-    }
-
-    fn begin_array_value<W: ?Sized + Write>(&mut self, to: &mut W, first: bool) -> io::Result<()> {
-        self.inner.begin_array_value(to, first)
-    }
-
-    fn end_array_value<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
-        self.inner.end_array_value(to)
-    }
-
-    fn begin_object<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
-        self.inner.begin_object(to)
-    }
-
-    fn end_object<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
-        self.inner.end_object(to)
-    }
-
-    fn begin_object_key<W: ?Sized + Write>(&mut self, to: &mut W, first: bool) -> io::Result<()> {
-        self.inner.begin_object_key(to, first)
-    }
-
-    fn begin_object_value<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
-        self.inner.begin_object_value(to)
-    }
-
-    fn end_object_value<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
-        self.inner.end_object_value(to)
+/// Escapes all strings of a JSON value, including the keys of objects.
+fn with_escaped_strings(value: Value, escape: fn(&str) -> Cow<'_, str>) -> Value {
+    match value {
+        Value::String(text) => Value::String(escape(&text).into_owned()),
+        Value::Array(items) => items.into_iter().map(|item| with_escaped_strings(item, escape)).collect(),
+        Value::Object(members) => {
+            let escaped = |(key, value): (String, Value)| {
+                (escape(&key).into_owned(), with_escaped_strings(value, escape))
+            };
+            members.into_iter().map(escaped).collect()
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => value,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 

@@ -16,16 +16,10 @@ pub enum Format {
 }
 
 impl Format {
-    /// Returns the format that the header prefers, or the Prometheus text format if it has no preference.
+    /// Returns `OpenMetrics` if the header lists its version 1.0.0, as Prometheus does, else the Prometheus text format.
     #[must_use]
     pub fn from_accept(header: &str) -> Self {
-        let ranges: Vec<_> = elements(header, ',').into_iter().filter_map(Range::parse).collect();
-        let quality = |format| {
-            let of_format =
-                ranges.iter().filter_map(|range| Some((range.specificity(format)?, range.quality)));
-            of_format.max_by_key(|&found| found).map_or(0, |(_, quality)| quality)
-        };
-        if quality(Self::OpenMetrics) > quality(Self::Text) { Self::OpenMetrics } else { Self::Text }
+        if header.split(',').any(includes_open_metrics) { Self::OpenMetrics } else { Self::Text }
     }
 
     /// Returns the value of the `Content-Type` header.
@@ -34,13 +28,6 @@ impl Format {
         match self {
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
-        }
-    }
-
-    const fn media_type(self) -> (&'static str, &'static str, &'static str) {
-        match self {
-            Self::Text => ("text", "plain", "0.0.4"),
-            Self::OpenMetrics => ("application", "openmetrics-text", "1.0.0"),
         }
     }
 
@@ -77,76 +64,16 @@ fn escaped(text: &str, has_quotes: bool) -> String {
     if has_quotes { text.replace('"', "\\\"") } else { text }
 }
 
-/// One element of the header: a media range with its weight in thousandths.
-#[derive(Clone, Debug, Eq, PartialEq)]
-struct Range {
-    main: String,
-    sub: String,
-    version: Option<String>,
-    quality: u16,
-}
-
-impl Range {
-    /// Returns `None` for an element that is malformed.
-    fn parse(element: &str) -> Option<Self> {
-        let mut parts = elements(element, ';').into_iter();
-        let (main, sub) = parts.next()?.trim().split_once('/')?;
-        let mut range = Self {
-            main: main.to_ascii_lowercase(),
-            sub: sub.to_ascii_lowercase(),
-            version: None,
-            quality: 1000,
-        };
-        for parameter in parts {
-            let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-            let value = value.trim().trim_matches('"');
-            match &*name.trim().to_ascii_lowercase() {
-                "q" => range.quality = quality(value)?,
-                "version" => range.version = Some(value.to_owned()),
-                _ => {}
-            }
-        }
-        Some(range)
-    }
-
-    /// Returns how closely the range describes the format, or `None` if it does not include the format.
-    fn specificity(&self, format: Format) -> Option<u8> {
-        let (main, sub, version) = format.media_type();
-        match (&*self.main, &*self.sub, self.version.as_deref()) {
-            ("*", "*", _) => Some(0),
-            (of_range, "*", _) if of_range == main => Some(1),
-            (of_range, of_sub, requested) if of_range == main && of_sub == sub => match requested {
-                None => Some(2),
-                Some(requested) if requested == version => Some(3),
-                Some(_) => None,
-            },
-            _ => None,
-        }
-    }
-}
-
-/// Reads a weight from 0 to 1 with up to three decimals, in thousandths.
-fn quality(text: &str) -> Option<u16> {
-    let (whole, decimals) = text.split_once('.').unwrap_or((text, ""));
-    if decimals.len() > 3 || !decimals.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let thousandths = format!("{decimals:0<3}").parse::<u16>().ok()?;
-    match (whole, thousandths) {
-        ("0", _) => Some(thousandths),
-        ("1", 0) => Some(1000),
-        _ => None,
-    }
-}
-
-/// Splits at `separator` outside of quoted strings.
-fn elements(text: &str, separator: char) -> Vec<&str> {
-    let mut is_quoted = false;
-    let is_separator = |c: char| {
-        is_quoted ^= c == '"';
-        c == separator && !is_quoted
+/// Reports whether a media range names `OpenMetrics` without another version and without the weight 0.
+fn includes_open_metrics(range: &str) -> bool {
+    let range = range.to_ascii_lowercase();
+    let mut parts = range.split(';').map(str::trim);
+    let is_allowed = |parameter: &str| match parameter.split_once('=') {
+        Some(("version", version)) => version.trim_matches('"') == "1.0.0",
+        Some(("q", weight)) => weight.parse::<f32>().is_ok_and(|weight| weight > 0.0),
+        _ => true,
     };
-    text.split(is_separator).collect()
+    parts.next() == Some("application/openmetrics-text") && parts.all(is_allowed)
 }
 
 #[cfg(test)]
@@ -168,14 +95,11 @@ mod tests {
             ("Application/OpenMetrics-Text; Version=\"1.0.0\"; charset=utf-8", Format::OpenMetrics),
             ("application/openmetrics-text;version=0.0.1", Format::Text),
             ("application/openmetrics-text;version=2.0.0;q=1,text/plain;q=0.1", Format::Text),
-            ("application/openmetrics-text;q=0.5,text/plain;q=0.5", Format::Text),
-            ("application/openmetrics-text;q=0.501,text/plain;q=0.5", Format::OpenMetrics),
+            ("application/openmetrics-text;q=0.5,text/plain", Format::OpenMetrics),
             ("application/openmetrics-text;q=0", Format::Text),
-            ("text/plain;q=0,*/*;q=0.1", Format::OpenMetrics),
-            ("application/*,text/*;q=0.9", Format::OpenMetrics),
-            ("application/openmetrics-text;q=2", Format::Text),
-            ("application/openmetrics-text;q=0.0001,text/plain;q=0", Format::Text),
-            ("application/openmetrics-text;a=\",;q=0\";q=0.2,text/html", Format::OpenMetrics),
+            ("application/openmetrics-text;q=0.0,text/plain", Format::Text),
+            ("application/openmetrics-text;q=x", Format::Text),
+            ("application/*", Format::Text),
             ("application/json", Format::Text),
             (";;,,//,\"", Format::Text),
             (PROMETHEUS, Format::OpenMetrics),
