@@ -13,7 +13,6 @@ use crate::{
     flow::Flow,
     link_layer::{ETH_P_IP, ETH_P_IPV6, IpOffset, LinkLayer, ether_type_of_ip, is_vlan},
     policy_lookup::PolicyLookup,
-    reply::ICMP_V6,
 };
 
 /// Largest number of VLAN tags that the parser skips.
@@ -245,14 +244,6 @@ pub fn source<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Address> {
         return packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr)).map(Address::from_octets);
     }
     packet.fetch(offset + offset_of!(Ipv4Hdr, src_addr)).map(Address::from_ipv4)
-}
-
-/// Reports whether a packet with an IP header at `ip` is IPv6 and has an extension header, or another protocol than TCP, UDP and
-/// ICMPv6. Also true if the packet is cut off.
-#[inline(always)]
-pub fn has_extension_header<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> bool {
-    ip.is_v6()
-        && !matches!(packet.fetch(ip.offset() + offset_of!(Ipv6Hdr, next_hdr)), Some([TCP | UDP | ICMP_V6]))
 }
 
 /// Returns protocol and destination port of a packet with an IP header at `ip`.

@@ -20,9 +20,6 @@ use crate::{
 /// Returns the verdict on a request of `subject` to `address`. `verdict` is the verdict without exemptions.
 #[inline(always)]
 pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Verdict {
-    if !Maps.may_be_exempt(subject.slot()) {
-        return verdict;
-    }
     let (exempted, _) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
     exempted
 }
@@ -53,13 +50,11 @@ fn exempt_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verd
     let ifindex = packet.ifindex();
     let subject = Subject::new(SubjectKind::Interface, ifindex.into());
     let (mut exempted, mut is_marked) = (verdict, false);
-    if Maps.may_be_exempt(subject.slot()) {
-        let (found, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
-        let is_changed = found as u32 != verdict as u32 && flags & ExemptionRecord::BRIDGE == 0;
-        if is_changed && is_own_packet(skb, ip, ifindex, address) {
-            (exempted, is_marked) = (found, flags & ExemptionRecord::MARK != 0);
-            maps::record_exempt_use(ifindex);
-        }
+    let (found, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
+    let is_changed = found as u32 != verdict as u32 && flags & ExemptionRecord::BRIDGE == 0;
+    if is_changed && is_own_packet(skb, ip, ifindex, address) {
+        (exempted, is_marked) = (found, flags & ExemptionRecord::MARK != 0);
+        maps::record_exempt_use(ifindex);
     }
     set_mark(skb, u32::from(is_marked));
     exempted as u32
@@ -118,9 +113,6 @@ pub(crate) fn apply_by_interface(
     address: &Address,
 ) -> Verdict {
     let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-    if ifindex == 0 || !Maps.may_be_exempt(subject.slot()) {
-        return verdict;
-    }
     let (exempted, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
     let packet = Skb::new(skb);
     let is_bridge = flags & ExemptionRecord::BRIDGE != 0;
@@ -159,21 +151,17 @@ fn is_exempt_netns(cookie: u64, address: &Address) -> bool {
 /// Reports whether a packet from the interface of an exempt pod, or a marked packet from a bridge with an exempt pod, is the
 /// pod's own. A separate function, so that the verifier checks it once.
 ///
-/// If `from_pod` is attached to the pod's interface by a link, that hook has compared the source with the pod's addresses, before any
-/// source NAT. A recent use shows that it still runs: while no agent runs, another pod's interface may get the same index. There
-/// is none if `from_pod` saw the address of a Service, so that the source must be the pod's. Without the link,
-/// addresses of the node count too, which source NAT may have set. Behind a bridge, compares the source in addition to the mark: a
-/// rule of the node can set the bit on packets of all pods, and another pod can forge the address.
+/// The source must be the pod's, or the node's after source NAT. If `from_pod` is attached to the pod's interface by a link, that
+/// hook compares the source before source NAT, and the node's addresses count only while it lets packets of the pod pass. There
+/// is no recent use if another pod's interface has got the same index while no agent runs, or if `from_pod` saw only the address
+/// of a Service. Behind a bridge, the source counts in addition to the mark: a rule of the node can set the bit on packets of all
+/// pods, and another pod can forge the address.
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "the value has 32 bits")]
 fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, is_bridge: usize) -> bool {
-    let mut other = NODE;
-    if is_bridge == 0 && has_from_pod_link(ifindex) {
-        if maps::is_exempt_use_recent(ifindex) {
-            return true;
-        }
-        other = ifindex;
-    }
+    let is_source_nat_excluded =
+        is_bridge == 0 && has_from_pod_link(ifindex) && !maps::is_exempt_use_recent(ifindex);
+    let other = if is_source_nat_excluded { ifindex } else { NODE };
     // Hidden from the verifier, which otherwise follows the function for each value.
     let other = Skb::new(skb).verifier_opaque(other as usize) as u32;
     has_source(skb, ip, ifindex, other)
@@ -208,7 +196,11 @@ fn has_source(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, other: u32) -> bo
 fn find_exemption_packed(id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
     // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
-    match find_exemption(verdict, Subject { id, kind }, address, &Maps) {
+    let subject = Subject { id, kind };
+    if !Maps.may_be_exempt(subject.slot()) {
+        return verdict as u32;
+    }
+    match find_exemption(verdict, subject, address, &Maps) {
         Some(exemption) => exemption.apply(verdict) as u32 | exemption.flags << FLAGS,
         None => verdict as u32,
     }

@@ -8,7 +8,7 @@ use crate::{
     packet::{ReceivedSkb, Skb},
     probe,
     reject::ReplyDirection,
-    tc_hook::{Classified, TcProgram, finish, finish_probe},
+    tc_hook::{Classified, TcProgram, action, finish},
 };
 
 /// Hook at TC ingress of the host-side interface of a pod.
@@ -31,7 +31,7 @@ impl TcProgram for FromPod {
         let pod = Subject::new(SubjectKind::Interface, packet.ifindex().into());
         if let Some(probed) = probe::classify(pod, hook, verdict) {
             exempt::set_mark(skb, u32::from(probed.is_marked));
-            return finish_probe(probed.verdict);
+            return action(probed.verdict);
         }
         let verdict = exempt::apply_at_from_pod(skb, ip, verdict, &destination);
         let counter = maps::count(packet.ifindex(), hook, verdict, packet.len());

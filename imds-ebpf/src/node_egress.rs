@@ -2,8 +2,7 @@
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use imds_ebpf_common::{
-    EndpointMatch, Hook, IpOffset, ProbeRecord, Subject, SubjectKind, Verdict, event::RateLimitKey,
-    lookup_endpoint,
+    EndpointMatch, Hook, IpOffset, Subject, SubjectKind, Verdict, event::RateLimitKey, lookup_endpoint,
 };
 
 use crate::{
@@ -12,7 +11,7 @@ use crate::{
     probe::{self, Probed},
     reject::ReplyDirection,
     sender::{self, SocketOwner},
-    tc_hook::{Classified, TcProgram, finish, finish_probe},
+    tc_hook::{Classified, TcProgram, action, finish},
 };
 
 /// Hook at TC egress of the node's interfaces.
@@ -32,10 +31,10 @@ impl TcProgram for NodeEgress {
         let Some(EndpointMatch { destination, verdict }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
             return TC_ACT_UNSPEC;
         };
-        let Some(sender) = sender::identify(skb, ip) else { return pass_marked(skb) };
+        let Some(sender) = sender::identify(skb) else { return pass_marked(skb) };
         if let Some(probed) = classify_probe(&packet, sender, verdict) {
             exempt::set_mark(skb, 1);
-            return finish_probe(probed.verdict);
+            return action(probed.verdict);
         }
         let verdict = exempt::apply_at_node_egress(skb, ip, sender, verdict, &destination);
         exempt::set_mark(skb, 1);
@@ -62,9 +61,7 @@ fn classify_probe(packet: &Skb, sender: SocketOwner, verdict: Verdict) -> Option
     let find = |kind, id| maps::probe(&Subject::new(kind, id));
     let probe = find(SubjectKind::Netns, sender.cookie)
         .or_else(|| find(SubjectKind::Interface, packet.ingress_ifindex().into()))?;
-    // SAFETY: the map owns the value, and frees it only after an RCU grace period.
-    let is_bridge = unsafe { (*probe).flags } & ProbeRecord::BRIDGE != 0;
-    if is_bridge && packet.mark() & maps::mark_bit() == 0 {
+    if probe::is_bridge(probe) && packet.mark() & maps::mark_bit() == 0 {
         return None;
     }
     Some(probe::count(probe, Hook::NodeEgress, verdict))

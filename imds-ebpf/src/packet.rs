@@ -65,6 +65,13 @@ impl Skb {
         unsafe { (*self.skb).mark = mark };
     }
 
+    /// Returns the length in bytes of the part that programs read directly. Other processes can't change it.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "packets have less than 4 GiB")]
+    pub(crate) fn linear_len(&self) -> u32 {
+        (self.data_end() - self.data()) as u32
+    }
+
     #[inline(always)]
     fn data(&self) -> usize {
         // SAFETY: the kernel passes a valid context, and the verifier checks the access.
@@ -104,6 +111,7 @@ impl Skb {
 pub(crate) trait Number {}
 
 impl Number for u8 {}
+impl Number for u16 {}
 impl Number for u32 {}
 
 impl Packet for Skb {

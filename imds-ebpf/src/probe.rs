@@ -11,13 +11,21 @@ pub(crate) struct Probed {
     pub(crate) is_marked: bool,
 }
 
-/// Counts a packet or call with this `verdict` if the sender is a probe. Returns `None` for all other senders.
+/// Reports whether only marked packets belong to the probe, which is a bridge.
+#[inline(always)]
+pub(crate) fn is_bridge(probe: *mut ProbeRecord) -> bool {
+    // SAFETY: the map owns the value, and frees it only after an RCU grace period.
+    unsafe { (*probe).flags & ProbeRecord::BRIDGE != 0 }
+}
+
+/// Counts a packet or call with this `verdict` if the sender is a probe. Returns `None` for all other senders, and for a bridge,
+/// which is a probe at `node_egress` only.
 #[inline(always)]
 pub(crate) fn classify(subject: Subject, hook: Hook, verdict: Verdict) -> Option<Probed> {
     if !maps::has_probes() {
         return None;
     }
-    maps::probe(&subject).map(|probe| count(probe, hook, verdict))
+    maps::probe(&subject).filter(|&probe| !is_bridge(probe)).map(|probe| count(probe, hook, verdict))
 }
 
 /// Counts a packet or call of a probe, and returns the verdict on it.

@@ -180,10 +180,11 @@ fn swap_halves<const N: usize>(skb: *mut __sk_buff, at: usize) -> Option<Sum> {
 /// Swaps source and destination address of the Ethernet header.
 #[inline(always)]
 fn swap_macs(skb: *mut __sk_buff) -> Option<()> {
-    let packet = Skb::new(skb);
-    let (destination, source) = (packet.fetch::<6>(0)?, packet.fetch::<6>(6)?);
-    store(skb, 0, &source)?;
-    store(skb, 6, &destination)
+    let mut addresses = MaybeUninit::uninit();
+    let addresses: &mut [u16; 6] = Skb::new(skb).fetch_to(0, &mut addresses)?;
+    let (destination, source) = addresses.split_at_mut(3);
+    destination.swap_with_slice(source);
+    store(skb, 0, addresses)
 }
 
 /// Sets the length of the packet in bytes. The helper also makes the packet linear and resets its GSO state.

@@ -1,7 +1,7 @@
 //! Senders of packets at `node_egress`: separates the node's own packets from packets of pods.
 
 use aya_ebpf::bindings::__sk_buff;
-use imds_ebpf_common::{InterfaceRecord, IpOffset, OwnPackets, Packet as _, packet::has_extension_header};
+use imds_ebpf_common::{InterfaceRecord, OwnPackets, Packet as _};
 
 use crate::{
     maps,
@@ -23,8 +23,8 @@ pub(crate) struct SocketOwner {
 /// the mark for devices that change them.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
-pub(crate) fn identify(skb: *mut __sk_buff, ip: IpOffset) -> Option<SocketOwner> {
-    let cookie = find_cookie(skb, ip);
+pub(crate) fn identify(skb: *mut __sk_buff) -> Option<SocketOwner> {
+    let cookie = find_cookie(skb);
     if cookie == NODE {
         return None;
     }
@@ -36,10 +36,10 @@ const NODE: u64 = u64::MAX;
 
 /// Returns [`SocketOwner::cookie`], or [`NODE`]. A separate function, so that the verifier checks it once for all verdicts.
 #[inline(never)]
-fn find_cookie(skb: *mut __sk_buff, ip: IpOffset) -> u64 {
+fn find_cookie(skb: *mut __sk_buff) -> u64 {
     match netns::from_socket(skb) {
         SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => cookie,
-        socket if is_from_node(skb, ip, socket) => NODE,
+        socket if is_from_node(&Skb::new(skb), socket) => NODE,
         SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => 0,
     }
 }
@@ -62,13 +62,12 @@ fn find_cookie(skb: *mut __sk_buff, ip: IpOffset) -> u64 {
 /// sends without a socket, such as IPv6 resets, are therefore denied too. Before Linux 6.13, a packet with a socket can
 /// belong to a macvlan or ipvlan pod. The socket hook covers these pods.
 #[inline(always)]
-fn is_from_node(skb: *mut __sk_buff, ip: IpOffset, socket: SocketNetns) -> bool {
-    let packet = Skb::new(skb);
+fn is_from_node(packet: &Skb, socket: SocketNetns) -> bool {
     // Hidden from the verifier, which otherwise follows the rest for each kind of socket.
     let has_socket = packet.verifier_opaque(usize::from(!matches!(socket, SocketNetns::NoSocket))) != 0;
     let ingress_ifindex = packet.ingress_ifindex();
     if ingress_ifindex == 0 {
-        return has_socket || is_marked_copy(skb, ip) != 0;
+        return has_socket || is_marked_copy(packet.ifindex(), packet.mark()) != 0;
     }
     let Some(record) = maps::interface(ingress_ifindex) else { return false };
     if record.own_packets == OwnPackets::Marked as u8 {
@@ -79,16 +78,8 @@ fn is_from_node(skb: *mut __sk_buff, ip: IpOffset, socket: SocketNetns) -> bool 
 
 /// Returns 1 for a packet with the mark that leaves by a port to which a bridge, bond or team sends copies, else 0. A separate
 /// function, so that the verifier checks it once.
-///
-/// An IPv6 packet with an extension header is no copy: a pod's packet that the node fragments again looks like one if a rule of
-/// the node has set the mark.
 #[inline(never)]
-fn is_marked_copy(skb: *mut __sk_buff, ip: IpOffset) -> u32 {
-    let packet = Skb::new(skb);
+fn is_marked_copy(ifindex: u32, mark: u32) -> u32 {
     let sends_copies = |record: &InterfaceRecord| record.sends_copies != 0;
-    u32::from(
-        packet.mark() & maps::mark_bit() != 0
-            && maps::interface(packet.ifindex()).is_some_and(sends_copies)
-            && !has_extension_header(&packet, ip),
-    )
+    u32::from(mark & maps::mark_bit() != 0 && maps::interface(ifindex).is_some_and(sends_copies))
 }

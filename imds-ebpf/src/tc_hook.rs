@@ -1,7 +1,10 @@
 //! Code shared by the two TC hooks: finds the IP header, and reports and answers packets to protected endpoints.
 
+use core::cmp::min;
+
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::generated::bpf_skb_pull_data,
     programs::TcContext,
 };
 use imds_ebpf_common::{
@@ -11,6 +14,7 @@ use imds_ebpf_common::{
 
 use crate::{
     diagnostics, events, maps,
+    packet::Skb,
     reject::{self, ReplyDirection},
 };
 
@@ -45,6 +49,9 @@ pub(crate) fn classify<H: TcProgram>(ctx: &TcContext, link_layer: LinkLayer) -> 
 
 #[inline(never)]
 fn classify_ethernet<H: TcProgram>(skb: *mut __sk_buff) -> i32 {
+    if make_headers_private(skb) != 0 {
+        return TC_ACT_SHOT;
+    }
     if is_unrelated_frame(&H::packet(skb), &maps::Maps) {
         return TC_ACT_UNSPEC;
     }
@@ -53,6 +60,9 @@ fn classify_ethernet<H: TcProgram>(skb: *mut __sk_buff) -> i32 {
 
 #[inline(never)]
 fn classify_without_link_layer<H: TcProgram>(skb: *mut __sk_buff) -> i32 {
+    if make_headers_private(skb) != 0 {
+        return TC_ACT_SHOT;
+    }
     classify_frame::<H>(skb, LinkLayer::None)
 }
 
@@ -65,6 +75,27 @@ fn classify_frame<H: TcProgram>(skb: *mut __sk_buff, link_layer: LinkLayer) -> i
     }
 }
 
+/// Copies headers that the sender can still change into memory of the kernel. Returns 0, or an error number if memory
+/// is short. A separate function, so that the verifier follows the rest once.
+///
+/// A packet socket with a mapped ring (`PACKET_TX_RING`) keeps all but the link-layer header in pages of the process, which
+/// could change the destination while the packet waits in a qdisc. Only the linear part is private. macvlan and ipvlan devices
+/// send the pages as they are; veth and netkit devices copy them.
+#[inline(never)]
+fn make_headers_private(skb: *mut __sk_buff) -> i64 {
+    let packet = Skb::new(skb);
+    let headers = min(packet.len(), MAX_HEADERS_LEN);
+    if packet.linear_len() >= headers {
+        return 0;
+    }
+    // SAFETY: the helper takes the context of a TC program.
+    unsafe { bpf_skb_pull_data(skb, headers) }
+}
+
+/// Upper bound of the length of all headers that the parser reads: Ethernet with all VLAN tags, IPv6, and the longest extension
+/// headers.
+const MAX_HEADERS_LEN: u32 = 8448;
+
 /// A packet to a protected endpoint that the node did not send.
 pub(crate) struct Classified {
     pub(crate) skb: *mut __sk_buff,
@@ -73,9 +104,10 @@ pub(crate) struct Classified {
     pub(crate) verdict: Verdict,
 }
 
-/// Returns the TC action for a packet of a test sender, which gets no counter, event or reply.
+/// Returns the TC action for a packet with this verdict. Packets that are not denied get `TC_ACT_UNSPEC`, which continues with
+/// the next program on the hook. `TC_ACT_OK` would skip it.
 #[inline(always)]
-pub(crate) const fn finish_probe(verdict: Verdict) -> i32 {
+pub(crate) const fn action(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Denied => TC_ACT_SHOT,
         Verdict::Unrelated | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => {
@@ -85,9 +117,6 @@ pub(crate) const fn finish_probe(verdict: Verdict) -> i32 {
 }
 
 /// Emits an event and sends a reply, within the rate limits of the source. Returns the TC action.
-///
-/// Packets that are not denied get `TC_ACT_UNSPEC`, which continues with the next program on the hook. `TC_ACT_OK` would skip
-/// it.
 #[inline(always)]
 pub(crate) fn finish(
     classified: &Classified,
@@ -95,18 +124,14 @@ pub(crate) fn finish(
     direction: ReplyDirection,
 ) -> i32 {
     let &Classified { skb, ip, hook, verdict } = classified;
+    let Some(limiter) = limiter else {
+        diagnostics::warn_map_full(hook as u32);
+        return action(verdict);
+    };
     // SAFETY: the rate limiter belongs to this CPU, and the map does not free it while the program that looked it up runs.
-    let mut limiter = limiter.map(|limiter| unsafe { &mut *limiter });
-    match &mut limiter {
-        Some(limiter) => events::report_packet(skb, ip, hook, verdict, limiter),
-        None => diagnostics::warn_map_full(hook as u32),
-    }
-    match verdict {
-        Verdict::Denied => {}
-        Verdict::Unrelated | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => {
-            return TC_ACT_UNSPEC;
-        }
-    }
-    let may_reply = maps::on_deny() == DenyAction::Reject && limiter.is_some_and(RateLimiter::allow_reply);
-    if may_reply { reject::send_reply(skb, ip, direction) } else { TC_ACT_SHOT }
+    let limiter = unsafe { &mut *limiter };
+    events::report_packet(skb, ip, hook, verdict, limiter);
+    let action = action(verdict);
+    let may_reply = action == TC_ACT_SHOT && maps::on_deny() == DenyAction::Reject && limiter.allow_reply();
+    if may_reply { reject::send_reply(skb, ip, direction) } else { action }
 }

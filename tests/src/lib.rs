@@ -53,6 +53,7 @@ mod stop_flag;
 mod team;
 mod test_cluster;
 mod tun;
+mod tx_ring;
 mod vectors;
 
 pub use agent::{Agent, AgentCommand, AttachMode, output};
@@ -81,4 +82,5 @@ pub use stop_flag::StopFlag;
 pub use team::skip_without_team;
 pub use test_cluster::TestCluster;
 pub use tun::{TunMode, open_tun};
+pub use tx_ring::TxRing;
 pub use vectors::AttackVectors;

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     time::Duration,
 };
 
@@ -11,6 +11,12 @@ use crate::{Netns, poll::try_poll};
 /// A packet socket bound to one interface.
 #[derive(Debug)]
 pub struct PacketSocket(OwnedFd);
+
+impl AsRawFd for PacketSocket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
 
 impl PacketSocket {
     /// Opens a socket that sends and receives whole frames on `interface` of `netns`.
@@ -109,9 +115,14 @@ impl PacketSocket {
         self.set(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes);
     }
 
-    fn set(&self, level: libc::c_int, option: libc::c_int, value: libc::c_int) {
-        let (pointer, length) = ((&raw const value).cast(), socklen::<libc::c_int>());
-        // SAFETY: every option that callers set takes a C int, which outlives the call.
+    pub(crate) fn set(&self, level: libc::c_int, option: libc::c_int, value: libc::c_int) {
+        self.set_value(level, option, &value);
+    }
+
+    /// Sets an option whose value has the type `T`.
+    pub(crate) fn set_value<T>(&self, level: libc::c_int, option: libc::c_int, value: &T) {
+        let (pointer, length) = ((&raw const *value).cast(), socklen::<T>());
+        // SAFETY: pointer and length describe the value, which outlives the call. The kernel only reads it.
         let result = unsafe { libc::setsockopt(self.0.as_raw_fd(), level, option, pointer, length) };
         assert_eq!(result, 0, "option {option}: {}", io::Error::last_os_error());
     }

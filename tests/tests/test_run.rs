@@ -7,12 +7,12 @@ use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVla
 use imds_agent::datapath::object::{OBJECT, kernel_features};
 use imds_ebpf_common::{
     Address, AttachMode, Counter, CounterKey, Endpoint, ExemptionKey, ExemptionRecord, Hook, IMDS_IPV4,
-    InterfaceRecord, Mode, Policy, PolicyFilter, Role, Service, Subject, SubjectKind, Verdict,
+    InterfaceRecord, Mode, Policy, PolicyFilter, ProbeRecord, Role, Service, Subject, SubjectKind, Verdict,
     maps::MARK,
     names::{
         MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_EXEMPT_USE, MAP_INTERFACES,
-        MAP_POLICY, MAPS, PROG_FROM_POD, PROG_FROM_POD_L3, PROG_NODE_EGRESS, SECTION_FILTER, in_object,
-        programs,
+        MAP_POLICY, MAP_PROBES, MAP_PROBING, MAPS, PROG_FROM_POD, PROG_FROM_POD_L3, PROG_NODE_EGRESS,
+        SECTION_FILTER, in_object, programs,
     },
     packet::MAX_VLAN_TAGS,
 };
@@ -264,6 +264,19 @@ fn only_bridged_exempt_pods_are_marked() {
 }
 
 #[test]
+fn bridge_probe_exempts_no_pod() {
+    let mut object = object_with(&[], Mode::Enforce);
+    object.set(MAP_PROBING, 1_u32);
+    let subject = Subject::new(SubjectKind::Interface, 1);
+    for (flags, expected) in
+        [(ProbeRecord::EXEMPT, TC_ACT_UNSPEC), (ProbeRecord::EXEMPT | ProbeRecord::BRIDGE, TC_ACT_SHOT)]
+    {
+        object.insert(MAP_PROBES, subject, ProbeRecord { flags, ..ProbeRecord::default() });
+        assert_eq!(action(object.program(PROG_FROM_POD), &udp(IMDS_IPV4)), expected);
+    }
+}
+
+#[test]
 fn node_egress_by_interface_and_mark() {
     let [pod, (bridge, record)] = [7, 9].map(|ifindex| {
         exemption(Subject::new(SubjectKind::Interface, ifindex), Address::ANY, Verdict::Exempt)
@@ -297,7 +310,8 @@ fn node_egress_by_interface_and_mark() {
     let now = clock_gettime(ClockId::CLOCK_BOOTTIME).unwrap();
     object.insert(MAP_EXEMPT_USE, 7_u32, u64::try_from(Duration::from(now).as_nanos()).unwrap());
     for (hooks, mark, ingress, expected) in [
-        (with_from_pod, 1, 7, TC_ACT_UNSPEC),
+        // The pod forwards the packet for another sender.
+        (with_from_pod, 1, 7, TC_ACT_SHOT),
         (with_from_pod, MARK, 8, TC_ACT_SHOT),
         // The mark alone exempts no packet.
         (with_from_pod, MARK | 1, 9, TC_ACT_SHOT),
@@ -315,10 +329,15 @@ fn node_egress_by_interface_and_mark() {
             _ => None,
         });
     let address = Address::from_ipv4(source.expect("an IPv4 packet"));
-    for index in [7, 9] {
-        let subject = Subject::new(SubjectKind::Interface, index);
+    let add_source = |object: &mut Object, ifindex| {
+        let subject = Subject::new(SubjectKind::Interface, ifindex);
         object.insert(MAP_EXEMPT_SOURCES, ExemptionKey { address, subject }, 1_u32);
-    }
+    };
+    // The node's address, which source NAT has set.
+    add_source(&mut object, 0);
+    assert!(check(&mut object, with_from_pod, 1, 7, TC_ACT_UNSPEC));
+    add_source(&mut object, 7);
+    add_source(&mut object, 9);
     for (hooks, mark, ingress, expected) in [
         (alone, 1, 7, TC_ACT_UNSPEC),
         (with_from_pod, MARK | 1, 9, TC_ACT_UNSPEC),

@@ -1,16 +1,16 @@
 //! Pods without a veth of their own, and network namespaces behind a pod's.
 
-use std::net::UdpSocket;
+use std::net::{Ipv4Addr, UdpSocket};
 
 use imds_tests::{
-    AttackVectors, METADATA, Netns, Pod, PodLink, TestEnv, WHOLE_TEST,
+    AttackVectors, METADATA, Netns, Pod, PodLink, SERVICE, TestEnv, TxRing, WHOLE_TEST,
     hook::run_tc,
-    lacks_device, lacks_tc_netns_cookie, output,
+    lacks_device, lacks_tc_netns_cookie, output, packets,
     poll::poll_until,
     probe::{LONG, SHORT, http_get, udp_echo},
 };
 
-use crate::{ALL, services::nft};
+use crate::{ALL, TC_HOOKS, services::nft};
 
 /// Returns the hooks that can deny a pod without its own interface on the node, with this kernel.
 fn hooks_without_link() -> Vec<&'static str> {
@@ -68,6 +68,43 @@ fn ipvlan_in_layer_3() {
 #[test]
 fn ipvlan_in_layer_3_with_netfilter() {
     assert_pod_on_uplink_blocked("ipvlan", "type ipvlan mode l3s");
+}
+
+/// A macvlan device sends the pages of a transmit ring without a copy. The pod queues a frame for another address in the qdisc of
+/// the uplink, behind others, and then changes its destination.
+#[test]
+fn frames_changed_in_the_uplinks_queue() {
+    const POD: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 77);
+    let options = "type macvlan mode bridge";
+    if lacks_device(WHOLE_TEST, "macvlan", &format!("link lower0 {options}"))
+        || lacks_tc_netns_cookie(WHOLE_TEST)
+    {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = add_pod_on_uplink(&env, options);
+    run_tc(&env.node, &words("qdisc add dev uplink0 root tbf rate 1mbit burst 3000 latency 400ms"));
+    let fabric = env.fabric_frames();
+    // Ethernet addresses are not compared: the fabric's packet socket sees every frame.
+    let frame = |destination, payload: &[u8]| {
+        [&[0xff; 6][..], &[2, 0, 0, 0, 0, 9], &[8, 0], &packets::udp(POD, destination, payload)].concat()
+    };
+    let is_changed_on_arrival = || {
+        let mut ring = TxRing::new(&pod, "upper0");
+        for _ in 0..8 {
+            ring.send(&frame(SERVICE, &[0; 1200]));
+        }
+        let slot = ring.send(&frame(SERVICE, b"original"));
+        ring.write(slot, &frame(METADATA, b"modified"));
+        let arrived = fabric.find(LONG, |frame| frame.ends_with(b"original") || frame.ends_with(b"modified"));
+        arrived.expect("one of the frames arrives").ends_with(b"modified")
+    };
+    assert!(is_changed_on_arrival());
+    let agent = env.agent().hooks(&TC_HOOKS).spawn_ready();
+    assert!(!is_changed_on_arrival());
+    drop(agent);
+    env.unload();
+    assert!(is_changed_on_arrival());
 }
 
 pub(crate) fn lacks_ifb() -> bool {
