@@ -228,9 +228,9 @@ impl Datapath {
         maps::interface_records::update(&mut self.maps, link, state)
     }
 
-    /// Updates the record of an interface after its veth peer was reconciled.
-    pub fn update_own_packets(&mut self, link: &Link) -> Result<(), DatapathError> {
-        maps::interface_records::update_own_packets(&mut self.maps, link)
+    /// Updates the record of an interface after its master or its veth peer was reconciled.
+    pub fn update_dependent(&mut self, link: &Link) -> Result<(), DatapathError> {
+        maps::interface_records::update_dependent(&mut self.maps, link)
     }
 
     /// Reports whether the record of the interface has a program at this hook.
