@@ -32,7 +32,8 @@ impl Reconciler {
 
     /// Reads the routes again, and reconciles the interfaces whose role changed.
     pub(super) async fn reclassify(&mut self) -> Result<(), DatapathError> {
-        self.node.routes = self.netlink.endpoint_routes().await?;
+        let routes = self.netlink.endpoint_routes().await;
+        self.node.routes = self.progress.requested.request_after(routes)?;
         self.update_uplinks().await;
         self.reconcile_local_service().await
     }
