@@ -147,6 +147,7 @@ impl Reconciler {
         let sockets = self.reconcile_sockets();
         self.datapath.invalidate_exemptions();
         self.exemptions.pods.retry();
+        self.enqueue_pods_by_address();
         let hosts = self.rescan_kubepods();
         restored?;
         node_allow?;
