@@ -70,10 +70,7 @@ impl Denials {
 
     /// Removes a record, if it exists.
     pub fn remove(&mut self, key: &DenialKey) -> Result<(), MapError> {
-        match self.0.remove(key) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(error) => Err(error),
-        }
+        object::removed(self.0.remove(key))
     }
 }
 

@@ -73,10 +73,7 @@ pub(crate) fn write(
     let mut writes = 0;
     let gone: Vec<_> = written.keys().filter(|subject| !names.contains_key(subject)).copied().collect();
     for subject in gone {
-        match maps.pods.remove(&subject) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(failed(error)),
-        }
+        object::removed(maps.pods.remove(&subject)).map_err(failed)?;
         written.remove(&subject);
         writes += 1;
     }
