@@ -268,8 +268,11 @@ impl Datapath {
         for hook in TcHook::ALL {
             self.links.remove_point(self.pin_lock.dir(), AttachPoint { ifindex, hook })?;
         }
+        let subject = Subject::new(SubjectKind::Interface, ifindex.into());
+        // Events of the next interface with this index must not name the pod.
+        maps::pod_names::remove(&mut self.maps, &mut self.written_names, subject)?;
         // A killed `verify` may have left its probe.
-        let _no_probe = self.maps.probes.remove(&Subject::new(SubjectKind::Interface, ifindex.into()));
+        let _no_probe = self.maps.probes.remove(&subject);
         maps::counters::retire(&mut self.maps, ifindex)?;
         maps::interface_records::remove(&mut self.maps, ifindex);
         Ok(())

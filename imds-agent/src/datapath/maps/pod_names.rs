@@ -88,6 +88,20 @@ pub(crate) fn write(
     Ok(writes)
 }
 
+/// Removes the metadata of one subject.
+pub(crate) fn remove(
+    maps: &mut Maps,
+    written: &mut WrittenNames,
+    subject: Subject,
+) -> Result<(), DatapathError> {
+    object::removed(maps.pods.remove(&subject))
+        .map_err(|source| DatapathError::Map { map: MAP_PODS, source })?;
+    if let Some(written) = &mut written.0 {
+        written.remove(&subject);
+    }
+    Ok(())
+}
+
 fn record(pod: &Pod, container: &str) -> PodRecord {
     let label = LABELS.iter().find_map(|&key| Some(format!("{key}={}", pod.labels.get(key)?)));
     PodRecord {
