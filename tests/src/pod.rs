@@ -181,7 +181,8 @@ impl Pod {
         ));
     }
 
-    fn connect_bridged(&self) {
+    /// Connects the host-side interface to the bridge, and gives the pod its address and default route.
+    pub fn connect_bridged(&self) {
         let (veth, eth0, address) = (&self.host_ifname, Self::IFNAME, self.address);
         self.node.ip(&format!("link set {veth} master {}", TestEnv::BRIDGE));
         self.netns.ip(&format!(

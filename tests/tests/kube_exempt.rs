@@ -348,6 +348,23 @@ fn late_sandbox_is_found_during_link_churn() {
     cluster.env.unload();
 }
 
+/// The kernel reports no address of another network namespace.
+#[test]
+fn late_address_of_bridged_pod_is_exempt() {
+    let cluster = TestCluster::new();
+    let agent =
+        cluster.env.agent().config(&cluster.config(RULE)).hooks(&known_here(ALL)).resync(1).spawn_ready();
+    let mut trusted = schedule(&cluster, PodLink::Bridged, Driver::Systemd, TRUSTED);
+    let netns = &trusted.pod.netns;
+    netns.ip(&format!("addr flush dev {}", Pod::IFNAME));
+    trusted.cgroup.start_in(netns);
+    cluster.env.status_when("the pod is resolved", |status| status.has_resolved(1));
+    trusted.pod.connect_bridged();
+    cluster.wait_exempt(&trusted.pod);
+    drop(agent);
+    cluster.env.unload();
+}
+
 #[test]
 fn startup_taint_is_removed_once_enforced() {
     let cluster = TestCluster::new();

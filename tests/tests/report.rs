@@ -14,7 +14,7 @@ use imds_ebpf_common::{
 };
 use imds_tests::{
     METADATA, Netns, PodLink, TestCluster, TestEnv,
-    api_server::{ApiServer, pod},
+    api_server::{ApiServer, Fault, pod},
     http::{DEFAULT, try_get},
     kubelet::{Driver, Kubelet, new_uid},
     poll::poll_until,
@@ -199,6 +199,42 @@ fn senders_denied_before_their_pods_are_known() {
     });
     drop(agent);
     drop(cgroup);
+    env.unload();
+}
+
+/// While no agent runs, another pod gets the interface index of one whose name the maps have.
+#[test]
+fn successor_of_a_pod_has_no_name() {
+    let cluster = TestCluster::new();
+    let (env, uid) = (&cluster.env, new_uid());
+    let start = || env.agent().config(&cluster.config("")).spawn_ready();
+    let agent = start();
+    let link = env.add_pod(PodLink::Routed);
+    let mut cgroup = cluster.kubelet.add_pod(&uid, Driver::Systemd);
+    cgroup.start_in(&link.netns);
+    cluster.server.apply(pod(&uid, TestCluster::NODE, "tools", "agent", &[]));
+    poll_until(LONG, "a record with the name of the pod", || {
+        cluster.assert_denied(&link.netns);
+        denials(env).iter().any(|denial| denial["namespace"] == "tools").then_some(())
+    });
+    agent.kill9();
+    assert!(report(env, &["--reset"]).contains("tools"));
+    // The next agent gets no pods from the API server.
+    for _ in 0..100 {
+        cluster.server.fail(Fault::Status(500, "etcdserver: no leader"));
+    }
+    cluster.server.disconnect();
+    cgroup.stop();
+    let (index, address) = (link.host_ifindex, link.address);
+    link.delete();
+    let successor = env.add_successor("guest1", index, address);
+    let agent = start();
+    let found = poll_until(LONG, "a record of the successor", || {
+        cluster.assert_denied(&successor);
+        Some(denials(env)).filter(|found| !found.is_empty())
+    });
+    assert!(found.iter().all(|denial| denial["namespace"].is_null()), "{found:#?}");
+    drop(agent);
     env.unload();
 }
 

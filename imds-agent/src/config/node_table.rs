@@ -1,6 +1,6 @@
 //! The `[node]` table: processes of the node that may reach protected endpoints.
 
-use std::{fmt, str::FromStr};
+use std::{borrow::Cow, fmt, str::FromStr};
 
 use imds_ebpf_common::allow_list::MAX_ALLOWED;
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use toml::{
 use super::{
     ConfigError,
     source::{Diagnostics, SourceFile},
-    suggest::did_you_mean,
+    suggest::{did_you_mean, distance},
 };
 
 /// Most names in the path of a cgroup. The programs compare
@@ -72,12 +72,20 @@ impl NodeTable {
     }
 
     /// Returns the valid entries of a broken file, as far as they can be read; `None` if the file has no `[node]` table with a key.
+    /// An unknown key that may be a misspelt `node`, and a key `allow` elsewhere, count as that table.
     ///
     /// An invalid entry allows nothing. The list stays even if it has no other entry: without a list, every process of the node
     /// could reach the endpoints.
     pub(super) fn salvage(source: SourceFile<'_>) -> Option<Vec<NodeProcess>> {
         let (document, _) = DeTable::parse_recoverable(source.text);
-        let node = document.get_ref().get("node")?.get_ref();
+        let document = document.get_ref();
+        let is_meant = |(name, value): &(&Spanned<Cow<'_, str>>, &Spanned<DeValue<'_>>)| {
+            let (name, value): (&str, _) = (name.get_ref(), value.get_ref());
+            let is_list = value.is_table() || value.is_array();
+            is_list && (name == "allow" || is_similar_to_node(name)) || value.get("allow").is_some()
+        };
+        let misspelt = || document.iter().find(is_meant).map(|(_, value)| value);
+        let node = document.get("node").or_else(misspelt)?.get_ref();
         let allow = match node {
             DeValue::Table(table) if table.is_empty() => return None,
             DeValue::Table(table) => table.get("allow").and_then(|allow| allow.get_ref().as_array()),
@@ -120,6 +128,13 @@ impl NodeTable {
         }
         Some(processes)
     }
+}
+
+/// Reports whether the key of a table or list may be a misspelt `node`.
+fn is_similar_to_node(key: &str) -> bool {
+    let key = key.to_ascii_lowercase();
+    let start: Vec<char> = key.chars().take(8).collect();
+    key.starts_with("node") || distance(&start, "node") <= 1
 }
 
 fn parse_new(

@@ -33,7 +33,7 @@ fn nearest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> Opt
 }
 
 /// Returns the number of characters to insert, remove, replace or swap with their neighbour (optimal string alignment).
-fn distance(from: &[char], to: &str) -> usize {
+pub(super) fn distance(from: &[char], to: &str) -> usize {
     let to: Vec<char> = to.chars().collect();
     let (mut before, mut last): (Vec<usize>, Vec<usize>) = (Vec::new(), (0..=to.len()).collect());
     let mut previous = None;

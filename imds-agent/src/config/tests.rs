@@ -115,7 +115,14 @@ fn an_allow_list_of_the_node_survives_errors_elsewhere() {
     assert!(config.hooks.contains(Hook::NodeAllow) && config.hooks.contains(Hook::Socket));
     assert_eq!(config.node_allow, Some(vec![NodeProcess::Uid(0)]));
     assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow);
-    for node in ["", "[node]"] {
+    for node in [
+        "",
+        "[node]",
+        "[nodes]",
+        "node_name = 'a'",
+        "[name]\nallowed = []",
+        "[preset.imds]\nallow_ports = []",
+    ] {
         let config = fallback(&format!("{broken}{node}"));
         assert!(config.node_allow.is_none() && !config.hooks.contains(Hook::NodeAllow), "{node}");
     }
@@ -134,6 +141,13 @@ fn a_broken_allow_list_of_the_node_opens_nothing() {
         ("[node]\nallow = 'uid:0'", &[]),
         ("[node]\nalow = ['uid:0']", &[]),
         ("node = ['uid:0']", &[]),
+        // Misspelt or missing names of the table.
+        ("[nodes]\nallow = ['uid:0']", &["uid:0"]),
+        ("[NODE]\nalow = ['uid:0']", &[]),
+        ("[host]\nallow = ['uid:0', 'root']", &["uid:0"]),
+        ("[metrics]\nlisten = []\nallow = ['uid:0']", &["uid:0"]),
+        ("node_allow = ['uid:0']", &[]),
+        ("allow = ['uid:0']", &[]),
         ("[[node]]\nallow = ['uid:0']", &[]),
         // Syntax errors.
         ("mode = \n[node]\nallow = ['uid:0']", &["uid:0"]),

@@ -49,23 +49,26 @@ impl AttachQueue {
         Self { waiting: BTreeMap::new(), last_link_event: now, next_turn: now }
     }
 
-    /// Adds an attachment, unless it is queued already.
+    /// Adds an attachment. One that is queued already keeps its times, unless it was optional.
     pub(super) fn push(&mut self, point: AttachPoint, not_before: Instant) {
         self.insert(point, not_before, false);
     }
 
-    /// Adds an attachment that the link does not need once Kubernetes names the pod behind it, unless it is queued
-    /// already.
+    /// Adds an attachment that the link does not need once Kubernetes names the pod behind it. One that is queued already keeps
+    /// its times, unless it was mandatory.
     pub(super) fn push_optional(&mut self, point: AttachPoint, not_before: Instant) {
         self.insert(point, not_before, true);
     }
 
     fn insert(&mut self, point: AttachPoint, not_before: Instant, is_optional: bool) {
-        self.waiting.entry(point).or_insert_with(|| Waiting {
+        let waiting = self.waiting.entry(point).or_insert_with(|| Waiting {
             since: Instant::now(),
             not_before,
             is_optional,
         });
+        if waiting.is_optional != is_optional {
+            (waiting.not_before, waiting.is_optional) = (not_before, is_optional);
+        }
     }
 
     /// Removes an attachment that has been made or is no longer desired.
@@ -215,5 +218,20 @@ mod tests {
         queue.push(point(7, TcHook::NodeEgress), later);
         queue.push_optional(point(8, TcHook::NodeEgress), later);
         assert_eq!(queue.initial().collect::<Vec<_>>(), [point(7, TcHook::NodeEgress)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn attachment_becomes_mandatory() {
+        let mut queue = AttachQueue::new();
+        let (uplink, later) = (point(7, TcHook::NodeEgress), Instant::now() + Duration::from_secs(5));
+        tokio::time::advance(QUIET_INTERVAL).await;
+        queue.push_optional(uplink, later);
+        queue.push_optional(uplink, later + Duration::from_secs(5));
+        assert_eq!(queue.next(), Some((uplink, later)));
+        queue.push(uplink, Instant::now());
+        assert_eq!(queue.initial().count(), 1);
+        assert_eq!(queue.next(), Some((uplink, Instant::now())));
+        queue.push_optional(uplink, later);
+        assert_eq!((queue.initial().count(), queue.next()), (0, Some((uplink, later))));
     }
 }

@@ -103,7 +103,8 @@ impl Reconciler {
         if !self.progress.initial_sync_done {
             return;
         }
-        self.attaching.initial.retain(|point| self.attaching.queue.contains(*point));
+        let left: BTreeSet<_> = self.attaching.queue.initial().collect();
+        self.attaching.initial.retain(|point| left.contains(point));
         if !self.attaching.initial.is_empty() || std::mem::replace(&mut self.progress.is_ready, true) {
             return;
         }

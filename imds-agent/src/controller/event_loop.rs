@@ -134,6 +134,10 @@ impl Agent {
                 event = events.next() => self.on_link_events(event, &mut events).await?,
                 event = self.cluster.next() => self.on_cluster_event(event).await,
                 () = future::ready(()), if self.reconciler.resync_in_progress() => log_error(self.reconciler.resync_step().await),
+                () = self.reconciler.requested_resync_due() => {
+                    log_error(self.reconciler.run_requested_resync().await);
+                    self.trim_schedule.on_large_change();
+                }
                 point = self.reconciler.attachment_due() => self.reconciler.attach(point).await,
                 () = future::ready(()), if self.reconciler.is_resolving() => log_error(self.reconciler.resolve_next().await),
                 () = self.reconciler.search_due() => log_error(self.reconciler.poll_exemptions().await),
@@ -213,13 +217,7 @@ impl Agent {
     ) -> anyhow::Result<()> {
         for left in (0..EVENT_BATCH).rev() {
             let link_event = event.context("lost the connection to rtnetlink: cannot follow interfaces")?;
-            let is_overrun = matches!(link_event, Event::Overrun);
             log_error(self.reconciler.on_netlink_event(link_event).await);
-            if is_overrun {
-                self.trim_schedule.on_large_change();
-                // The resync may take longer than the queue has room for: timers and signals take their turn before the next one.
-                break;
-            }
             // An event that is read here must be handled, or it is lost.
             match (left > 0).then(|| events.next().now_or_never()).flatten() {
                 Some(next) => event = next,

@@ -1,8 +1,14 @@
 //! Keeps the exemptions current while pods and links come and go.
 
-use std::{collections::BTreeMap, future::pending, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::pending,
+    io,
+    net::IpAddr,
+    time::Duration,
+};
 
-use imds_ebpf_common::{Hook, TcHook};
+use imds_ebpf_common::{AttachMode, Hook, TcHook, TcHookSet};
 use tokio::time::{Instant, sleep_until};
 
 use super::Reconciler;
@@ -40,6 +46,23 @@ pub(super) struct ExemptionState {
     pub(super) retain_previous_exemptions: bool,
     /// Links have changed since exemptions were computed.
     pub(super) dirty: bool,
+    /// The node's own addresses, by which masqueraded packets are recognized.
+    node_addresses: LastRead,
+}
+
+/// Addresses that were read last.
+#[derive(Debug, Default)]
+struct LastRead(BTreeSet<IpAddr>);
+
+impl LastRead {
+    /// Replaces the addresses by those that were read. After an error they stay, because exempt pods need them.
+    fn update(&mut self, read: io::Result<BTreeSet<IpAddr>>) -> impl Iterator<Item = IpAddr> {
+        match read {
+            Ok(addresses) => self.0 = addresses,
+            Err(error) => log::warn!("failed to read the node's addresses, keeping the last ones: {error}"),
+        }
+        self.0.iter().copied()
+    }
 }
 
 impl ExemptionState {
@@ -53,6 +76,7 @@ impl ExemptionState {
             last_search: Instant::now(),
             retain_previous_exemptions: false,
             dirty: false,
+            node_addresses: LastRead::default(),
         }
     }
 }
@@ -103,6 +127,20 @@ impl Reconciler {
     pub(super) async fn resolve_sandboxes(&mut self, count: usize) {
         let pods = pod_links(&self.node.links, &self.node.uplinks, &self.interfaces);
         self.exemptions.pods.resolve_sandboxes(&self.exemptions.resolver, &self.netlink, &pods, count).await;
+    }
+
+    /// Queues the exempt pods whose addresses decide about their packets: those behind a bridge, and those without a link at
+    /// `from_pod`. A pod may get an address late (DHCP, IPv6 autoconfiguration), and the kernel reports no change in other
+    /// network namespaces. [`Reconciler::resolve_next`] reads the addresses.
+    pub(super) fn enqueue_pods_by_address(&mut self) {
+        let ExemptionState { rules, pods, .. } = &mut self.exemptions;
+        let needs_source = |index: &u32| {
+            self.node.links.get(index).is_some_and(|link| {
+                let mode = self.datapath.desired_mode(link, TcHookSet::FROM_POD, TcHook::FromPod);
+                link.master.is_some() || matches!(mode, AttachMode::None | AttachMode::Clsact)
+            })
+        };
+        pods.enqueue_exempt(rules.pod_selectors(), needs_source);
     }
 
     /// Computes the exemptions of the pods on this node, and updates the maps to match.
@@ -192,7 +230,7 @@ impl Reconciler {
         let mut desired = found.await;
         desired.add_bridges(&self.node.links);
         if !desired.entries.is_empty() {
-            desired.add_node_addresses(netns::addresses().unwrap_or_default());
+            desired.add_node_addresses(self.exemptions.node_addresses.update(netns::addresses()));
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
         self.exemptions.retain_previous_exemptions &=
@@ -222,4 +260,20 @@ fn pod_links<'l>(
     let has_from_pod =
         |link: &&Link| assign(link, uplinks, interfaces, false).hooks.contains(TcHook::FromPod);
     links.values().filter(has_from_pod).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unreadable_addresses_stay() {
+        let mut addresses = LastRead::default();
+        let [first, second]: [IpAddr; 2] = [[10, 0, 0, 1].into(), [10, 0, 0, 2].into()];
+        let failed = || Err(io::Error::from_raw_os_error(libc::EMFILE));
+        assert_eq!(addresses.update(failed()).next(), None);
+        assert!(addresses.update(Ok([first].into())).eq([first]));
+        assert!(addresses.update(failed()).eq([first]));
+        assert!(addresses.update(Ok([second].into())).eq([second]));
+    }
 }

@@ -32,7 +32,8 @@ impl Reconciler {
 
     /// Reads the routes again, and reconciles the interfaces whose role changed.
     pub(super) async fn reclassify(&mut self) -> Result<(), DatapathError> {
-        self.node.routes = self.netlink.endpoint_routes().await?;
+        let routes = self.netlink.endpoint_routes().await;
+        self.node.routes = self.progress.requested.request_after(routes)?;
         self.update_uplinks().await;
         self.reconcile_local_service().await
     }
@@ -153,10 +154,10 @@ impl Reconciler {
             }
         }
         let mut recorded = recorded.and(self.datapath.record(link, state));
-        if let Some(peer) =
-            link.lower.filter(|_| link.is_internal_pair()).and_then(|peer| self.node.links.get(&peer))
-        {
-            recorded = recorded.and(self.datapath.update_own_packets(peer));
+        // The link of a pod has neither ports nor a peer in this namespace.
+        let others = self.node.links.values().filter(|_| !link.leads_elsewhere());
+        for dependent in others.filter(|other| other.is_port_or_peer_of(link.index)) {
+            recorded = recorded.and(self.datapath.update_dependent(dependent));
         }
         failed.map_or(recorded.map(|()| reconciled), Err)
     }

@@ -16,6 +16,7 @@ mod other_agents;
 pub mod plan;
 pub mod pod_tracker;
 pub mod repair_backoff;
+mod requested_resync;
 pub mod resolved_config;
 mod resync;
 pub mod start_config;
@@ -289,9 +290,10 @@ impl Reconciler {
             Event::Route(_) | Event::Rule => self.reclassify().await?,
             Event::Overrun => {
                 self.corrections.overruns += 1;
-                self.exemptions.pods.drop_sandboxes();
-                log::warn!("netlink receive buffer overrun (ENOBUFS): starting a full resync");
-                self.resync().await?;
+                if let Some(delay) = self.progress.requested.request() {
+                    let delay = delay.as_millis();
+                    log::warn!("netlink receive buffer overrun (ENOBUFS): full resync in {delay} ms");
+                }
             }
         }
         Ok(())

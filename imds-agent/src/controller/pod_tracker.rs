@@ -208,6 +208,21 @@ impl PodTracker {
         }
     }
 
+    /// Queues the pods that `rules` match and that have one of the interfaces in `is_selected`.
+    pub fn enqueue_exempt<'r>(
+        &mut self,
+        rules: impl Iterator<Item = &'r config::PodSelector>,
+        is_selected: impl Fn(&u32) -> bool,
+    ) {
+        let exempt: BTreeSet<_> =
+            rules.flat_map(|rule| self.index.matching(rule)).map(|pod| &pod.uid).collect();
+        let has_interface = |uid: &&&String| {
+            let sandbox = self.sandboxes.get(uid.as_str());
+            sandbox.is_some_and(|sandbox| sandbox.senders.interfaces.iter().any(&is_selected))
+        };
+        self.pending.extend(exempt.iter().filter(has_interface).map(|uid| (*uid).clone()));
+    }
+
     /// Queues the pods that have a sandbox now but had none before, and the exempt hostNetwork pods whose cgroups
     /// changed. The next [`PodTracker::resolve_sandboxes`] resolves them.
     pub fn enqueue_changed(&mut self) {
@@ -258,7 +273,10 @@ impl PodTracker {
                 continue;
             }
             let cgroups = self.cgroup_tree.of(&pod.cgroup_uid);
-            let found = resolver.from_pod(netlink, links, &cgroups, pod.host_network).await;
+            let mut found = resolver.from_pod(netlink, links, &cgroups, pod.host_network).await;
+            if let (Some(found), Some(before)) = (&mut found, self.sandboxes.get(&uid)) {
+                found.keep_if_unreadable(before);
+            }
             log::debug!("pod {uid}: {found:?}");
             let before = match found.clone() {
                 Some(sandbox) => self.sandboxes.insert(uid, sandbox),

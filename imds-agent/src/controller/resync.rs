@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::{Reconciler, change_log::Pass, log_if_preexisting};
+use super::{Reconciler, change_log::Pass, log_if_preexisting, requested_resync::RequestedResync};
 use crate::{
     datapath::DatapathError,
     node::{
@@ -25,6 +25,8 @@ pub(super) struct SyncProgress {
     pub(super) in_reload: bool,
     /// Interfaces that the current resync still has to reconcile.
     pub(super) resync_queue: VecDeque<u32>,
+    /// Full resync that lost events or an error made necessary.
+    pub(super) requested: RequestedResync,
 }
 
 impl Reconciler {
@@ -48,19 +50,35 @@ impl Reconciler {
             log_if_preexisting(true, self.datapath.retry_rejected())?;
         }
         let begun = self.reconcile_node();
-        if full {
-            self.find_other_agents();
-            self.exemptions.resolver.refresh();
-            for link in self.read_links().await? {
-                if self.node.links.get(&link.index) != Some(&link) {
-                    self.reconcile_link(link).await;
-                }
-            }
-            self.update_uplinks().await;
-            self.reconcile_local_service().await?;
-        }
+        let listed = if full { self.relist().await } else { Ok(()) };
         self.progress.resync_queue = self.node.links.keys().copied().collect();
-        begun
+        begun.and(listed)
+    }
+
+    /// Lists interfaces and routes again, and reconciles those that differ from what events reported.
+    async fn relist(&mut self) -> Result<(), DatapathError> {
+        self.find_other_agents();
+        self.exemptions.resolver.refresh();
+        let links = self.read_links().await;
+        for link in self.progress.requested.request_after(links)? {
+            if self.node.links.get(&link.index) != Some(&link) {
+                self.reconcile_link(link).await;
+            }
+        }
+        self.update_uplinks().await;
+        self.reconcile_local_service().await
+    }
+
+    /// Waits until a full resync is due that lost events or an error made necessary.
+    pub async fn requested_resync_due(&self) {
+        self.progress.requested.due().await;
+    }
+
+    /// Does the requested full resync. If it fails, it is requested again.
+    pub async fn run_requested_resync(&mut self) -> Result<(), DatapathError> {
+        let result = self.resync().await;
+        self.progress.requested.end();
+        self.progress.requested.request_after(result)
     }
 
     /// Reports whether a resync is in progress.
@@ -97,6 +115,8 @@ impl Reconciler {
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
         let mut links = self.read_links().await?;
         self.node.uplinks = Uplinks::new(&self.node.routes, links.iter());
+        // An event that was lost may have connected another pod to an interface of a sandbox.
+        self.exemptions.pods.drop_sandboxes();
         links.sort_by_key(|link| (link.leads_elsewhere(), !self.node.uplinks.contain(link.index)));
         for link in links {
             self.reconcile_link(link).await;
@@ -127,6 +147,7 @@ impl Reconciler {
         let sockets = self.reconcile_sockets();
         self.datapath.invalidate_exemptions();
         self.exemptions.pods.retry();
+        self.enqueue_pods_by_address();
         let hosts = self.rescan_kubepods();
         restored?;
         node_allow?;

@@ -228,9 +228,9 @@ impl Datapath {
         maps::interface_records::update(&mut self.maps, link, state)
     }
 
-    /// Updates the record of an interface after its veth peer was reconciled.
-    pub fn update_own_packets(&mut self, link: &Link) -> Result<(), DatapathError> {
-        maps::interface_records::update_own_packets(&mut self.maps, link)
+    /// Updates the record of an interface after its master or its veth peer was reconciled.
+    pub fn update_dependent(&mut self, link: &Link) -> Result<(), DatapathError> {
+        maps::interface_records::update_dependent(&mut self.maps, link)
     }
 
     /// Reports whether the record of the interface has a program at this hook.
@@ -268,8 +268,11 @@ impl Datapath {
         for hook in TcHook::ALL {
             self.links.remove_point(self.pin_lock.dir(), AttachPoint { ifindex, hook })?;
         }
+        let subject = Subject::new(SubjectKind::Interface, ifindex.into());
+        // Events of the next interface with this index must not name the pod.
+        maps::pod_names::remove(&mut self.maps, &mut self.written_names, subject)?;
         // A killed `verify` may have left its probe.
-        let _no_probe = self.maps.probes.remove(&Subject::new(SubjectKind::Interface, ifindex.into()));
+        let _no_probe = self.maps.probes.remove(&subject);
         maps::counters::retire(&mut self.maps, ifindex)?;
         maps::interface_records::remove(&mut self.maps, ifindex);
         Ok(())

@@ -122,6 +122,12 @@ impl Link {
         self.kind == LinkKind::Veth && self.peer_netns.is_none() && self.lower.is_some()
     }
 
+    /// Reports whether the interface with this index is the master or the veth peer of this one.
+    #[must_use]
+    pub fn is_port_or_peer_of(&self, index: u32) -> bool {
+        self.master == Some(index) || (self.is_internal_pair() && self.lower == Some(index))
+    }
+
     /// Reports whether the interface is one end of a pair: a veth or a netkit.
     #[must_use]
     pub fn is_pair(&self) -> bool {

@@ -41,6 +41,19 @@ impl Sandbox {
         sandbox
     }
 
+    /// Keeps the identities of `before` if an error prevented finding the interfaces, because it must not end an exemption. The
+    /// identities of deleted interfaces are not in `before`, and the kernel reuses no netns cookie or cgroup id.
+    pub fn keep_if_unreadable(&mut self, before: &Self) {
+        let IdentitySet { interfaces, cookies, cgroups, errors, .. } = &mut self.senders;
+        let has_others =
+            !cookies.is_subset(&before.senders.cookies) || !cgroups.is_subset(&before.senders.cgroups);
+        if !errors.is_empty() && interfaces.is_empty() && !has_others {
+            let errors = std::mem::take(errors);
+            self.senders = IdentitySet { errors, ..before.senders.clone() };
+            self.netns_id = before.netns_id;
+        }
+    }
+
     /// Returns the IDs of the pod's cgroups v2 in ascending order.
     pub fn cgroup_ids(&self) -> impl Iterator<Item = u64> {
         self.cgroups.iter().map(|(id, _)| *id)
@@ -136,4 +149,30 @@ pub fn cgroup_ids(cgroups: &[PathBuf]) -> BTreeSet<u64> {
 #[must_use]
 pub fn is_populated(cgroups: &[PathBuf]) -> bool {
     cgroups.iter().flat_map(|cgroup| below(cgroup)).any(|path| !pids(&path.join("cgroup.procs")).is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unreadable_pod_keeps_its_identities() {
+        let senders = IdentitySet { interfaces: [7].into(), cookies: [9].into(), ..IdentitySet::default() };
+        let known = Sandbox { senders, netns_id: Some(1), ..Sandbox::default() };
+        let mut unreadable = Sandbox::default();
+        unreadable.senders.fail("too many open files");
+        let mut found = unreadable.clone();
+        found.keep_if_unreadable(&known);
+        assert_eq!((&found.senders.interfaces, found.netns_id), (&known.senders.interfaces, Some(1)));
+        assert_eq!(found.senders.errors, unreadable.senders.errors);
+        // Another namespace: nothing of the earlier one stays.
+        let mut other = unreadable.clone();
+        other.senders.cookies.insert(10);
+        let expected = other.clone();
+        other.keep_if_unreadable(&found);
+        assert_eq!(other, expected);
+        let mut empty = Sandbox::default();
+        empty.keep_if_unreadable(&known);
+        assert_eq!(empty, Sandbox::default());
+    }
 }

@@ -66,12 +66,14 @@ pub struct SenderResolver {
     /// Identities of the namespaces behind links, by ifindex and namespace ID. The cookie behind a link never changes.
     /// The addresses are read again after [`SenderResolver::refresh`].
     behind: BTreeMap<(u32, i32), NetnsIdentity>,
+    /// Keys of `behind` whose addresses were read since the last [`SenderResolver::refresh`].
+    fresh: BTreeSet<(u32, i32)>,
 }
 
 impl SenderResolver {
     /// Creates a finder for the node whose network namespace is that of the calling thread.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { node: netns::this_inode()?.into(), behind: BTreeMap::new() })
+        Ok(Self { node: netns::this_inode()?.into(), behind: BTreeMap::new(), fresh: BTreeSet::new() })
     }
 
     /// Resolves the pods behind these links.
@@ -81,7 +83,7 @@ impl SenderResolver {
         for link in links {
             senders.interfaces.insert(link.index);
             let Some(id) = link.peer_netns else { continue };
-            match self.behind.get(&(link.index, id)) {
+            match self.behind.get(&(link.index, id)).filter(|_| self.fresh.contains(&(link.index, id))) {
                 Some(identity) => senders.add_identity(&link.name, identity, [link.index]),
                 None => drop(unknown.insert(id, *link)),
             }
@@ -97,17 +99,20 @@ impl SenderResolver {
                     senders.add_identity(&link.name, &identity, [link.index]);
                     // A pod that has only link-local addresses is still being set up.
                     if identity.addresses.iter().any(|address| !is_link_local(*address)) {
-                        self.behind.insert((link.index, id), identity);
+                        self.fresh.insert((link.index, id));
                     }
+                    self.behind.insert((link.index, id), identity);
                 }
                 Err(error) => {
-                    senders
-                        .fail(format!("failed to enter the network namespace behind {}: {error}", link.name));
+                    let name = &link.name;
+                    self.add_last_read(&mut senders, link, id);
+                    senders.fail(format!("failed to enter the network namespace behind {name}: {error}"));
                 }
             }
         }
-        for link in unknown.into_values() {
+        for (id, link) in unknown {
             let name = &link.name;
+            self.add_last_read(&mut senders, link, id);
             senders.fail(format!(
                 "failed to find the network namespace behind {name}: it has no process and no name"
             ));
@@ -115,9 +120,16 @@ impl SenderResolver {
         senders
     }
 
-    /// Drops the cached identities, so that the next search reads the addresses of pods again.
+    /// Adds the identity that was read last behind a link. An error must not end an exemption.
+    fn add_last_read(&self, senders: &mut IdentitySet, link: &Link, id: i32) {
+        if let Some(identity) = self.behind.get(&(link.index, id)) {
+            senders.add_identity(&link.name, identity, [link.index]);
+        }
+    }
+
+    /// Lets the next search read the addresses of pods again.
     pub fn refresh(&mut self) {
-        self.behind.clear();
+        self.fresh.clear();
     }
 
     /// Returns the IDs of the network namespaces in which containers run, as in [`Link::peer_netns`]. CNI plugins also
@@ -138,8 +150,10 @@ impl SenderResolver {
 
     /// Drops the cached identities of all links except these.
     pub fn retain(&mut self, links: &BTreeMap<u32, Link>) {
-        self.behind
-            .retain(|(index, id), _| links.get(index).is_some_and(|link| link.peer_netns == Some(*id)));
+        let exists =
+            |&(index, id): &(u32, i32)| links.get(&index).is_some_and(|link| link.peer_netns == Some(id));
+        self.behind.retain(|key, _| exists(key));
+        self.fresh.retain(exists);
     }
 
     /// Resolves the network namespace at `path`. Empty if it does not exist, or is the node's own.

@@ -19,14 +19,18 @@ use std::{
 
 use aya::maps::{MapData, MapError, RingBuf};
 use imds_ebpf_common::{
-    Address, Event, Verdict,
+    Address, Event, Subject, SubjectKind, Verdict,
     event_log::{DenialKey, DenialRecord},
 };
 use jiff::Timestamp;
 use nix::fcntl::Flock;
 use thiserror::Error;
 
-use super::{cgroup_units::CgroupUnits, totals::Totals, unresolved::Unresolved};
+use super::{
+    cgroup_units::CgroupUnits,
+    totals::Totals,
+    unresolved::{Sharing, Unresolved},
+};
 use crate::{
     datapath::{
         maps::{counters::Count, denial_records::Denials, pod_names::Names, recent_events::Recent},
@@ -169,7 +173,8 @@ impl Collector {
             verdict: event.verdict.into(),
         };
         let now = nanoseconds(wall_time(event, booted));
-        let mut record = self.denials.get(&key)?.unwrap_or_else(|| DenialRecord {
+        let earlier = self.denials.get(&key)?;
+        let mut record = earlier.unwrap_or_else(|| DenialRecord {
             count: 0,
             bytes: 0,
             first: now,
@@ -193,28 +198,37 @@ impl Collector {
         record.pod = text_field(pod.map_or("", |pod| &pod.pod));
         self.denials.insert(&key, &record)?;
         if pod.is_none() {
-            self.note_unresolved(key, event, &unit);
+            self.note_unresolved(key, event, &unit, earlier.is_none());
         }
         let namespace = field_text(&record.namespace);
         self.totals.borrow_mut().add(&namespace, &key, Count { packets, bytes: event.bytes });
         Ok(())
     }
 
-    fn note_unresolved(&mut self, key: DenialKey, event: &Event, unit: &[u8]) {
+    fn note_unresolved(&mut self, key: DenialKey, event: &Event, unit: &[u8], is_new: bool) {
         if self.unresolved.is_full() {
             // The map of records has the same limit: some of these records were evicted or cleared.
             self.unresolved.retain(|key| self.denials.get(key).is_ok_and(|record| record.is_some()));
         }
         let name = Path::new(OsStr::from_bytes(unit)).file_name().and_then(OsStr::to_str);
-        let is_one_pod = name.is_some_and(pod_cgroups::is_pod);
-        self.unresolved.note(key, event_record::senders(event).collect(), is_one_pod);
+        let sharing = if name.is_some_and(pod_cgroups::is_pod) {
+            Sharing::OnePod
+        } else if is_new {
+            Sharing::NotedEvents
+        } else {
+            Sharing::UnknownEvents
+        };
+        self.unresolved.note(key, event_record::senders(event).collect(), sharing);
     }
 
     /// Merges each record whose pod became known after the event into the record of the pod. The sums of [`Totals`] do not
     /// change, because they must not decrease.
     pub fn merge_resolved(&mut self) -> Result<(), CollectorError> {
-        for (key, pod) in self.unresolved.take_resolved(|subject| self.names.get(subject)) {
+        for (key, identity, pod) in self.unresolved.take_resolved(|subject| self.names.get(subject)) {
             let Some(earlier) = self.denials.get(&key)? else { continue };
+            if is_reused(identity, &earlier) {
+                continue;
+            }
             let of_pod = DenialKey { sender: sender_id(Some(&pod), "", &[]), ..key };
             let mut record = self.denials.get(&of_pod)?.unwrap_or(DenialRecord {
                 count: 0,
@@ -233,9 +247,7 @@ impl Collector {
                 record.last = earlier.last;
                 record.pod = text_field(&pod.pod);
             }
-            // Removed first, because the insertion into a full map evicts other records.
-            self.denials.remove(&key)?;
-            self.denials.insert(&of_pod, &record)?;
+            self.denials.replace((&key, &earlier), (&of_pod, &record))?;
             let count = Count { packets: earlier.count, bytes: earlier.bytes };
             self.totals.borrow_mut().record_merge(&pod.namespace, &key, count);
         }
@@ -259,6 +271,13 @@ impl AsRawFd for Collector {
 /// because each of their indices would be another sender.
 fn interface_name(index: u32) -> String {
     if index == 0 { String::new() } else { link::name_of(index).unwrap_or_default() }
+}
+
+/// Reports whether the index of the interface in a record now belongs to another interface.
+fn is_reused(identity: Subject, record: &DenialRecord) -> bool {
+    let is_interface = SubjectKind::from_u64(identity.kind) == Some(SubjectKind::Interface);
+    let name = u32::try_from(identity.id).map(interface_name).unwrap_or_default();
+    is_interface && name != field_text(&record.interface)
 }
 
 /// Returns the number under which the denials of a sender are counted together.

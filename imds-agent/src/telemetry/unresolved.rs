@@ -7,22 +7,34 @@ use imds_ebpf_common::{
     event_log::{DENIALS, DenialKey},
 };
 
+/// Events that share a record.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Sharing {
+    /// All events are of one pod.
+    OnePod,
+    /// The events may be of several pods. All of them were noted.
+    NotedEvents,
+    /// The events may be of several pods. Some were not noted, as those before a restart of the agent.
+    UnknownEvents,
+}
+
 /// Identities of senders by the key of their record. Has at most as many entries as the map of records.
 #[derive(Debug, Default)]
 pub(super) struct Unresolved(HashMap<DenialKey, Vec<Subject>>);
 
 impl Unresolved {
-    /// Notes the identities in an event of the record `key`. If `is_one_pod` is false, events of several pods may share the
-    /// record, as behind a bridge: only identities that all events have in common identify its sender then.
-    pub(super) fn note(&mut self, key: DenialKey, identities: Vec<Subject>, is_one_pod: bool) {
+    /// Notes the identities in an event of the record `key`. Unless `sharing` is [`Sharing::OnePod`], events of several pods may
+    /// share the record, as behind a bridge: only identities that all events have in common identify its sender then.
+    pub(super) fn note(&mut self, key: DenialKey, identities: Vec<Subject>, sharing: Sharing) {
         if let Some(known) = self.0.get_mut(&key) {
-            if is_one_pod {
+            if sharing == Sharing::OnePod {
                 *known = identities;
             } else {
                 known.retain(|identity| identities.contains(identity));
             }
         } else if !self.is_full() {
-            self.0.insert(key, identities);
+            let is_identified = sharing != Sharing::UnknownEvents;
+            self.0.insert(key, if is_identified { identities } else { Vec::new() });
         }
     }
 
@@ -36,12 +48,20 @@ impl Unresolved {
         self.0.retain(|key, _| is_kept(key));
     }
 
-    /// Removes and returns the keys for which `resolve` knows one of the identities.
-    pub(super) fn take_resolved<P>(&mut self, resolve: impl Fn(Subject) -> Option<P>) -> Vec<(DenialKey, P)> {
-        let resolve = |identities: &Vec<Subject>| identities.iter().find_map(|&identity| resolve(identity));
-        let resolved: Vec<_> =
-            self.0.iter().filter_map(|(key, identities)| Some((*key, resolve(identities)?))).collect();
-        for (key, _) in &resolved {
+    /// Removes and returns the keys for which `resolve` knows one of the identities, with that identity.
+    pub(super) fn take_resolved<P>(
+        &mut self,
+        resolve: impl Fn(Subject) -> Option<P>,
+    ) -> Vec<(DenialKey, Subject, P)> {
+        let resolve = |identities: &Vec<Subject>| {
+            identities.iter().find_map(|&identity| Some((identity, resolve(identity)?)))
+        };
+        let resolved: Vec<_> = self
+            .0
+            .iter()
+            .filter_map(|(key, identities)| resolve(identities).map(|(identity, pod)| (*key, identity, pod)))
+            .collect();
+        for (key, ..) in &resolved {
             self.0.remove(key);
         }
         resolved
@@ -74,26 +94,35 @@ mod tests {
     fn record_of_several_pods_is_not_resolved() {
         let mut unresolved = Unresolved::default();
         for id in [1, 2] {
-            unresolved.note(key(0), vec![netns(id), interface(7)], false);
-            unresolved.note(key(id), vec![netns(id), interface(7)], false);
+            unresolved.note(key(0), vec![netns(id), interface(7)], Sharing::NotedEvents);
+            unresolved.note(key(id), vec![netns(id), interface(7)], Sharing::NotedEvents);
         }
-        unresolved.note(key(3), vec![netns(9)], true);
-        unresolved.note(key(3), vec![netns(1)], true);
+        unresolved.note(key(3), vec![netns(9)], Sharing::OnePod);
+        unresolved.note(key(3), vec![netns(1)], Sharing::OnePod);
         let mut resolved = unresolved.take_resolved(known);
         resolved.sort();
-        assert_eq!(resolved, [(key(1), "a"), (key(2), "b"), (key(3), "a")]);
+        assert_eq!(resolved, [(key(1), netns(1), "a"), (key(2), netns(2), "b"), (key(3), netns(1), "a")]);
         assert!(unresolved.take_resolved(known).is_empty());
         assert_eq!(
             unresolved.take_resolved(|identity| (identity == interface(7)).then_some("c")),
-            [(key(0), "c")]
+            [(key(0), interface(7), "c")]
         );
+    }
+
+    #[test]
+    fn record_of_an_earlier_agent_is_unresolved() {
+        let mut unresolved = Unresolved::default();
+        for sharing in [Sharing::UnknownEvents, Sharing::NotedEvents] {
+            unresolved.note(key(0), vec![netns(1)], sharing);
+        }
+        assert!(unresolved.take_resolved(known).is_empty());
     }
 
     #[test]
     fn number_of_keys_is_limited() {
         let mut unresolved = Unresolved::default();
         for sender in 0..2 * DENIALS as u64 {
-            unresolved.note(key(sender), vec![netns(1)], false);
+            unresolved.note(key(sender), vec![netns(1)], Sharing::NotedEvents);
         }
         assert!(unresolved.is_full());
         unresolved.retain(|key| key.sender < 3);

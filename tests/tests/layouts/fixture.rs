@@ -123,7 +123,7 @@ impl Case {
             .collect();
         let rules: String = exempt.iter().map(|pod| key.rule(pod)).collect();
         let mut command =
-            self.env.agent().hooks(&known_here(hooks)).config(&format!("{}{rules}", self.config));
+            self.env.agent().hooks(&known_here(hooks)).config(&format!("{}{rules}", self.config)).resync(60);
         if let Some(mode) = mode {
             command = command.backend(mode);
         }

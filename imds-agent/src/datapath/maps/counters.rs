@@ -141,10 +141,7 @@ pub(crate) fn retire(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError>
                 maps.counters.insert(deleted, total, 0).map_err(failed)?;
             }
         }
-        match maps.counters.remove(&key) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(failed(error)),
-        }
+        object::removed(maps.counters.remove(&key)).map_err(failed)?;
     }
     Ok(())
 }

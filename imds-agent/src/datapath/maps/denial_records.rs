@@ -53,6 +53,17 @@ impl Denials {
         }
     }
 
+    /// Replaces the record `old` by `new`, which has another key. If that fails, `old` stays.
+    pub fn replace(
+        &mut self,
+        old: (&DenialKey, &DenialRecord),
+        new: (&DenialKey, &DenialRecord),
+    ) -> Result<(), MapError> {
+        // Removed first, because the insertion into a full map evicts other records.
+        self.remove(old.0)?;
+        self.insert(new.0, new.1).or_else(|error| self.insert(old.0, old.1).and(Err(error)))
+    }
+
     /// Evicts an eighth of the records at once, because the choice reads all of them.
     fn evict_records(&mut self) -> Result<(), MapError> {
         let entry = |entry: Result<(DenialKey, DenialRecord), _>| {
@@ -70,10 +81,7 @@ impl Denials {
 
     /// Removes a record, if it exists.
     pub fn remove(&mut self, key: &DenialKey) -> Result<(), MapError> {
-        match self.0.remove(key) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(error) => Err(error),
-        }
+        object::removed(self.0.remove(key))
     }
 }
 

@@ -91,10 +91,8 @@ fn write_sources(
 ) -> Result<(), MapError> {
     let obsolete: Vec<_> = known.sources.difference(desired).copied().collect();
     for source in obsolete {
-        match maps.exempt_sources.remove(&source) {
-            Ok(()) | Err(MapError::KeyNotFound) => drop(known.sources.remove(&source)),
-            Err(error) => return Err(error),
-        }
+        object::removed(maps.exempt_sources.remove(&source))?;
+        known.sources.remove(&source);
         *writes += 1;
     }
     let mut written = Ok(());
@@ -125,13 +123,9 @@ pub(crate) fn remove_subject(
 }
 
 fn remove(maps: &mut Maps, known: &mut ExemptionSet, exemption: &ExemptionKey) -> Result<(), DatapathError> {
-    match maps.exempt.remove(exemption) {
-        Ok(()) | Err(MapError::KeyNotFound) => {
-            known.entries.remove(exemption);
-            Ok(())
-        }
-        Err(error) => Err(map_error(error)),
-    }
+    object::removed(maps.exempt.remove(exemption)).map_err(map_error)?;
+    known.entries.remove(exemption);
+    Ok(())
 }
 
 fn map_error(source: MapError) -> DatapathError {

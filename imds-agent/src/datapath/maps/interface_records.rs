@@ -66,8 +66,30 @@ pub(crate) fn update(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(
         attach_modes: attach_modes.map(|mode| mode as u8),
         owns_qdisc: if has_filter { old.owns_qdisc } else { 0 },
         pending: u8::from(is_pending),
-        own_packets: own_packets(maps, link, assignment.role) as u8,
+        ..old
+    };
+    write_change(maps, link, assignment.role, old, new)
+}
+
+/// Updates the record of an interface after its master or its veth peer was reconciled.
+pub(crate) fn update_dependent(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
+    let Some(old) = get(maps, link.index) else { return Ok(()) };
+    let Some(role) = Role::from_u8(old.role) else { return Ok(()) };
+    write_change(maps, link, role, old, old)
+}
+
+/// Writes a record if it changes. Sets the fields that depend on the records of other interfaces.
+fn write_change(
+    maps: &mut Maps,
+    link: &Link,
+    role: Role,
+    old: InterfaceRecord,
+    new: InterfaceRecord,
+) -> Result<(), DatapathError> {
+    let new = InterfaceRecord {
+        own_packets: own_packets(maps, link, role) as u8,
         sends_copies: u8::from(sends_copies(maps, link)),
+        ..new
     };
     if new == old { Ok(()) } else { write(maps, link.index, new) }
 }
@@ -99,14 +121,6 @@ fn sends_copies(maps: &Maps, link: &Link) -> bool {
 fn is_checked_at_peer(maps: &Maps, link: &Link) -> bool {
     let peer = link.lower.filter(|_| link.is_internal_pair() && link.master.is_some());
     peer.and_then(|peer| get(maps, peer)).is_some_and(|record| record.is_attached(TcHook::NodeEgress))
-}
-
-/// Updates the record of an interface after its veth peer was reconciled.
-pub(crate) fn update_own_packets(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
-    let Some(old) = get(maps, link.index) else { return Ok(()) };
-    let Some(role) = Role::from_u8(old.role) else { return Ok(()) };
-    let new = InterfaceRecord { own_packets: own_packets(maps, link, role) as u8, ..old };
-    if new == old { Ok(()) } else { write(maps, link.index, new) }
 }
 
 /// Records that the agent has added the qdisc of the interface, for a filter at `hook`.

@@ -38,10 +38,8 @@ fn write(maps: &mut Maps, desired: &AllowedProcesses) -> Result<usize, MapError>
     let mut writes = 0;
     let mut present = read(maps)?;
     for process in present.keys().filter(|process| !desired.contains_key(process)) {
-        match maps.node_allow.remove(process) {
-            Ok(()) | Err(MapError::KeyNotFound) => writes += 1,
-            Err(error) => return Err(error),
-        }
+        object::removed(maps.node_allow.remove(process))?;
+        writes += 1;
     }
     present.retain(|process, number| desired.get(process) == Some(number));
     for (process, number) in desired.iter().filter(|(process, _)| !present.contains_key(process)) {

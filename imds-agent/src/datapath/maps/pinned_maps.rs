@@ -181,6 +181,14 @@ pub fn present<T>(
     entries.filter(|entry| !matches!(entry, Err(MapError::KeyNotFound)))
 }
 
+/// Returns the result of the removal of an entry. An entry that is missing counts as removed.
+pub fn removed(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
 /// Opens the pinned ring buffer of events.
 pub fn open_events(pins: &PinDir) -> Result<RingBuf<MapData>, ObjectError> {
     let failed = |source| ObjectError::Map { name: MAP_EVENTS, source };
@@ -206,4 +214,20 @@ pub fn rejected_programs(maps: &Maps) -> Result<Vec<(Hook, &'static str, io::Err
         }
     }
     Ok(rejected)
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::sys::SyscallError;
+
+    use super::*;
+
+    #[test]
+    fn missing_entry_counts_as_removed() {
+        let failed = |errno| {
+            let io_error = io::Error::from_raw_os_error(errno);
+            removed(Err(SyscallError { call: "bpf_map_delete_elem", io_error }.into()))
+        };
+        assert!(failed(libc::ENOENT).is_ok() && failed(libc::EPERM).is_err());
+    }
 }

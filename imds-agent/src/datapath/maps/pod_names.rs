@@ -73,10 +73,7 @@ pub(crate) fn write(
     let mut writes = 0;
     let gone: Vec<_> = written.keys().filter(|subject| !names.contains_key(subject)).copied().collect();
     for subject in gone {
-        match maps.pods.remove(&subject) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(failed(error)),
-        }
+        object::removed(maps.pods.remove(&subject)).map_err(failed)?;
         written.remove(&subject);
         writes += 1;
     }
@@ -89,6 +86,20 @@ pub(crate) fn write(
         }
     }
     Ok(writes)
+}
+
+/// Removes the metadata of one subject.
+pub(crate) fn remove(
+    maps: &mut Maps,
+    written: &mut WrittenNames,
+    subject: Subject,
+) -> Result<(), DatapathError> {
+    object::removed(maps.pods.remove(&subject))
+        .map_err(|source| DatapathError::Map { map: MAP_PODS, source })?;
+    if let Some(written) = &mut written.0 {
+        written.remove(&subject);
+    }
+    Ok(())
 }
 
 fn record(pod: &Pod, container: &str) -> PodRecord {
