@@ -13,6 +13,7 @@ mod link_churn;
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    process::ExitCode,
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
@@ -43,6 +44,13 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// Number of connect(2) and of sendto(2) calls under one name.
 const BURST: u32 = 500;
 
+/// Largest 99th percentile of attachments beside denied senders, as a multiple of the one beside nothing else.
+const MAX_DELAY: f64 = 2.0;
+/// Largest CPU time of the agent beside denied senders, in percent of one CPU.
+const MAX_CPU: f64 = 5.0;
+/// Slowest accepted response of `/healthz` beside denied senders, in milliseconds.
+const MAX_HEALTH: f64 = 100.0;
+
 /// Load that runs beside the new pods.
 #[derive(Clone, Copy)]
 enum Load {
@@ -59,7 +67,18 @@ struct Node<'w> {
     churn: Vec<Netns>,
 }
 
-fn main() {
+/// Results of one run. Times are in milliseconds.
+struct Run {
+    name: &'static str,
+    /// Packets per second.
+    rate: f64,
+    attached: Samples,
+    /// CPU time of the agent in percent of one CPU.
+    cpu: f64,
+    health: Samples,
+}
+
+fn main() -> ExitCode {
     // Runs before any thread starts, so that the agent inherits the mounts.
     unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
@@ -76,7 +95,7 @@ fn main() {
         cgroups: (0..scaled(CGROUPS)).map(|number| env.add_cgroup(&format!("flood-{number}"))).collect(),
         churn: (0..NAMESPACES).map(|_| Netns::new("churn")).collect(),
     };
-    let rows = [
+    let runs = [
         ("nothing else", Load::None),
         ("16 senders to an unprotected address", Load::Elsewhere),
         ("16 denied senders", Load::Denied),
@@ -90,11 +109,25 @@ fn main() {
         node.cgroups.len(),
         scaled(MOUNTS)
     );
-    print!("{}", table(&HEAD, &rows));
+    print!("{}", table(&HEAD, &runs.each_ref().map(Run::row)));
+    let [quiet, _, denied] = &runs;
+    let bars = [
+        ("p99 of attachments, ms", denied.attached.quantile(99), MAX_DELAY * quiet.attached.quantile(99)),
+        ("agent's CPU, % of one", denied.cpu, MAX_CPU),
+        ("slowest /healthz, ms", denied.health.quantile(100), MAX_HEALTH),
+    ];
+    let is_met = |&(_, measured, limit): &(&str, f64, f64)| measured <= limit;
+    let rows = bars.map(|bar| {
+        let (name, measured, limit) = bar;
+        let result = if is_met(&bar) { "pass" } else { "fail" };
+        vec![name.to_owned(), format!("{measured:.1}"), format!("{limit:.1}"), result.to_owned()]
+    });
+    println!("\n{}", table(&["16 denied senders", "measured", "limit", "result"], &rows).trim_end());
     drop(node);
     for _ in 0..scaled(MOUNTS) {
         umount(&mounts).expect("unmount a tmpfs");
     }
+    if bars.iter().all(is_met) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 const HEAD: [&str; 7] = [
@@ -107,8 +140,23 @@ const HEAD: [&str; 7] = [
     "slowest",
 ];
 
+impl Run {
+    fn row(&self) -> Vec<String> {
+        let Self { name, rate, attached, cpu, health } = self;
+        vec![
+            (*name).to_owned(),
+            format!("{rate:.0}"),
+            format!("{:.1} ms", attached.median()),
+            format!("{:.1} ms", attached.quantile(99)),
+            format!("{cpu:.2}"),
+            format!("{:.1} ms", health.median()),
+            format!("{:.1} ms", health.quantile(100)),
+        ]
+    }
+}
+
 impl Node<'_> {
-    fn measure(&self, name: &str, load: Load) -> Vec<String> {
+    fn measure(&self, name: &'static str, load: Load) -> Run {
         eprintln!("{name}");
         // At this level the log lists every attachment, even many within a second.
         let agent = self.env.agent().hooks(HOOKS).args(&["--log-level", "debug"]).spawn_ready();
@@ -133,18 +181,9 @@ impl Node<'_> {
         });
         let rate = f64::from(sent.into_inner()) * f64::from(2 * BURST) / start.elapsed().as_secs_f64();
         let attached = latencies(&agent, &made);
-        let health = Samples::new(health);
         drop(agent);
         self.env.unload();
-        vec![
-            name.to_owned(),
-            format!("{rate:.0}"),
-            format!("{:.1} ms", attached.median()),
-            format!("{:.1} ms", attached.quantile(99)),
-            format!("{cpu:.2}"),
-            format!("{:.1} ms", health.median()),
-            format!("{:.1} ms", health.quantile(100)),
-        ]
+        Run { name, rate, attached, cpu, health: Samples::new(health) }
     }
 
     /// Sends under changing names, from one network namespace and cgroup after another.

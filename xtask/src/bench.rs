@@ -82,10 +82,14 @@ impl Bench {
         let what = describe(&bench);
         print_status(&what);
         let output = bench.output().with_context(|| format!("failed to start {what}"))?;
+        let results =
+            String::from_utf8(output.stdout).with_context(|| format!("the output of {what} is not UTF-8"))?;
         if !output.status.success() {
+            // `flood` fails if the agent exceeds a limit, which its output names.
+            print!("{results}");
             bail!("{what} failed ({})", output.status);
         }
-        String::from_utf8(output.stdout).with_context(|| format!("the output of {what} is not UTF-8"))
+        Ok(results)
     }
 }
 

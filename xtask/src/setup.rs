@@ -44,7 +44,7 @@ struct Tool {
     package: &'static str,
 }
 
-const TEST_TOOLS: [Tool; 8] = [
+const TEST_TOOLS: [Tool; 9] = [
     Tool { program: "/usr/lib/cni/bandwidth", package: "containernetworking-plugins" },
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "iptables", package: "iptables" },
@@ -53,6 +53,7 @@ const TEST_TOOLS: [Tool; 8] = [
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
     Tool { program: "pasta", package: "passt" },
+    Tool { program: "slirp4netns", package: "slirp4netns" },
 ];
 const DEMO_TOOLS: [Tool; 1] = [Tool { program: "ip", package: "iproute2" }];
 /// Additional tools of the benchmarks.
@@ -316,8 +317,16 @@ mod tests {
 
     use super::*;
 
-    const FOR_TESTS: [&str; 7] =
-        ["containernetworking-plugins", "iproute2", "iptables", "nftables", "bpftool", "util-linux", "passt"];
+    const FOR_TESTS: [&str; 8] = [
+        "containernetworking-plugins",
+        "iproute2",
+        "iptables",
+        "nftables",
+        "bpftool",
+        "util-linux",
+        "passt",
+        "slirp4netns",
+    ];
     const ALL: [Purpose; 4] = [Purpose::Build, Purpose::Ebpf, Purpose::Test, Purpose::Lint];
 
     /// Creates a machine on which programs at these paths exist and do nothing.

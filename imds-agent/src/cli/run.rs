@@ -102,7 +102,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     }
     let resolved = &start.resolved;
     let senders = SenderResolver::new().context("failed to identify this network namespace")?;
-    let pin_lock = pins.lock()?;
+    // Without pins, links would end with a process that only attaches.
+    let pin_lock = if args.once { pins.lock()? } else { pins.lock_or_run_unpinned()? };
 
     // Subscribe before the first listing, so that no change between the two is missed.
     let events = Netlink::events(node.backend == AttachMode::Clsact)?;

@@ -14,7 +14,10 @@ use super::{DEFAULT_PIN_DIR, Failure, PinDirArg, StateDirArg, stop_command::stop
 use crate::{
     datapath::{
         self, DatapathError, Progress, Removed,
-        pin::dir::{PinDir, PinError},
+        pin::{
+            dir::{PinDir, PinError},
+            lock::{self, UNPINNED},
+        },
     },
     diagnose::preflight,
     node::netlink::Netlink,
@@ -57,17 +60,27 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
         }
         Progress::Detached(..) => {}
     };
+    let unload_command = if args.pins.pin_dir == Path::new(DEFAULT_PIN_DIR) {
+        "imds-agent unload".to_owned()
+    } else {
+        format!("imds-agent unload --pin-dir {}", pins.root().display())
+    };
     match datapath::unload(&pins, &netlink, &links, Duration::from_secs(args.timeout), progress).await {
-        Ok(removed) => print(&pins, &removed),
+        Ok(removed) => {
+            if removed.pin_dir.is_none()
+                && let Some(agent) = lock::unpinned_agent()?
+            {
+                let remedy = stop_command(agent.pid, &unload_command);
+                return Err(Failure::Failed(anyhow!(
+                    "failed to unload: {UNPINNED}. Stop the agent first: {remedy}"
+                )));
+            }
+            print(&pins, &removed);
+        }
         Err(DatapathError::Pin(PinError::NotReleased { path, pid, timeout })) => {
-            let unload = if args.pins.pin_dir == Path::new(DEFAULT_PIN_DIR) {
-                "imds-agent unload".to_owned()
-            } else {
-                format!("imds-agent unload --pin-dir {}", path.display())
-            };
             let policy = if is_off { "; all packets pass already" } else { "" };
             let error = anyhow!(PinError::NotReleased { path, pid, timeout });
-            let remedy = stop_command(pid, &unload);
+            let remedy = stop_command(pid, &unload_command);
             return Err(Failure::Failed(anyhow!(
                 "failed to unload: {error}{policy}. Stop the agent first: {remedy}"
             )));

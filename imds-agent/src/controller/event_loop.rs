@@ -191,7 +191,10 @@ impl Agent {
             }
         }
         self.systemd.stopping();
-        log::info!("stopping; attached programs keep enforcing until `imds-agent unload`");
+        match self.reconciler.pin_failure() {
+            None => log::info!("stopping; attached programs keep enforcing until `imds-agent unload`"),
+            Some(failure) => log::warn!("stopping; links end because they are not pinned: {failure}"),
+        }
         Ok(())
     }
 

@@ -113,6 +113,12 @@ impl Reconciler {
         self.datapath.pins()
     }
 
+    /// Returns the reason why nothing is pinned; `None` if a bpffs is mounted.
+    #[must_use]
+    pub fn pin_failure(&self) -> Option<&str> {
+        self.datapath.pin_failure()
+    }
+
     /// Returns the numbers of drift corrections since the agent started.
     #[must_use]
     pub fn corrections(&self) -> DriftCorrections {
@@ -200,8 +206,11 @@ impl Reconciler {
     #[must_use]
     pub fn summary(&self, ResolvedConfig { datapath_config, endpoint_set, .. }: &ResolvedConfig) -> String {
         let [pods, nodes] = self.count_interfaces();
+        let pins = self.datapath.pins().root().display();
+        let pins =
+            if self.pin_failure().is_none() { format!("pins in {pins}") } else { "no pins".to_owned() };
         format!(
-            "mode {}: {} pod and {} node interfaces, attach mode {}, socket hook {}, provider {}, {} endpoint{}, pins in {}",
+            "mode {}: {} pod and {} node interfaces, attach mode {}, socket hook {}, provider {}, {} endpoint{}, {pins}",
             datapath_config.mode.name(),
             pods,
             nodes,
@@ -210,7 +219,6 @@ impl Reconciler {
             endpoint_set.provider(),
             endpoint_set.endpoints().len(),
             if endpoint_set.endpoints().len() == 1 { "" } else { "s" },
-            self.datapath.pins().root().display(),
         )
     }
 
@@ -259,7 +267,14 @@ impl Reconciler {
         let of_hosts = self.no_kubepods.iter().map(|error| ("hostNetwork pods", error.as_str()));
         let of_cgroups = self.datapath.cgroup_failures().map(|error| ("cgroup", error));
         let of_programs = self.datapath.rejections().map(|error| ("node", error));
-        of_programs.chain(of_interfaces).chain(of_cgroups).chain(of_hosts).chain(of_rules)
+        let of_pins = self.pin_failure().map(|error| ("node", error));
+        of_pins
+            .into_iter()
+            .chain(of_programs)
+            .chain(of_interfaces)
+            .chain(of_cgroups)
+            .chain(of_hosts)
+            .chain(of_rules)
     }
 
     /// Handles a netlink event. Exemptions are recomputed by [`Reconciler::flush_pending_sync`] later, but those of deleted

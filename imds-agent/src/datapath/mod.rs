@@ -186,6 +186,12 @@ impl Datapath {
         self.pin_lock.dir()
     }
 
+    /// Returns the reason why nothing is pinned; `None` if a bpffs is mounted.
+    #[must_use]
+    pub fn pin_failure(&self) -> Option<&str> {
+        self.pin_lock.failure()
+    }
+
     /// Returns an error text for each rejected program.
     pub fn rejections(&self) -> impl Iterator<Item = &str> {
         self.programs.rejections()
@@ -322,6 +328,9 @@ impl Datapath {
     /// Restores missing pins. Returns `true` if any was missing.
     pub fn restore_pins(&mut self) -> Result<bool, DatapathError> {
         let mut missing = self.pin_lock.restore()?;
+        if self.pin_failure().is_some() {
+            return Ok(false);
+        }
         let pins = self.pin_lock.dir();
         if self.programs.is_unpinned(pins) {
             self.programs.pin(pins)?;

@@ -81,6 +81,12 @@ impl Programs {
         Ok(self.rejected.len() < before)
     }
 
+    /// Loads a copy of a program, which uses the maps of the original.
+    pub(super) fn load_copy(&self, name: &'static str) -> Result<OwnedFd, ObjectError> {
+        let copy = self.object.load(name).ok_or(ObjectError::Missing(name))?;
+        copy.map_err(|source| ObjectError::Rejected { name, source })
+    }
+
     /// Loads a program, or adopts the one of an earlier agent. Returns the error if the kernel rejects the program.
     fn load_program(
         &mut self,

@@ -47,7 +47,10 @@ use self::{
     totals::Totals,
 };
 use crate::{
-    config::Listen, datapath::pin::dir::PinDir, node::netlink::Netlink, telemetry::agent_stats::AgentStats,
+    config::Listen,
+    datapath::{object, pin::dir::PinDir},
+    node::netlink::Netlink,
+    telemetry::agent_stats::AgentStats,
 };
 
 /// Pause between two reads of events, so that a flood does not wake the thread for each event.
@@ -227,7 +230,8 @@ impl EventReader {
 
     /// Starts collecting events, unless another process does.
     fn open(&mut self) {
-        if self.is_closed || self.collector.is_some() {
+        // Without a bpffs, the agent pins no map.
+        if self.is_closed || self.collector.is_some() || !object::is_loaded(&self.pins) {
             return;
         }
         match self.try_open() {

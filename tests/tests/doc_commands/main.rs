@@ -174,7 +174,6 @@ fn check_data(env: &TestEnv, document: &Document, block: &Block) -> Result<(), S
         (_, _, Some("json")) => {
             serde_json::from_str::<serde_json::Value>(&text).map(drop).map_err(|error| error.to_string())
         }
-        (_, _, Some("mermaid")) if text.starts_with("flowchart ") => Ok(()),
         ("docs/commands.md", section, None) if OUTPUT.contains(&section) => Ok(()),
         ("README.md", "Demo", None) => check_demo(block),
         // The test `maps` looks for these pins.

@@ -54,6 +54,7 @@ pub(crate) const RUNS: &[Run] = &[
     run(State::Enforcing, "tc qdisc show dev VETH", 0, &["qdisc"]),
     run(State::Enforcing, "findmnt /sys/fs/bpf", 0, &["bpf"]),
     run(State::Enforcing, "findmnt -t cgroup2", 0, &["cgroup2"]),
+    run(State::Enforcing, "findmnt -t bpf", 0, &["/sys/fs/bpf"]),
     run(State::Enforcing, "mount -t bpf bpf /sys/fs/bpf", 0, &[]),
     run(State::Enforcing, "mount -t cgroup2", 0, &["cgroup2"]),
     run(State::Enforcing, "stat -f DIR", 0, &["bpf"]),

@@ -3,7 +3,7 @@
 
 mod list_changes;
 mod listed_processes;
-mod verify_and_pasta;
+mod verify_and_rootless;
 
 use std::{
     io,

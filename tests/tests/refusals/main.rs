@@ -1,5 +1,6 @@
 //! Failures: the agent reports an unmet requirement in one line that names the subject, and leaves nothing behind.
 
+mod bpffs;
 mod descriptors;
 
 use std::{
@@ -11,7 +12,7 @@ use std::{
 
 use aya::util::KernelVersion;
 use imds_tests::{
-    AgentCommand, METADATA, PodLink, Status, TestEnv, hook,
+    AgentCommand, METADATA, PodLink, TestEnv, hook,
     kubelet::{Driver, Kubelet, new_uid},
     output,
     probe::{SHORT, http_get},
@@ -157,62 +158,6 @@ fn locked_memory_limit_on_old_kernel() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         start.env.assert_blocked(&start.pod);
     }
-}
-
-#[test]
-fn pin_directory_outside_bpffs() {
-    let start = FailedStart::new();
-    let path = start.env.scratch_dir().join("pins");
-    let agent = start.agent().pin_dir(&path);
-    start.assert(&agent.output(), 1, &[path.to_str().unwrap(), "bpffs"]);
-    assert!(!path.exists());
-}
-
-/// Runs the agent in a mount namespace in which /sys/fs/bpf is not a bpffs, as on a bare machine.
-fn run_without_bpffs(env: &TestEnv, capabilities: &str) -> Output {
-    let bounding = format!("--bounding-set={capabilities}");
-    let script = format!("umount -l /sys/fs/bpf && exec setpriv {bounding} --inh-caps=-all \"$@\"");
-    output(wrapped(env, &["unshare", "--mount", "sh", "-c", &script, "sh"], &env.agent().args(&["--once"])))
-}
-
-#[test]
-fn missing_bpffs_is_mounted() {
-    let FailedStart { env, pod: _pod } = FailedStart::new();
-    let result = run_without_bpffs(&env, "+all");
-    let stderr = String::from_utf8_lossy(&result.stderr);
-    assert!(result.status.success() && stderr.contains("mounted a bpffs at /sys/fs/bpf"), "{stderr}");
-    let warning = "run `mount -t bpf bpf /sys/fs/bpf` on the node, not in the container";
-    assert!(stderr.contains(warning), "{stderr}");
-    // The bpffs and its pins are removed together with the mount namespace.
-}
-
-/// A container without the node's bpffs mounts one of its own.
-#[test]
-fn a_bpffs_of_a_container_is_a_problem() {
-    let FailedStart { env, pod } = FailedStart::new();
-    let run = env.agent().args(&["--once"]).command();
-    let status = env.imds_agent(&["status", "-o", "json"]).command();
-    let words = |command: &Command| {
-        let words = std::iter::once(command.get_program()).chain(command.get_args());
-        words.map(|word| word.to_str().unwrap().to_owned()).collect::<Vec<_>>().join(" ")
-    };
-    let script = format!("umount -l /sys/fs/bpf && {} && {}", words(&run), words(&status));
-    let mut command = env.node.command("unshare");
-    command.args(["--mount", "sh", "-c", &script]);
-    let result = output(command);
-    assert_eq!(result.status.code(), Some(3), "{result:?}");
-    let status: Status = serde_json::from_slice(&result.stdout).unwrap();
-    let problem = "the bpffs is mounted only in the mount namespace of the agent: enforcement ends with";
-    assert!(status.problems.iter().any(|found| found.problem.starts_with(problem)), "{:?}", status.problems);
-    assert_eq!(status.state, "degraded");
-    drop(pod);
-}
-
-#[test]
-fn missing_bpffs_without_mount_right() {
-    let start = FailedStart::new();
-    let result = run_without_bpffs(&start.env, "-sys_admin");
-    start.assert(&result, 1, &["`mount -t bpf bpf /sys/fs/bpf` on the node", "CAP_SYS_ADMIN"]);
 }
 
 /// Makes bpf(2) fail with `errno` in a process before its exec.

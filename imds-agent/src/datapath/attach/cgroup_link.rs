@@ -147,7 +147,7 @@ impl CgroupLink {
             let text = format!("replaced {name} of an earlier agent on cgroup {at}");
             changes.push(CgroupChange::new(CgroupChangeKind::Replaced, text));
         }
-        if !mprog::is_pinned(link.id, &self.pin) {
+        if !mprog::is_pinned(link.id, &self.pin) && !dir::lacks_bpffs(&self.pin) {
             dir::replace_pin(link_fd, &self.pin)?;
             let text = format!("pinned the link of {name} on cgroup {at} again");
             changes.push(CgroupChange::new(CgroupChangeKind::Pinned, text));

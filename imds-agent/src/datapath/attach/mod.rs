@@ -14,20 +14,19 @@ pub mod obstacle;
 pub mod qdisc;
 pub mod sendmsg;
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
 
 use imds_ebpf_common::{AttachMode, TcHook, names::tc_program};
 
 use super::{
     Datapath, DatapathError,
     attach::obstacle::{Obstacle, ObstacleError},
-    maps::{counters, endpoint_maps, interface_records},
-    object::{self, Maps, Programs},
+    maps::{counters, interface_records},
+    object::Maps,
     pin::dir::AttachPoint,
     sys::bpf::{self, MprogHook},
 };
 use crate::{
-    config::Hooks,
     datapath::attach::attachment::{Action, Attachment, Order},
     node::{
         link::{Link, LinkKind},
@@ -105,12 +104,9 @@ impl Datapath {
             Action::Reorder(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 // The kernel rejects a second link with the same program at one hook. This attaches a copy of the program
                 // at the head of the hook, then updates the link to the original.
-                let hooks = Hooks::from_bits(hook.hook().bit());
-                let pins = self.pin_lock.dir();
-                let object = object::load_maps(Some(pins), &endpoint_maps::filter(&self.maps)?)?;
-                let copy = Programs::load(object, pins, hooks)?;
+                let copy = self.programs.load_copy(name)?;
                 self.links
-                    .reorder(self.pin_lock.dir(), point, mode, copy.fd(name)?)
+                    .reorder(self.pin_lock.dir(), point, mode, copy.as_fd())
                     .map_err(|error| with_obstacle(error, link, hook))?;
                 self.links.replace(point, mode, self.programs.fd(name)?)
             }

@@ -105,10 +105,11 @@ impl Links {
                 self.remove_mode(pins, point, mode)?;
                 continue;
             };
+            let pin = pins.link(point);
             attachments.push(Attachment {
                 backend: mode,
                 current: entry.program == program,
-                pinned: link.is_pinned(&pins.link(point)),
+                pinned: link.is_pinned(&pin) || dir::lacks_bpffs(&pin),
                 order: order(&entries, position),
             });
         }

@@ -30,6 +30,8 @@ pub(crate) const BPFFS_MAGIC: FsType = FsType(libc::BPF_FS_MAGIC);
 pub(crate) const REPLACEMENT_SUFFIX: &str = "_new";
 /// Mode of the directories: owner only, because a process that can open a pin can detach a link or write a map.
 const MODE: u32 = 0o700;
+/// Options of a bpffs that the agent mounts: the mode of its root, as systemd sets it.
+const MOUNT_OPTIONS: &str = "mode=0700";
 
 /// Error of a pin directory.
 #[derive(Debug, Error)]
@@ -83,6 +85,13 @@ pub enum PinError {
         /// Error of the system.
         source: io::Error,
     },
+}
+
+impl PinError {
+    /// Reports whether no bpffs is mounted, so that nothing can be pinned.
+    pub(super) fn is_missing_bpffs(&self) -> bool {
+        matches!(self, Self::NotBpffs { .. } | Self::Mount(_))
+    }
 }
 
 fn pid_phrase(pid: Option<i32>) -> String {
@@ -213,7 +222,7 @@ impl PinDir {
             BPFFS,
             Some("bpf"),
             MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
-            None::<&str>,
+            Some(MOUNT_OPTIONS),
         )
         .map_err(|errno| PinError::Mount(errno.into()))?;
         log::info!("mounted a bpffs at {BPFFS}");
@@ -230,19 +239,32 @@ impl PinDir {
 
     /// Reports whether the directory is on a bpffs. If it does not exist, checks its nearest existing ancestor.
     pub fn is_on_bpffs(&self) -> Result<bool, PinError> {
-        let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-        let stat = statfs(existing).map_err(|errno| io_error("inspect", existing)(errno.into()))?;
-        Ok(stat.filesystem_type() == BPFFS_MAGIC)
+        is_on_bpffs(&self.root)
     }
 }
 
-/// Pins an object at `path`. Replaces an existing pin atomically.
+fn is_on_bpffs(path: &Path) -> Result<bool, PinError> {
+    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let stat = statfs(existing).map_err(|errno| io_error("inspect", existing)(errno.into()))?;
+    Ok(stat.filesystem_type() == BPFFS_MAGIC)
+}
+
+/// Reports whether no object can be pinned at `path`, because no bpffs is mounted there.
+pub(crate) fn lacks_bpffs(path: &Path) -> bool {
+    is_on_bpffs(path).is_ok_and(|is_on_bpffs| !is_on_bpffs)
+}
+
+/// Pins an object at `path`. Replaces an existing pin atomically. Does nothing while no bpffs is mounted, which
+/// [`PinLock::failure`](super::lock::PinLock::failure) reports.
 pub fn replace_pin(object: impl AsFd, path: &Path) -> Result<(), PinError> {
     let mut new = path.as_os_str().to_owned();
     new.push(REPLACEMENT_SUFFIX);
     let new = PathBuf::from(new);
     unpin(&new)?;
-    bpf::pin(object, &new).map_err(io_error("pin", &new))?;
+    match bpf::pin(object, &new) {
+        Err(_) if lacks_bpffs(&new) => return Ok(()),
+        pinned => pinned.map_err(io_error("pin", &new))?,
+    }
     if path.is_dir() {
         // rename(2) cannot replace a directory by a pin.
         unpin(path)?;

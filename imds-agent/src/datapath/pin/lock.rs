@@ -1,4 +1,5 @@
-//! Lock of a pin directory: flock(2) on the directory, held by the agent that uses it.
+//! Lock of a pin directory: flock(2) on the directory, held by the agent that uses it. An agent without a bpffs locks its
+//! network namespace instead.
 
 use std::{
     fs::{self, File},
@@ -17,6 +18,14 @@ use crate::datapath::sys::rcu;
 /// Time limit for taking the lock. `status` holds it for a moment to check whether another process does.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
+/// File that an agent locks if no bpffs is mounted.
+const NETNS: &str = "/proc/thread-self/ns/net";
+
+/// Problem of an agent that runs on a node without a bpffs.
+pub const UNPINNED: &str = "the agent runs without a bpffs: enforcement ends with the agent, and its maps can't be read from outside";
+/// Remedy for [`UNPINNED`].
+pub const UNPINNED_REMEDY: &str = "run `mount -t bpf bpf /sys/fs/bpf` on the node; the agent pins everything at its next resync, in a \
+                                   container after a restart";
 
 impl PinDir {
     /// Creates the directory and its subdirectories if missing, and locks it for this process. Fails if it is not on a bpffs.
@@ -25,11 +34,26 @@ impl PinDir {
         self.ensure_usable()?;
         let is_new = !self.exists();
         self.make_directories()?;
-        let lock = PinLock { dir: self.clone(), lock: self.lock_path(self.root())?, ready: None, is_new };
+        let lock = self.lock_path(self.root())?;
+        let lock = PinLock { dir: self.clone(), lock, ready: None, is_new, failure: None };
         // A killed `unload` may have left the setting changed, and its request in place.
         rcu::restore_if_recorded(self);
         self.withdraw_unload_request()?;
         Ok(lock)
+    }
+
+    /// Locks the directory like [`Self::lock`], or the network namespace if no bpffs is mounted at the conventional mount
+    /// point and mounting one failed. [`PinLock::restore`] creates the directory once a bpffs is mounted.
+    pub fn lock_or_run_unpinned(&self) -> Result<PinLock, PinError> {
+        match self.lock() {
+            Err(error @ PinError::Mount(_)) => {
+                let lock = self.lock_path(NETNS.as_ref())?;
+                let mut lock = PinLock { dir: self.clone(), lock, ready: None, is_new: false, failure: None };
+                lock.record_failure(error);
+                Ok(lock)
+            }
+            locked => locked,
+        }
     }
 
     /// Locks the directory for this process, if it exists and no other process holds the lock.
@@ -42,7 +66,8 @@ impl PinDir {
         let inode = directory.metadata().map_err(io_error("inspect", self.root()))?.ino();
         let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok();
         let lock = lock.filter(|_| has_inode(self.root(), inode));
-        Ok(lock.map(|lock| PinLock { dir: self.clone(), lock, ready: None, is_new: false }))
+        let (ready, is_new, failure) = (None, false, None);
+        Ok(lock.map(|lock| PinLock { dir: self.clone(), lock, ready, is_new, failure }))
     }
 
     /// Locks the event ring buffer for this process until the result is dropped. Returns `None` if another process holds the
@@ -55,11 +80,8 @@ impl PinDir {
 
     /// Returns the process that holds the lock of the directory, or `None` if no process does.
     pub fn lock_owner(&self) -> Result<Option<LockOwner>, PinError> {
-        if !is_locked(self.root())? {
-            return Ok(None);
-        }
-        let inode = fs::metadata(self.root()).map_err(io_error("inspect", self.root()))?.ino();
-        Ok(Some(LockOwner { pid: find_lock_owner(inode), is_ready: is_locked(&self.maps())? }))
+        let Some(owner) = lock_owner(self.root())? else { return Ok(None) };
+        Ok(Some(LockOwner { is_ready: is_locked(&self.maps())?, ..owner }))
     }
 
     /// Locks the directory at `path`. If the directory was removed in the meantime, creates it and locks the new one.
@@ -80,6 +102,20 @@ impl PinDir {
     }
 }
 
+/// Returns the agent that runs without a bpffs in this network namespace. Such an agent never is ready.
+pub fn unpinned_agent() -> Result<Option<LockOwner>, PinError> {
+    lock_owner(NETNS.as_ref())
+}
+
+/// Returns the process that holds the lock of the file at `path`, if any does.
+fn lock_owner(path: &Path) -> Result<Option<LockOwner>, PinError> {
+    if !is_locked(path)? {
+        return Ok(None);
+    }
+    let inode = fs::metadata(path).map_err(io_error("inspect", path))?.ino();
+    Ok(Some(LockOwner { pid: find_lock_owner(inode), is_ready: false }))
+}
+
 /// Another process that holds the lock of a pin directory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct LockOwner {
@@ -97,6 +133,8 @@ pub struct PinLock {
     /// Lock of the directory of maps, which marks the agent as ready. The kernel releases it when the process ends.
     ready: Option<Flock<File>>,
     is_new: bool,
+    /// Reason why nothing is pinned: no bpffs is mounted.
+    failure: Option<String>,
 }
 
 impl PinLock {
@@ -112,15 +150,32 @@ impl PinLock {
         self.is_new
     }
 
-    /// Marks the agent as ready: `status` then reports that every interface was reconciled.
+    /// Returns the reason why nothing is pinned; `None` if a bpffs is mounted.
+    #[must_use]
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
+    /// Records that no bpffs is mounted. Logs each failure once.
+    fn record_failure(&mut self, error: PinError) {
+        let failure = Some(format!("{:#}", anyhow::Error::from(error)));
+        if self.failure != failure {
+            self.failure = failure;
+            let failure = self.failure().unwrap_or_default();
+            log::error!("{failure}; enforcing without pins: enforcement ends with the agent");
+        }
+    }
+
+    /// Marks the agent as ready: `status` then reports that every interface was reconciled. Does nothing without a bpffs.
     pub fn set_ready(&mut self) -> Result<(), PinError> {
-        if self.ready.is_none() {
+        if self.ready.is_none() && self.failure.is_none() {
             self.ready = Some(self.dir.lock_path(&self.dir.maps())?);
         }
         Ok(())
     }
 
-    /// Creates removed directories again, and locks them. Returns `true` if any was missing.
+    /// Creates removed directories again, and locks them. Returns `true` if any was missing. Without a bpffs, records that as
+    /// [`Self::failure`].
     pub fn restore(&mut self) -> Result<bool, PinError> {
         let is_complete = is_lock_of(&self.lock, self.dir.root())
             && self.ready.as_ref().is_none_or(|ready| is_lock_of(ready, &self.dir.maps()))
@@ -128,7 +183,14 @@ impl PinLock {
         if is_complete {
             return Ok(false);
         }
-        self.dir.ensure_bpffs()?;
+        match self.dir.ensure_bpffs() {
+            Err(error) if error.is_missing_bpffs() => {
+                self.record_failure(error);
+                return Ok(false);
+            }
+            ensured => ensured?,
+        }
+        self.failure = None;
         self.dir.make_directories()?;
         if !is_lock_of(&self.lock, self.dir.root()) {
             self.lock = self.dir.lock_path(self.dir.root())?;

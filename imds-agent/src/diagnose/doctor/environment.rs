@@ -9,6 +9,7 @@ use crate::{
         object::{self, Maps},
         pin::{
             dir::{BPFFS, PinDir},
+            lock::{self, UNPINNED, UNPINNED_REMEDY},
             mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
             netns_owner,
         },
@@ -143,6 +144,9 @@ pub(crate) fn agent(pins: &PinDir) -> DoctorCheck {
             let remedy =
                 "attached programs stay enforced, but none is attached to new pods: start `imds-agent run`";
             DoctorCheck::degraded(NAME, format!("not running; programs are loaded at {root}"), remedy)
+        }
+        Ok(None) if let Ok(Some(agent)) = lock::unpinned_agent() => {
+            DoctorCheck::missing(NAME, format!("{UNPINNED}{}", pid(agent.pid)), UNPINNED_REMEDY)
         }
         Ok(None) => {
             let remedy = "no pod is denied: start `imds-agent run`";

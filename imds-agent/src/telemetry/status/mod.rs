@@ -28,7 +28,7 @@ use crate::{
         pin::{
             agents,
             dir::PinDir,
-            lock::LockOwner,
+            lock::{self, LockOwner, UNPINNED, UNPINNED_REMEDY},
             mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
             netns_owner,
         },
@@ -65,6 +65,11 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     let holder = pins.lock_owner()?;
     let mut report = StatusReport::unloaded(pins, holder.as_ref());
     if !object::is_loaded(pins) {
+        if let Some(LockOwner { pid, .. }) = lock::unpinned_agent()? {
+            report.state = State::Degraded;
+            report.agent = Agent { running: true, ready: false, pid };
+            report.problem(None, UNPINNED, UNPINNED_REMEDY);
+        }
         return Ok(report);
     }
     netns_owner::ensure_own_netns(pins)?;

@@ -71,6 +71,9 @@ impl StatusReport {
         if self.state == State::Unloaded {
             return vec!["nothing is loaded".to_owned()];
         }
+        if self.mode.is_none() {
+            return self.problems.iter().map(|problem| problem.problem.clone()).collect();
+        }
         let mut not_enforced = Vec::new();
         if !self.agent.ready {
             not_enforced.push("the agent has not reconciled all interfaces yet".to_owned());

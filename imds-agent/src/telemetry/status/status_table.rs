@@ -29,7 +29,7 @@ impl StatusReport {
             let (state, pins) = (self.state.name(), self.pin_dir.display());
             return writeln!(text, "state      {state}\npins       nothing is loaded at {pins}");
         }
-        let word = if self.agent.ready { "running" } else { "starting" };
+        let word = if self.agent.ready { "running" } else { "not ready" };
         let agent = match (self.agent.running, self.agent.pid) {
             (true, Some(pid)) => format!("{word}, pid {pid}"),
             (true, None) => word.to_owned(),
