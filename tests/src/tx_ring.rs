@@ -4,7 +4,7 @@ use std::{io, os::fd::AsRawFd as _, ptr::NonNull};
 
 use crate::{Netns, PacketSocket};
 
-/// Offset of the frame in its slot: the aligned length of struct tpacket2_hdr.
+/// Offset of the frame in its slot: the aligned length of `struct tpacket2_hdr`.
 const FRAME_OFFSET: usize = 32;
 const SLOT_LEN: usize = 2048;
 const SLOTS: usize = 32;
@@ -48,11 +48,12 @@ impl TxRing {
         // Status and length are the first fields of struct tpacket2_hdr.
         let length = u32::try_from(frame.len()).expect("a frame of a slot");
         let header = self.slot(slot).cast::<u32>();
-        // SAFETY: the header of the slot is within the mapped ring and aligned.
-        unsafe {
-            header.add(1).write_volatile(length);
-            header.write_volatile(TP_STATUS_SEND_REQUEST);
-        }
+        // SAFETY: the second word of the slot is within the mapped ring.
+        let length_field = unsafe { header.add(1) };
+        // SAFETY: the field is within the mapped ring and aligned.
+        unsafe { length_field.write_volatile(length) };
+        // SAFETY: the header is within the mapped ring and aligned.
+        unsafe { header.write_volatile(TP_STATUS_SEND_REQUEST) };
         // A full queue of the interface drops the frame.
         let _dropped = self.socket.send(&[]);
         slot
@@ -61,8 +62,10 @@ impl TxRing {
     /// Overwrites the frame in a slot, also one that waits in the queue of the interface.
     pub fn write(&self, slot: usize, frame: &[u8]) {
         assert!(slot < SLOTS && frame.len() <= SLOT_LEN - FRAME_OFFSET);
-        // SAFETY: the slot is within the mapped ring, and the frame fits in it.
-        unsafe { self.slot(slot).add(FRAME_OFFSET).copy_from(NonNull::from(frame).cast(), frame.len()) };
+        // SAFETY: the slot is within the mapped ring, and longer than the offset.
+        let start = unsafe { self.slot(slot).add(FRAME_OFFSET) };
+        // SAFETY: the frame fits in the slot, and no reference to the ring exists.
+        unsafe { start.copy_from(NonNull::from(frame).cast(), frame.len()) };
     }
 
     fn slot(&self, slot: usize) -> NonNull<u8> {

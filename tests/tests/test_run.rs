@@ -323,12 +323,7 @@ fn node_egress_by_interface_and_mark() {
             return;
         }
     }
-    let source =
-        etherparse::SlicedPacket::from_ethernet(&udp(IMDS_IPV4)).ok().and_then(|packet| match packet.net {
-            Some(etherparse::NetSlice::Ipv4(ip)) => Some(ip.header().source()),
-            _ => None,
-        });
-    let address = Address::from_ipv4(source.expect("an IPv4 packet"));
+    let address = Address::from_ipv4(POD);
     let add_source = |object: &mut Object, ifindex| {
         let subject = Subject::new(SubjectKind::Interface, ifindex);
         object.insert(MAP_EXEMPT_SOURCES, ExemptionKey { address, subject }, 1_u32);

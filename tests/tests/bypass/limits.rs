@@ -6,8 +6,8 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, METADATA, Netns, PacketSocket, Pod, PodLink, SERVICE, Services, TestEnv, WHOLE_TEST,
-    lacks_program, output, packets,
+    Agent, METADATA, PacketSocket, Pod, PodLink, SERVICE, Services, TestEnv, WHOLE_TEST, lacks_program,
+    output, packets,
     poll::try_poll,
     probe::{LONG, SHORT, http_get, reachable},
     skip, skip_without_netns_cookie,
@@ -290,59 +290,6 @@ fn reflected_requests_return_no_response() {
         drop(agent);
         env.unload();
     }
-}
-
-/// `from_pod` sees the address of the Service, so that `node_egress` compares the source with the pod's addresses.
-#[test]
-fn routed_exempt_pod_behind_a_service() {
-    if lacks_program(WHOLE_TEST, &["nft"]) {
-        return;
-    }
-    let env = TestEnv::new();
-    let [exempt, other] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
-    redirect(&env.node, CLUSTER_IP, METADATA);
-    let gets = |pod: &Pod| http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer();
-    assert!(gets(&exempt) && gets(&other));
-    let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", exempt.host_ifname);
-    let agent = env.agent().hooks(&["from_pod", "node_egress"]).config(&rule).spawn_ready();
-    assert!(gets(&exempt) && !gets(&other));
-    drop(agent);
-    env.unload();
-    assert!(gets(&other));
-}
-
-/// The exempt pod forwards requests of another network namespace, in which `from_pod` sees the address of a Service.
-#[test]
-fn exempt_pod_forwards_to_a_service() {
-    if lacks_program(WHOLE_TEST, &["nft"]) {
-        return;
-    }
-    let env = TestEnv::new();
-    let exempt = env.add_pod(PodLink::Routed);
-    let behind = Netns::new("behind");
-    exempt.netns.sysctl("ipv4/ip_forward", "1");
-    exempt.netns.ip(&format!(
-        "link add inner0 type veth peer name eth0 netns {}
-         addr add 10.99.0.1/24 dev inner0
-         link set inner0 up",
-        behind.name()
-    ));
-    behind.ip("addr add 10.99.0.2/24 dev eth0
-         link set eth0 up
-         route add default via 10.99.0.1");
-    env.node.ip(&format!("route add 10.99.0.0/24 via {} dev {} onlink", exempt.address, exempt.host_ifname));
-    env.fabric.ip(&format!("route add 10.99.0.0/24 via {}", env.node_address()));
-    redirect(&env.node, CLUSTER_IP, METADATA);
-    let gets = |netns: &Netns, address| http_get(netns, address, SHORT).is_answer();
-    assert!(gets(&behind, CLUSTER_IP));
-    let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", exempt.host_ifname);
-    let agent = env.agent().hooks(&TC_HOOKS).config(&rule).spawn_ready();
-    // A direct request of the exempt pod, after which its packets need no other check for some seconds.
-    assert!(gets(&exempt.netns, METADATA));
-    assert!(!gets(&behind, CLUSTER_IP) && !gets(&behind, METADATA));
-    drop(agent);
-    env.unload();
-    assert!(gets(&behind, CLUSTER_IP));
 }
 
 // Rules of the node that write the mark bit of packets from the bridge of an exempt pod.
