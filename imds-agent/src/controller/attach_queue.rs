@@ -88,13 +88,13 @@ impl AttachQueue {
         }
     }
 
-    /// Returns the interfaces with an attachment whose `not_before` is in the future.
-    pub(super) fn delayed(&self) -> impl Iterator<Item = u32> {
+    /// Returns the interfaces with an attachment whose `not_before` is in the future, and the time that it has waited.
+    pub(super) fn delayed(&self) -> impl Iterator<Item = (u32, Duration)> {
         let now = Instant::now();
         self.waiting
             .iter()
             .filter(move |(_, waiting)| waiting.not_before > now)
-            .map(|(point, _)| point.ifindex)
+            .map(move |(point, waiting)| (point.ifindex, now - waiting.since))
     }
 
     /// Reports whether this attachment is queued.
@@ -204,7 +204,8 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(5);
         queue.push(point(7, TcHook::FromPod), later);
         assert_eq!(queue.next().unwrap().1, later);
-        assert_eq!(queue.delayed().collect::<Vec<_>>(), [7]);
+        tokio::time::advance(PAUSE).await;
+        assert_eq!(queue.delayed().collect::<Vec<_>>(), [(7, PAUSE)]);
         queue.release(|ifindex| ifindex == 7);
         assert!(queue.next().unwrap().1 <= Instant::now());
         queue.remove_link(7);
