@@ -33,7 +33,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_enum, default_value_t = TcBackend::Auto)]
     tc_backend: TcBackend,
     /// clsact mode: maximum delay in seconds before the agent creates the qdisc of a new pod's interface. The delay leaves
-    /// the qdisc to the CNI plugins, and ends early once a process runs in the pod
+    /// the qdisc to the CNI plugins, and ends early once the first process starts in the pod
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=600))]
     clsact_delay: u64,
     /// Interval in seconds of the full resync, which repairs changes that the kernel does not report

@@ -6,7 +6,10 @@
 //! the link waits for its turn, with pauses for other users of the lock. The hooks `socket` and `node_egress` (on the
 //! uplinks) deny the pod's packets until then. They are called node-wide hooks below.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
 use imds_ebpf_common::TcHook;
 use tokio::time::Instant;
@@ -15,13 +18,18 @@ use crate::datapath::pin::dir::AttachPoint;
 
 /// Time without link events after which the queue is drained without pauses.
 const QUIET_INTERVAL: Duration = Duration::from_millis(250);
-/// Queue length from which on the longer pause applies: pods are created faster than links can be attached without delaying CNI
-/// plugins.
-const BURST: usize = 3;
-/// Pause after an attachment outside of a burst. Pods that are created more than 55 ms apart (pause and attachment) are
+/// Number of pods in the queue that are a backlog.
+const BACKLOG: usize = 3;
+/// Pause after an attachment without a backlog. Pods that are created more than 55 ms apart (pause and attachment) are
 /// attached without a delay.
 const PAUSE: Duration = Duration::from_millis(40);
-/// Pause between two attachments in a burst.
+/// Shorter pause with a backlog: slow attachments on a busy node must not let the queue grow without bound.
+const BACKLOG_PAUSE: Duration = Duration::from_millis(10);
+/// New pods within [`BURST_INTERVAL`] that are a burst. The kubelet creates about 10 pods per second.
+const BURST: usize = 16;
+/// Interval in which the pods of a burst are created.
+const BURST_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause with a backlog in a burst: pods are created faster than links can be attached without delaying CNI plugins.
 const BURST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest time that an attachment of low priority waits for a quiet period.
 const MAX_DELAY: Duration = Duration::from_secs(10);
@@ -30,6 +38,8 @@ const MAX_DELAY: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct AttachQueue {
     waiting: BTreeMap<AttachPoint, Waiting>,
+    /// Times at which the last [`BURST`] attachments of `from_pod` were queued, the last one first.
+    arrivals: VecDeque<Instant>,
     last_link_event: Instant,
     next_turn: Instant,
 }
@@ -46,7 +56,7 @@ impl AttachQueue {
     /// Returns a queue without attachments.
     pub(super) fn new() -> Self {
         let now = Instant::now();
-        Self { waiting: BTreeMap::new(), last_link_event: now, next_turn: now }
+        Self { waiting: BTreeMap::new(), arrivals: VecDeque::new(), last_link_event: now, next_turn: now }
     }
 
     /// Adds an attachment. One that is queued already keeps its times, unless it was optional.
@@ -61,11 +71,12 @@ impl AttachQueue {
     }
 
     fn insert(&mut self, point: AttachPoint, not_before: Instant, is_optional: bool) {
-        let waiting = self.waiting.entry(point).or_insert_with(|| Waiting {
-            since: Instant::now(),
-            not_before,
-            is_optional,
-        });
+        let now = Instant::now();
+        if point.hook == TcHook::FromPod && !self.contains(point) {
+            self.arrivals.truncate(BURST - 1);
+            self.arrivals.push_front(now);
+        }
+        let waiting = self.waiting.entry(point).or_insert(Waiting { since: now, not_before, is_optional });
         if waiting.is_optional != is_optional {
             (waiting.not_before, waiting.is_optional) = (not_before, is_optional);
         }
@@ -88,23 +99,18 @@ impl AttachQueue {
         }
     }
 
-    /// Returns the interfaces with an attachment whose `not_before` is in the future.
-    pub(super) fn delayed(&self) -> impl Iterator<Item = u32> {
+    /// Returns the interfaces with an attachment whose `not_before` is in the future, and the time that it has waited.
+    pub(super) fn delayed(&self) -> impl Iterator<Item = (u32, Duration)> {
         let now = Instant::now();
         self.waiting
             .iter()
             .filter(move |(_, waiting)| waiting.not_before > now)
-            .map(|(point, _)| point.ifindex)
+            .map(move |(point, waiting)| (point.ifindex, now - waiting.since))
     }
 
     /// Reports whether this attachment is queued.
     pub(super) fn contains(&self, point: AttachPoint) -> bool {
         self.waiting.contains_key(&point)
-    }
-
-    /// Returns the queued attachments of `from_pod`.
-    fn pods(&self) -> impl Iterator<Item = AttachPoint> {
-        self.waiting.keys().copied().filter(|point| point.hook == TcHook::FromPod)
     }
 
     /// Returns the queued attachments that are part of the initial sync: all but the optional ones.
@@ -122,8 +128,18 @@ impl AttachQueue {
 
     /// Records that an attachment was made.
     pub(super) fn on_attached(&mut self) {
-        let retry_delay = if self.pods().count() < BURST { PAUSE } else { BURST_PAUSE };
-        self.next_turn = Instant::now() + retry_delay;
+        let now = Instant::now();
+        let is_burst = self.arrivals.get(BURST - 1).is_some_and(|&first| now - first < BURST_INTERVAL);
+        let is_pod = |(point, waiting): &(&AttachPoint, &Waiting)| {
+            point.hook == TcHook::FromPod && waiting.not_before <= now
+        };
+        let has_backlog = self.waiting.iter().filter(is_pod).count() >= BACKLOG;
+        self.next_turn = now
+            + match (has_backlog, is_burst) {
+                (false, _) => PAUSE,
+                (true, false) => BACKLOG_PAUSE,
+                (true, true) => BURST_PAUSE,
+            };
     }
 
     /// Returns the next attachment and its time. `from_pod` comes first: on an interface that has it, `node_egress` matters
@@ -172,7 +188,7 @@ mod tests {
         queue.remove(point(7, TcHook::FromPod));
         queue.on_attached();
         assert_eq!(queue.next(), Some((point(8, TcHook::FromPod), Instant::now() + PAUSE)));
-        for index in 9..12 {
+        for index in 9..8 + 16 {
             queue.push(point(index, TcHook::FromPod), Instant::now());
         }
         queue.on_link_event();
@@ -182,6 +198,44 @@ mod tests {
         queue.on_attached();
         let (_, due) = queue.next().unwrap();
         assert!(due <= Instant::now());
+    }
+
+    /// Creates 200 pods at this interval, and attaches to each within `duration`. Returns the longest wait, and the number of
+    /// attachments during that time.
+    async fn longest_wait(interval: Duration, duration: Duration) -> (Duration, usize) {
+        let (mut queue, start) = (AttachQueue::new(), Instant::now());
+        let (mut longest, mut count) = (Duration::ZERO, 0);
+        for index in 0..200 {
+            let created = start + interval * index;
+            while let Some((next, due)) = queue.next().filter(|&(_, due)| due.max(Instant::now()) < created) {
+                tokio::time::advance(due - Instant::now()).await;
+                queue.remove(next);
+                tokio::time::advance(duration).await;
+                queue.on_attached();
+                longest = longest.max(Instant::now() - (start + interval * next.ifindex));
+                count += 1;
+            }
+            tokio::time::advance(created - Instant::now()).await;
+            queue.on_link_event();
+            queue.push(point(index, TcHook::FromPod), Instant::now());
+        }
+        (longest, count)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_attachments_leave_no_backlog() {
+        for milliseconds in [15, 60, 85] {
+            let (wait, _) =
+                longest_wait(Duration::from_millis(100), Duration::from_millis(milliseconds)).await;
+            assert!(wait < Duration::from_secs(1), "{wait:?} with {milliseconds} ms");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn long_bursts_leave_the_lock_to_plugins() {
+        let (_, count) = longest_wait(Duration::from_millis(20), Duration::from_millis(15)).await;
+        // 4 seconds.
+        assert!(count < 35, "{count}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -204,7 +258,8 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(5);
         queue.push(point(7, TcHook::FromPod), later);
         assert_eq!(queue.next().unwrap().1, later);
-        assert_eq!(queue.delayed().collect::<Vec<_>>(), [7]);
+        tokio::time::advance(PAUSE).await;
+        assert_eq!(queue.delayed().collect::<Vec<_>>(), [(7, PAUSE)]);
         queue.release(|ifindex| ifindex == 7);
         assert!(queue.next().unwrap().1 <= Instant::now());
         queue.remove_link(7);

@@ -1,6 +1,9 @@
 //! Turns of the attachments in the queue.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use imds_ebpf_common::{AttachMode, TcHook};
 use tokio::time::{Instant, sleep_until};
@@ -121,20 +124,28 @@ impl Reconciler {
         self.progress.is_ready
     }
 
-    /// Releases attachments that wait for a CNI plugin once a process runs in the pod's network namespace: the
-    /// container runtime starts the first process after all plugins have finished.
+    /// Releases attachments that wait for a CNI plugin once the plugins have finished. Most container runtimes start the
+    /// first process of a pod after them. A process that is older than the link shows that the runtime does not
+    /// (cri-dockerd): such a link waits for the whole delay if another hook denies the pod's packets.
     pub(super) async fn release_started_pods(&mut self) {
-        let delayed: BTreeSet<u32> = self.attaching.queue.delayed().collect();
+        let netns = |ifindex| self.node.links.get(&ifindex).and_then(|link| link.peer_netns);
+        let delayed = self.attaching.queue.delayed();
+        let delayed: BTreeMap<u32, (i32, Duration)> =
+            delayed.filter_map(|(ifindex, waited)| Some((ifindex, (netns(ifindex)?, waited)))).collect();
         if delayed.is_empty() {
             return;
         }
-        let ids = self.exemptions.resolver.inhabited(&self.netlink).await;
-        let links = &self.node.links;
-        let is_started = |ifindex: u32| {
-            let id = links.get(&ifindex).and_then(|link| link.peer_netns);
-            id.is_some_and(|id| ids.contains(&id))
-        };
-        self.attaching.queue.release(is_started);
+        let namespaces = delayed.values().map(|&(id, _)| id).collect();
+        let ages = self.exemptions.resolver.container_ages(&self.netlink, &namespaces).await;
+        // The plugins of links that exist at the start have probably finished.
+        let initial: BTreeSet<u32> = self.attaching.initial.iter().map(|point| point.ifindex).collect();
+        let is_denied = self.datapath.has_node_wide_hook();
+        self.attaching.queue.release(|ifindex| {
+            delayed.get(&ifindex).is_some_and(|(id, waited)| {
+                let may_wait = is_denied && !initial.contains(&ifindex);
+                ages.get(id).is_some_and(|age| age < waited || !may_wait)
+            })
+        });
     }
 
     /// Reports whether attachments wait for a CNI plugin.

@@ -5,15 +5,19 @@ use std::{
     io::{self, Read as _},
     os::fd::OwnedFd,
     path::Path,
+    time::Duration,
 };
 
 use nix::{
     fcntl::{OFlag, open, openat},
     sys::stat::Mode,
+    time::{ClockId, clock_gettime},
 };
 
 /// Mount point of the proc file system.
 pub(super) const PROC: &str = "/proc";
+/// Milliseconds per clock tick of /proc (`USER_HZ`, include/asm-generic/param.h).
+const TICK: u64 = 10;
 
 /// Open directory of a process in /proc. Once the process is reaped, reads through it fail, even if its PID was reused.
 #[derive(Debug)]
@@ -42,6 +46,13 @@ impl Process {
         let mut text = Vec::new();
         let read = self.read("stat").and_then(|mut stat| stat.read_to_end(&mut text));
         Ok(unless_gone(read)?.and_then(|_| started(&text)))
+    }
+
+    /// Returns the time since the start of the process, rounded up to a clock tick, or `None` if it has ended.
+    pub(super) fn age(&self) -> io::Result<Option<Duration>> {
+        let Some(ticks) = self.started()? else { return Ok(None) };
+        let since_boot = Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME)?);
+        Ok(Some(since_boot.saturating_sub(Duration::from_millis(ticks.saturating_mul(TICK)))))
     }
 
     /// Opens the network namespace of the process, or returns `None` if it has ended.

@@ -8,6 +8,7 @@ use std::{
     net::IpAddr,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use super::{
@@ -132,20 +133,37 @@ impl SenderResolver {
         self.fresh.clear();
     }
 
-    /// Returns the IDs of the network namespaces in which containers run, as in [`Link::peer_netns`]. CNI plugins also
-    /// enter these namespaces, but stay in the mount namespace of process 1.
-    pub async fn inhabited(&self, netlink: &Netlink) -> BTreeSet<i32> {
-        let mut ids = BTreeSet::new();
+    /// Returns the age of the oldest container process in each of these network namespaces, which are identified as in
+    /// [`Link::peer_netns`]. CNI plugins also enter these namespaces, but stay in the mount namespace of process 1.
+    pub async fn container_ages(&self, netlink: &Netlink, behind: &BTreeSet<i32>) -> BTreeMap<i32, Duration> {
         let mounts = |process: &Path| fs::metadata(process.join("ns/mnt")).ok().map(|file| file.ino());
         let node_diagnostics = mounts(&Path::new(PROC).join("1"));
+        let directory = |file: &Path| file.ancestors().nth(2).map(Path::to_owned);
         let is_container = |file: &PathBuf| {
-            let process = file.parent().and_then(Path::parent);
-            process.and_then(mounts).is_some_and(|inode| Some(inode) != node_diagnostics)
+            let inode = directory(file).as_deref().and_then(mounts);
+            inode.is_some_and(|inode| Some(inode) != node_diagnostics)
         };
-        for namespace in self.namespaces_of(process_namespaces().filter(is_container)) {
-            ids.extend(netlink.netns_id(&namespace.file).await.ok().flatten());
+        let files: Vec<_> = process_namespaces().filter(is_container).collect();
+        let mut ids = BTreeMap::new();
+        for namespace in self.namespaces_of(files.iter().cloned()) {
+            let id = netlink.netns_id(&namespace.file).await.ok().flatten();
+            ids.extend(id.filter(|id| behind.contains(id)).map(|id| (namespace.inode, id)));
         }
-        ids
+        let age = |file: &Path| {
+            let pid = directory(file)?.file_name()?.to_str()?.parse().ok()?;
+            Process::open(pid).ok()??.age().ok()?
+        };
+        let mut ages = BTreeMap::new();
+        for file in files {
+            let inode = fs::metadata(&file).map(|metadata| metadata.ino());
+            if let Some(&id) = inode.ok().and_then(|inode| ids.get(&inode))
+                && let Some(age) = age(&file)
+            {
+                let oldest = ages.entry(id).or_insert(age);
+                *oldest = age.max(*oldest);
+            }
+        }
+        ages
     }
 
     /// Drops the cached identities of all links except these.

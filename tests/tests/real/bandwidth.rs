@@ -97,6 +97,21 @@ fn assert_attached(env: &TestEnv, mode: Mode, pods: &[&CniPod<'_>]) {
     });
 }
 
+/// Starts a process in the pod, which ends with the network namespace. Like a container's process and unlike a plugin's,
+/// it has its own mount namespace.
+#[track_caller]
+fn start_process(netns: &Netns) {
+    let shell = ["--mount", "sh", "-c", "sleep 1000 >/dev/null 2>&1 &"];
+    assert!(netns.command("unshare").args(shell).status().is_ok_and(|status| status.success()));
+}
+
+/// Connects a pod whose first process is older than its link, as with cri-dockerd.
+fn connect_started<'n>(network: &'n CniNetwork<'_>) -> Result<CniPod<'n>, String> {
+    let netns = Arc::new(Netns::new("cni"));
+    start_process(&netns);
+    network.connect(netns)
+}
+
 /// Connects a pod that sends to the endpoint continuously.
 fn connect<'n>(network: &'n CniNetwork<'_>) -> Result<CniPod<'n>, String> {
     let (netns, stop) = (Arc::new(Netns::new("cni")), StopFlag::default());
@@ -120,7 +135,7 @@ fn assert_qdiscs_of_plugin(env: &TestEnv, pod: &CniPod<'_>) {
 type MakeNetwork = for<'w> fn(&'w TestEnv, &[Value]) -> CniNetwork<'w>;
 
 /// Starts this number of pods while the agent runs, asserts that none fails and no packet arrives, and unloads the
-/// agent.
+/// agent. Every second pod has a process before its link.
 fn assert_pods_start(make: MakeNetwork, mode: Mode, config: &str, count: u32) {
     if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"])
         || (mode == Some(AttachMode::Tcx) && skip_without_tcx())
@@ -140,6 +155,7 @@ fn assert_pods_start(make: MakeNetwork, mode: Mode, config: &str, count: u32) {
             for worker in 0..WORKERS {
                 let (network, pods, failures) = (&network, &pods, &failures);
                 scope.spawn(move || {
+                    let connect = if worker.is_multiple_of(2) { connect } else { connect_started };
                     for _ in (worker..count).step_by(WORKERS as usize) {
                         match connect(network) {
                             Ok(pod) => pods.lock().expect("no panic").push(pod),
@@ -250,7 +266,7 @@ fn fifty_pods_in_each_mode() {
     }
 }
 
-/// The agent adds its qdisc to a new link once a process runs in the pod, because the CNI has then set up the link.
+/// The agent adds its qdisc to a new link once the pod's first process starts, because the CNI has then set up the link.
 #[test]
 fn clsact_waits_for_a_process() {
     if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) {
@@ -265,9 +281,7 @@ fn clsact_waits_for_a_process() {
     let pod = env.assert_nothing_arrives(|| connect(&network)).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(qdisc_kinds(&env.node, pod.veth()), ["noqueue"]);
 
-    let mut process = pod.netns.command("unshare");
-    // Like a container's process and unlike a plugin's, it has its own mount namespace.
-    let mut process = process.args(["--mount", "sleep", "1000"]).spawn().expect("start a process");
+    start_process(&pod.netns);
     poll_until(ATTACHED, "from_pod on the new link", || {
         env.status().has_attached(pod.veth(), "from_pod").then_some(())
     });
@@ -277,7 +291,43 @@ fn clsact_waits_for_a_process() {
     env.unload();
     assert_eq!(qdisc_kinds(&env.node, pod.veth()), ["noqueue"]);
     assert!(reaches(&env, &pod.netns));
-    process.kill().and_then(|()| process.wait()).expect("end a process");
+}
+
+/// A process that is older than the pod's link does not show that the CNI has set up the link. The agent waits only if
+/// another hook denies the pod's packets.
+#[test]
+fn clsact_ignores_earlier_processes() {
+    if lacks_program(WHOLE_TEST, &[&plugin("bridge"), "iptables"]) {
+        return;
+    }
+    for make in [ptp, bridge] {
+        let env = TestEnv::new();
+        let network = make(&env, &[]);
+        let connect_started = || connect_started(&network).unwrap_or_else(|error| panic!("{error}"));
+        let wait_attached = |pod: &CniPod<'_>| {
+            poll_until(ATTACHED, "from_pod on the new link", || {
+                env.status().has_attached(pod.veth(), "from_pod").then_some(())
+            });
+        };
+        let command = || agent(&env, Some(AttachMode::Clsact), PODS, LONG_CLSACT_DELAY);
+        let agent = spawn(&env, command());
+        let early = connect_started();
+        let later = network.add_pod();
+        start_process(&later.netns);
+        wait_attached(&later);
+        assert_eq!(qdisc_kinds(&env.node, early.veth()), ["noqueue"]);
+        env.assert_nothing_arrives(|| assert!(!reaches_somehow(&env, &early.netns)));
+        drop(agent);
+        env.unload();
+        assert!(reaches(&env, &early.netns));
+
+        let agent = command().hooks(&["from_pod"]).spawn();
+        // Links that exist at the start do not wait either.
+        wait_attached(&early);
+        wait_attached(&connect_started());
+        drop(agent);
+        env.unload();
+    }
 }
 
 /// The agent adds no qdisc in TCX mode.
