@@ -1,4 +1,4 @@
-//! Link layer of packets: the kind of the first header, EtherTypes, and the position of the IP header.
+//! Link layer of packets: the kind of the first header, the EtherType, and the position of the IP header.
 
 use network_types::eth::EthHdr;
 

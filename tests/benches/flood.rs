@@ -44,7 +44,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// Number of connect(2) and of sendto(2) calls under one name.
 const BURST: u32 = 500;
 
-/// Largest 99th percentile of attachments beside denied senders, as a multiple of the one beside nothing else.
+/// Largest 99th percentile of attachments beside denied senders, as a multiple of the one with no other load.
 const MAX_DELAY: f64 = 2.0;
 /// Largest CPU time of the agent beside denied senders, in percent of one CPU.
 const MAX_CPU: f64 = 5.0;
@@ -96,7 +96,7 @@ fn main() -> ExitCode {
         churn: (0..NAMESPACES).map(|_| Netns::new("churn")).collect(),
     };
     let runs = [
-        ("nothing else", Load::None),
+        ("no other load", Load::None),
         ("16 senders to an unprotected address", Load::Elsewhere),
         ("16 denied senders", Load::Denied),
     ]

@@ -80,7 +80,7 @@ fn maps_of_other_version_are_replaced() {
         assert!(!output.status.success() && said.contains("another version"), "{command:?}: {said}");
     }
     let agent = env.start_agent(AttachMode::Tcx);
-    assert!(agent.log().contains("layout 99"), "{}", agent.log());
+    assert!(agent.log().contains("schema 99"), "{}", agent.log());
     env.assert_blocked(&pod);
 }
 

@@ -35,7 +35,7 @@ pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
 ///
 /// The BPF programs that `run` attaches stay attached when the agent stops, is killed or is upgraded. `unload` removes them.
 ///
-/// Exit codes: 0 success; 1 failure; 2 invalid command line or configuration; 3 `status` found a hook that is not enforced,
+/// Exit codes: 0 success; 1 failure; 2 invalid command line or configuration; 3 `status` found a problem or nothing loaded,
 /// `verify` a check that failed, or `doctor` a missing feature.
 #[derive(Debug, Parser)]
 #[command(version, long_version = version::LONG, arg_required_else_help = true)]
@@ -92,7 +92,7 @@ enum Command {
     Status(output::OutputArgs),
     /// Stream requests to protected endpoints with their verdicts. Prints unread recent events first
     Events(events::EventsArgs),
-    /// Show pods, verdicts per second and the latest events in a terminal
+    /// Show the verdicts per second of each interface and hook, and the latest events, in a terminal
     Top(top::TopArgs),
     /// List denied senders (in audit mode: senders that enforcement would deny), and the rules that would exempt them
     Report(report::ReportArgs),
@@ -148,7 +148,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
-/// Exit code of a failed check: `status` found a hook that is not enforced, `verify` a check that failed, or `doctor` a
+/// Exit code of a failed check: `status` found a problem or nothing loaded, `verify` a check that failed, or `doctor` a
 /// missing feature.
 const EXIT_CHECK_FAILED: u8 = 3;
 

@@ -135,11 +135,11 @@ fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
     if others.len() >= MAX_ENDPOINTS {
         return Err(format!("endpoint: more than {MAX_ENDPOINTS} endpoints"));
     }
-    let chain = |endpoint: &Endpoint| filter::bucket(address_key(endpoint.address).slot());
-    let same_chain: Vec<_> = others.iter().filter(|other| chain(other) == chain(endpoint)).collect();
-    if same_chain.len() >= MAX_BUCKET_LEN {
+    let bucket_of = |endpoint: &Endpoint| filter::bucket(address_key(endpoint.address).slot());
+    let same_bucket: Vec<_> = others.iter().filter(|other| bucket_of(other) == bucket_of(endpoint)).collect();
+    if same_bucket.len() >= MAX_BUCKET_LEN {
         let address = endpoint.address;
-        let addresses: Vec<_> = same_chain.iter().map(|other| other.address.to_string()).collect();
+        let addresses: Vec<_> = same_bucket.iter().map(|other| other.address.to_string()).collect();
         return Err(format!(
             "endpoint.address: hash bucket of {address} is full (at most {MAX_BUCKET_LEN} endpoints): remove one of {}",
             addresses.join(", ")

@@ -8,9 +8,6 @@ pub(super) fn did_you_mean<'c>(word: &str, candidates: impl IntoIterator<Item = 
     nearest(word, candidates).map(|best| format!("; did you mean \"{best}\"?")).unwrap_or_default()
 }
 
-/// Keys of early versions, with the keys that replaced them.
-const RENAMED: [(&str, &str); 1] = [("keep", "allow_ports")];
-
 /// Returns a suggestion for an error message of serde, which quotes first the unknown word and then the known ones with
 /// backticks.
 pub(super) fn did_you_mean_of(message: &str) -> String {
@@ -19,9 +16,7 @@ pub(super) fn did_you_mean_of(message: &str) -> String {
     }
     let mut quoted = message.split('`').skip(1).step_by(2);
     let Some(word) = quoted.next() else { return String::new() };
-    let known: Vec<_> = quoted.collect();
-    let renamed = RENAMED.into_iter().find(|(before, now)| *before == word && known.contains(now));
-    did_you_mean(renamed.map_or(word, |(_, now)| now), known)
+    did_you_mean(word, quoted)
 }
 
 /// Returns the most similar candidate, if at most a third of its characters differ.
@@ -63,7 +58,7 @@ mod tests {
 
     #[test]
     fn similar_words_are_suggested() {
-        let keys = ["mode", "answer", "provider", "interfaces", "exempt"];
+        let keys = ["mode", "on_deny", "provider", "interfaces", "exempt"];
         for (word, expected) in [
             ("modee", Some("mode")),
             ("Mode", Some("mode")),
@@ -83,12 +78,8 @@ mod tests {
     #[test]
     fn serde_messages_are_parsed() {
         for (message, expected) in [
-            ("unknown field `modee`, expected one of `mode`, `answer`", "; did you mean \"mode\"?"),
-            (
-                "unknown field `keep`, expected one of `name`, `address`, `allow_ports`",
-                "; did you mean \"allow_ports\"?",
-            ),
-            ("unknown field `keep`, expected `name` or `address`", ""),
+            ("unknown field `modee`, expected one of `mode`, `on_deny`", "; did you mean \"mode\"?"),
+            ("unknown field `ports`, expected `name` or `address`", ""),
             ("unknown variant `of`, expected one of `enforce`, `audit`, `off`", "; did you mean \"off\"?"),
             ("unknown field `x`, there are no fields", ""),
             ("invalid type: integer `3`", ""),

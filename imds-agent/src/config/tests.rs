@@ -364,7 +364,6 @@ fn invalid_endpoints_are_reported() {
         (one("255.255.255.255", ""), "4:11", "broadcast"),
         (one("10.0.0.1", nine), "5:15", "at most 8"),
         (one("10.0.0.1", "allow_ports = ['udp/53', 'sctp/1']"), "5:26", "sctp/1"),
-        (one("10.0.0.1", "keep = ['udp/53']"), "5:1", "did you mean \"allow_ports\"?"),
         (one("10.0.0.1", "allow_ports = ['udp/0']"), "5:16", "udp/0"),
         (one("10.0.0.1", "allow_ports = ['udp/+53']"), "5:16", "udp/+53"),
         (one("10.0.0.1", "allow_ports = ['udp/65536']"), "5:16", "udp/65536"),

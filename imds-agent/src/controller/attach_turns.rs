@@ -16,7 +16,7 @@ use crate::{
 
 /// Time that Kubernetes has to name the pod behind a link. After that, a link of unknown use also gets the hook
 /// `node_egress`.
-const SPARE_DELAY: Duration = Duration::from_secs(10);
+const OPTIONAL_DELAY: Duration = Duration::from_secs(10);
 
 /// Attachments that wait, and those that failed.
 pub(super) struct AttachState {
@@ -183,7 +183,7 @@ impl Reconciler {
         if waits_for_plugin {
             self.attaching.queue.push(point, now + self.attaching.clsact_delay);
         } else if self.node.uplinks.is_optional(link, point.hook) && self.exemptions.pods.is_enabled() {
-            self.attaching.queue.push_optional(point, now + SPARE_DELAY);
+            self.attaching.queue.push_optional(point, now + OPTIONAL_DELAY);
         } else {
             self.attaching.queue.push(point, now);
         }

@@ -180,12 +180,12 @@ impl Reconciler {
     }
 
     fn record_watch_status(&mut self) -> Result<(), DatapathError> {
-        let lookup = self
+        let watch_status = self
             .exemptions
             .watched
             .as_ref()
             .map(|(node, state)| self.exemptions.pods.watch_status(node, state));
-        self.datapath.record_watch_status(lookup.as_ref())
+        self.datapath.record_watch_status(watch_status.as_ref())
     }
 
     /// Drops all pods and their exemptions, after the pod watch was disabled.

@@ -36,7 +36,7 @@ impl Reconciler {
         let all = all && self.kubepods.is_some();
         let none = BTreeSet::new();
         let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
-        let changes = self.datapath.restore_hosts(cgroups, all)?;
+        let changes = self.datapath.restore_host_network(cgroups, all)?;
         self.report_cgroups(changes);
         let error = match &self.kubepods {
             // The datapath reports the cause.
@@ -66,9 +66,9 @@ impl Reconciler {
 }
 
 /// Reports whether the cgroups could be read, and logs the error otherwise.
-fn log_scan_error(looked: &io::Result<()>) -> bool {
-    if let Err(error) = looked {
+fn log_scan_error(scanned: &io::Result<()>) -> bool {
+    if let Err(error) = scanned {
         log::error!("failed to search the cgroups of Kubernetes pods: {error}");
     }
-    looked.is_ok()
+    scanned.is_ok()
 }

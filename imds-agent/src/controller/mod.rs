@@ -301,7 +301,7 @@ impl Reconciler {
                     self.reconcile_link(link).await;
                 }
             }
-            Event::Route(destination) if !self.netlink.may_be_way_out(destination) => {}
+            Event::Route(destination) if !self.netlink.may_lead_to_endpoint(destination) => {}
             Event::Route(_) | Event::Rule => self.reclassify().await?,
             Event::Overrun => {
                 self.corrections.overruns += 1;

@@ -230,7 +230,7 @@ impl PodTracker {
             self.cgroup_tree.rescan();
             self.last_rescan = Instant::now();
         }
-        let cgroups = |pod: &Pod| self.cgroup_tree.of(&pod.cgroup_uid);
+        let cgroups = |pod: &Pod| self.cgroup_tree.of_pod(&pod.cgroup_uid);
         let idle = self.unresolved().filter(|pod| !self.pending.contains(&pod.uid));
         let come = idle.filter(|pod| sandbox::is_populated(&cgroups(pod)));
         let host_network_pods = self.resolved().filter(|(pod, _)| self.host_network_pods.contains(&pod.uid));
@@ -244,7 +244,7 @@ impl PodTracker {
     fn needs_rescan(&self) -> bool {
         self.last_rescan.elapsed() >= RESCAN_INTERVAL
             && self.last_change.elapsed() < RESCAN_WINDOW
-            && self.unresolved().any(|pod| self.cgroup_tree.of(&pod.cgroup_uid).is_empty())
+            && self.unresolved().any(|pod| self.cgroup_tree.of_pod(&pod.cgroup_uid).is_empty())
     }
 
     /// Reports whether pods are queued whose sandboxes have to be resolved.
@@ -272,7 +272,7 @@ impl PodTracker {
                 self.names_dirty |= self.sandboxes.insert(uid, sandbox.clone()) != Some(sandbox);
                 continue;
             }
-            let cgroups = self.cgroup_tree.of(&pod.cgroup_uid);
+            let cgroups = self.cgroup_tree.of_pod(&pod.cgroup_uid);
             let mut found = resolver.from_pod(netlink, links, &cgroups, pod.host_network).await;
             if let (Some(found), Some(before)) = (&mut found, self.sandboxes.get(&uid)) {
                 found.keep_if_unreadable(before);

@@ -111,7 +111,7 @@ impl Reconciler {
         self.changes.begin(Pass::Resync);
         self.find_other_agents();
         // Enforcement continues without pins: the error is logged at the end.
-        let around = self.reconcile_node().and(self.reconcile_local_service().await);
+        let of_node = self.reconcile_node().and(self.reconcile_local_service().await);
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
         let mut links = self.read_links().await?;
         self.node.uplinks = Uplinks::new(&self.node.routes, links.iter());
@@ -130,7 +130,7 @@ impl Reconciler {
         }
         self.changes.end(Pass::Resync);
         // An agent that runs with the remaining hooks is better than none. The next resync tries again.
-        log_if_preexisting(true, around.and(self.reconcile_sendmsg()))
+        log_if_preexisting(true, of_node.and(self.reconcile_sendmsg()))
     }
 
     /// Resyncs everything except links: pins, socket hook and cgroups.
@@ -140,7 +140,7 @@ impl Reconciler {
             && self.progress.initial_sync_done
         {
             self.corrections.pinned += 1;
-            log::warn!("restored missing entries of {}", self.datapath.pins().root().display());
+            log::warn!("restored missing pins and directories in {}", self.datapath.pins().root().display());
         }
         // Programs that are attached below read this map.
         let node_allow = self.reconcile_node_allow();

@@ -59,7 +59,7 @@ pub struct Datapath {
     netlink: Netlink,
     backend: AttachMode,
     /// Indices of interfaces on which the kernel rejected a netkit link.
-    refused_netkit: BTreeSet<u32>,
+    rejected_netkit: BTreeSet<u32>,
     hooks: Hooks,
 }
 
@@ -116,7 +116,7 @@ impl Datapath {
                     exemption_cache: maps::exemption_maps::ExemptionCache::default(),
                     netlink,
                     backend,
-                    refused_netkit: BTreeSet::new(),
+                    rejected_netkit: BTreeSet::new(),
                     hooks,
                 };
                 Ok(datapath)
@@ -270,7 +270,7 @@ impl Datapath {
     pub fn remove_interface(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         // Removes the exemptions first, because a new interface may already have the index.
         self.remove_exemptions(ifindex)?;
-        self.refused_netkit.remove(&ifindex);
+        self.rejected_netkit.remove(&ifindex);
         for hook in TcHook::ALL {
             self.links.remove_point(self.pin_lock.dir(), AttachPoint { ifindex, hook })?;
         }
@@ -310,8 +310,11 @@ impl Datapath {
     }
 
     /// Records the status of the pod watch; `None` means that it is off.
-    pub fn record_watch_status(&mut self, lookup: Option<&PodWatchStatus>) -> Result<(), DatapathError> {
-        maps::pod_names::write_watch_status(&mut self.maps, lookup)
+    pub fn record_watch_status(
+        &mut self,
+        watch_status: Option<&PodWatchStatus>,
+    ) -> Result<(), DatapathError> {
+        maps::pod_names::write_watch_status(&mut self.maps, watch_status)
     }
 
     /// Reads all exemptions from the map.

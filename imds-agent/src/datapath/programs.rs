@@ -111,14 +111,13 @@ impl Programs {
         let text = format!("failed to load BPF program {name}: {}", source.source());
         let before = self.rejected.insert(name, Rejection { errno, text: text.clone() });
         if before.is_none_or(|before| before.errno != errno) {
-            let log =
-                source.end_of_log().map(|log| format!("; the verifier says:\n{log}")).unwrap_or_default();
+            let log = source.end_of_log().map(|log| format!("; verifier log:\n{log}")).unwrap_or_default();
             log::error!("{text}{log}");
         }
         if !self.loaded.contains_key(name)
             && let Some(earlier) = self.open_earlier(pins, name)
         {
-            log::warn!("{name} of an earlier agent (program {}) runs on", earlier.id);
+            log::warn!("{name} of an earlier agent (program {}) keeps running", earlier.id);
             self.loaded.insert(name, earlier);
         }
         Ok(Some(source))

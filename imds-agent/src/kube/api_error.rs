@@ -22,7 +22,7 @@ pub(super) enum ApiError {
     Unreachable { source: Box<kube_client::Error> },
     #[error("the API server did not answer within {after:?}")]
     Timeout { after: Duration },
-    #[error("the API server closed the connection during an answer")]
+    #[error("the API server closed the connection while sending a response")]
     ConnectionClosed { source: Option<Box<kube_client::Error>> },
     #[error("the API server no longer has the requested resource version: {message}")]
     Expired { message: String },
@@ -32,11 +32,11 @@ pub(super) enum ApiError {
     Forbidden { code: u16, message: String },
     #[error("the API server returned an error ({code}): {message}")]
     Failed { code: u16, message: String },
-    #[error("failed to parse the answer of the API server")]
+    #[error("failed to parse the response of the API server")]
     Malformed { source: serde_json::Error },
-    #[error("the answer of the API server has no {what}")]
+    #[error("the response of the API server has no {what}")]
     Incomplete { what: &'static str },
-    #[error("the answer of the API server is longer than {limit} bytes")]
+    #[error("the response of the API server is longer than {limit} bytes")]
     TooLong { limit: usize },
     #[error("the pod list of the API server is too long: {pods} pods of this node in {pages} pages")]
     ListTooLong { pages: usize, pods: usize },
@@ -52,7 +52,7 @@ pub enum ErrorKind {
     Connect,
     /// The API server does not answer in time.
     Timeout,
-    /// The API server closed the connection before the end of an answer.
+    /// The API server closed the connection before the end of a response.
     Closed,
     /// The API server no longer has the requested resource version (410).
     Expired,
@@ -62,7 +62,7 @@ pub enum ErrorKind {
     Forbidden,
     /// The API server returned another error.
     Server,
-    /// The API server sent an invalid answer.
+    /// The API server sent an invalid response.
     Malformed,
 }
 
@@ -75,9 +75,9 @@ impl ErrorKind {
             Self::Connect => "connect",
             Self::Timeout => "timeout",
             Self::Closed => "closed",
-            Self::Expired => "gone",
+            Self::Expired => "expired",
             Self::Throttled => "throttled",
-            Self::Forbidden => "refused",
+            Self::Forbidden => "forbidden",
             Self::Server => "server",
             Self::Malformed => "malformed",
         }

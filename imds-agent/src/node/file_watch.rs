@@ -17,7 +17,7 @@ use tokio::io::unix::AsyncFd;
 /// Number of symlinks that the kernel follows (`MAXSYMLINKS`, include/linux/namei.h).
 const MAX_LINKS: usize = 40;
 /// Attempts to watch a path that changes while the watches are added.
-const LOOKS: usize = 10;
+const MAX_ATTEMPTS: usize = 10;
 
 /// Watches every directory entry on the path to a file, so that the replacement of any of them is noticed. A
 /// `ConfigMap` replaces the symlink `..data`, through which the file's own symlink leads.
@@ -78,21 +78,21 @@ impl FileWatcher {
 
     /// Watches the entries on the current path to the file, and removes all other watches.
     fn follow(&mut self) -> io::Result<()> {
-        let mut way = way_to(&self.path);
-        for _ in 0..LOOKS {
-            self.watch_only(&way)?;
-            let now = way_to(&self.path);
-            if now == way {
+        let mut entries = entries_on(&self.path);
+        for _ in 0..MAX_ATTEMPTS {
+            self.watch_only(&entries)?;
+            let now = entries_on(&self.path);
+            if now == entries {
                 break;
             }
-            way = now;
+            entries = now;
         }
         Ok(())
     }
 
-    fn watch_only(&mut self, way: &[(PathBuf, OsString)]) -> io::Result<()> {
+    fn watch_only(&mut self, entries: &[(PathBuf, OsString)]) -> io::Result<()> {
         let inotify = &self.inotify.get_ref().0;
-        let news = AddWatchFlags::IN_CREATE
+        let flags = AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_DELETE
             | AddWatchFlags::IN_MOVE
             | AddWatchFlags::IN_CLOSE_WRITE
@@ -101,8 +101,8 @@ impl FileWatcher {
             | AddWatchFlags::IN_MOVE_SELF
             | AddWatchFlags::IN_ONLYDIR;
         let mut watched: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
-        for (directory, name) in way {
-            match inotify.add_watch(directory, news) {
+        for (directory, name) in entries {
+            match inotify.add_watch(directory, flags) {
                 Ok(descriptor) => {
                     watched.entry(descriptor).or_default().insert(name.clone());
                 }
@@ -122,16 +122,16 @@ impl FileWatcher {
 
 /// Returns every directory entry that a lookup of an absolute path visits, following symlinks. A missing entry is
 /// treated as a directory, so that the entries after it are returned, too.
-fn way_to(path: &Path) -> Vec<(PathBuf, OsString)> {
+fn entries_on(path: &Path) -> Vec<(PathBuf, OsString)> {
     let mut ahead: Vec<_> = parts(path);
-    let (mut at, mut way, mut links) = (PathBuf::from("/"), Vec::new(), 0);
+    let (mut at, mut entries, mut links) = (PathBuf::from("/"), Vec::new(), 0);
     while let Some(part) = ahead.pop() {
         match part {
             Part::Root => at = PathBuf::from("/"),
             Part::Up => drop(at.pop()),
             Part::Entry(name) => {
                 let entry = at.join(&name);
-                way.push((at.clone(), name));
+                entries.push((at.clone(), name));
                 match fs::read_link(&entry) {
                     Ok(target) if links < MAX_LINKS => {
                         links += 1;
@@ -142,7 +142,7 @@ fn way_to(path: &Path) -> Vec<(PathBuf, OsString)> {
             }
         }
     }
-    way
+    entries
 }
 
 enum Part {
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     fn names(path: &Path, root: &Path) -> Vec<String> {
-        let below = way_to(path).into_iter().map(|(directory, name)| directory.join(name));
+        let below = entries_on(path).into_iter().map(|(directory, name)| directory.join(name));
         below.filter_map(|entry| Some(entry.strip_prefix(root).ok()?.display().to_string())).collect()
     }
 

@@ -25,7 +25,7 @@ pub struct Link {
     /// Kind of the device, as far as its role depends on it.
     pub kind: LinkKind,
     /// Link-layer header of the interface's packets.
-    pub frame: LinkLayer,
+    pub link_layer: LinkLayer,
     /// ID of the peer's network namespace, if it differs from this one (`IFLA_LINK_NETNSID`).
     pub peer_netns: Option<i32>,
     /// Index of the bridge, bond, team or VRF to which this interface belongs as a port (`IFLA_MASTER`).
@@ -107,7 +107,7 @@ impl Link {
             index,
             name: String::new(),
             kind: LinkKind::Other,
-            frame: LinkLayer::Ethernet,
+            link_layer: LinkLayer::Ethernet,
             peer_netns: None,
             master: None,
             is_copying_port: false,
@@ -161,7 +161,7 @@ impl Link {
         let layer = message.header.link_layer_type;
         let mut link = Self {
             kind: if layer == LinkLayerType::Loopback { LinkKind::Loopback } else { LinkKind::Other },
-            frame: if has_link_header(layer) { LinkLayer::Ethernet } else { LinkLayer::None },
+            link_layer: if has_link_header(layer) { LinkLayer::Ethernet } else { LinkLayer::None },
             ..Self::with_index(message.header.index)
         };
         for attribute in message.attributes {

@@ -86,10 +86,10 @@ impl Destination {
             address: IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0)),
             prefix_length: 10,
         };
-        LINK_LOCAL.has(self.address) && (LINK_LOCAL.prefix_length..=64).contains(&self.prefix_length)
+        LINK_LOCAL.contains(self.address) && (LINK_LOCAL.prefix_length..=64).contains(&self.prefix_length)
     }
 
-    pub(super) fn has(self, address: IpAddr) -> bool {
+    pub(super) fn contains(self, address: IpAddr) -> bool {
         let common = match (self.address, address) {
             (IpAddr::V4(own), IpAddr::V4(other)) => (u32::from(own) ^ u32::from(other)).leading_zeros(),
             (IpAddr::V6(own), IpAddr::V6(other)) => (u128::from(own) ^ u128::from(other)).leading_zeros(),

@@ -25,9 +25,9 @@ use crate::node::link_event::{Destination, Event};
 
 /// Error of a request to rtnetlink.
 #[derive(Debug, Error)]
-#[error("netlink: {call}")]
+#[error("{call}")]
 pub struct NetlinkError {
-    /// Description of the request and its object.
+    /// Message: `failed to`, a verb and the object.
     call: String,
     /// Error that the kernel returned.
     source: io::Error,
@@ -65,8 +65,8 @@ pub struct Netlink {
 impl Netlink {
     /// Opens a connection. Must be called within a tokio runtime.
     pub fn connect() -> Result<Self, NetlinkError> {
-        let (connection, handle, _) =
-            rtnetlink::new_connection().map_err(|source| NetlinkError::new("connecting", source))?;
+        let (connection, handle, _) = rtnetlink::new_connection()
+            .map_err(|source| NetlinkError::new("failed to connect to rtnetlink", source))?;
         tokio::spawn(connection);
         let strict = match rtnetlink::new_connection_with_strict_check() {
             Ok((connection, strict, _)) => {
@@ -75,7 +75,9 @@ impl Netlink {
             }
             // An older kernel dumps all routes, and the callers filter them.
             Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => handle.clone(),
-            Err(source) => return Err(NetlinkError::new("connecting with strict checks", source)),
+            Err(source) => {
+                return Err(NetlinkError::new("failed to connect to rtnetlink with strict checks", source));
+            }
         };
         Ok(Self { handle, strict, endpoints: Vec::new() })
     }
@@ -89,8 +91,9 @@ impl Netlink {
     /// Reports whether a route to `destination` may lead to a protected endpoint: true for a default route, false for
     /// the host route of a pod.
     #[must_use]
-    pub fn may_be_way_out(&self, destination: Destination) -> bool {
-        destination.prefix_length == 0 || self.endpoints.iter().any(|&endpoint| destination.has(endpoint))
+    pub fn may_lead_to_endpoint(&self, destination: Destination) -> bool {
+        destination.prefix_length == 0
+            || self.endpoints.iter().any(|&endpoint| destination.contains(endpoint))
     }
 
     /// Subscribes to events; to those of filters only if `filters` is true. Events wait in the receive buffer of the socket, and an
@@ -106,12 +109,13 @@ impl Netlink {
         if filters {
             groups.push(MulticastGroup::Tc);
         }
-        event_stream::subscribe(&groups).map_err(|source| NetlinkError::new("subscribing to events", source))
+        event_stream::subscribe(&groups)
+            .map_err(|source| NetlinkError::new("failed to subscribe to rtnetlink events", source))
     }
 
     /// Lists all interfaces of the namespace.
     pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
-        link_dump::links().await.map_err(|source| NetlinkError::new("dumping interfaces", source))
+        link_dump::links().await.map_err(|source| NetlinkError::new("failed to list interfaces", source))
     }
 
     /// Returns the indices of the interfaces through which packets can leave the node for a protected endpoint: those
@@ -133,7 +137,7 @@ impl Netlink {
     }
 
     fn leads_to_endpoint(&self, route: &RouteMessage) -> bool {
-        route.header.kind == RouteType::Unicast && self.may_be_way_out(Destination::of(route))
+        route.header.kind == RouteType::Unicast && self.may_lead_to_endpoint(Destination::of(route))
     }
 
     /// Returns the indices of the interfaces through which the kernel sends to `endpoint`; empty if it is unreachable.
@@ -152,19 +156,19 @@ impl Netlink {
         let is_local = |route: &RouteMessage| {
             let destination = Destination::of(route);
             route.header.kind == RouteType::Local
-                && self.endpoints.iter().any(|&endpoint| destination.has(endpoint))
+                && self.endpoints.iter().any(|&endpoint| destination.contains(endpoint))
         };
         Ok(!self.routes(Some(RouteType::Local), is_local).await?.is_empty())
     }
 
-    /// Lists the routes of all tables that match `is_wanted`. Filters during the dump, because a node can have a
+    /// Lists the routes of all tables that match `is_selected`. Filters during the dump, because a node can have a
     /// million routes.
     ///
     /// With `kind`, the kernel sends only routes of that type, if it can filter dumps.
     async fn routes(
         &self,
         kind: Option<RouteType>,
-        is_wanted: impl Fn(&RouteMessage) -> bool,
+        is_selected: impl Fn(&RouteMessage) -> bool,
     ) -> Result<Vec<RouteMessage>, NetlinkError> {
         let mut routes = Vec::new();
         let handle = if kind.is_some() { &self.strict } else { &self.handle };
@@ -174,10 +178,10 @@ impl Netlink {
             request.header.address_family = family;
             request.header.kind = kind.unwrap_or_default();
             let found = handle.route().get(request).execute();
-            match found.try_filter(|route| ready(is_wanted(route))).try_collect::<Vec<_>>().await {
+            match found.try_filter(|route| ready(is_selected(route))).try_collect::<Vec<_>>().await {
                 Ok(found) => routes.extend(found),
                 Err(error) => {
-                    let error = NetlinkError::from_rtnetlink("dumping routes", error);
+                    let error = NetlinkError::from_rtnetlink("failed to list routes", error);
                     // The kernel has no IPv6.
                     if error.errno() != Some(libc::EAFNOSUPPORT) && error.errno() != Some(libc::EOPNOTSUPP) {
                         return Err(error);
@@ -203,7 +207,7 @@ impl Netlink {
             Ok(route) => Ok(route),
             Err(error) => {
                 let error =
-                    NetlinkError::from_rtnetlink(format!("looking up the route to {endpoint}"), error);
+                    NetlinkError::from_rtnetlink(format!("failed to look up the route to {endpoint}"), error);
                 match error.errno() {
                     Some(
                         libc::ENETUNREACH
@@ -222,7 +226,7 @@ impl Netlink {
     /// Returns the ID that this namespace assigns to the network namespace of the file `namespace`, as in
     /// [`Link::peer_netns`]. Returns `None` if it has no ID, in which case no link leads into it.
     pub async fn netns_id(&self, namespace: &File) -> Result<Option<i32>, NetlinkError> {
-        let error = |source| NetlinkError::new("asking for the id of a namespace", source);
+        let error = |source| NetlinkError::new("failed to look up the ID of a network namespace", source);
         let fd = u32::try_from(namespace.as_raw_fd()).map_err(|source| error(io::Error::other(source)))?;
         let mut message = NsidMessage::default();
         message.attributes.push(NsidAttribute::Fd(fd));

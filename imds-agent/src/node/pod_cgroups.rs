@@ -26,7 +26,7 @@ pub struct KubepodsCgroups {
 struct Hierarchy {
     /// Owner of the hierarchy's root cgroup. On each node that the agent can protect, this is the user root.
     owner: u32,
-    tops: Vec<PathBuf>,
+    roots: Vec<PathBuf>,
 }
 
 impl KubepodsCgroups {
@@ -36,22 +36,22 @@ impl KubepodsCgroups {
         // Each process is in a cgroup of every v1 hierarchy, so one of them suffices. The hierarchy that the kubelet
         // uses on a hybrid host depends on its driver.
         let v1 = cgroup::v1_roots().unwrap_or_default();
-        let v1 = v1.iter().filter_map(|root| Hierarchy::rescan(root)).find(|found| !found.tops.is_empty());
+        let v1 = v1.iter().filter_map(|root| Hierarchy::rescan(root)).find(|found| !found.roots.is_empty());
         self.hierarchies = v2.and_then(|root| Hierarchy::rescan(&root)).into_iter().chain(v1).collect();
     }
 
     /// Reports whether a new search is due: no cgroup of the kubelet was found, or one was removed since.
     #[must_use]
     pub fn is_stale(&self) -> bool {
-        let mut tops = self.hierarchies.iter().flat_map(|hierarchy| &hierarchy.tops).peekable();
-        tops.peek().is_none() || tops.any(|top| !top.exists())
+        let mut roots = self.hierarchies.iter().flat_map(|hierarchy| &hierarchy.roots).peekable();
+        roots.peek().is_none() || roots.any(|root| !root.exists())
     }
 
     /// Returns the cgroups of the pod with this UID in their names: one in each hierarchy, v2 first. Ignores cgroups
     /// that a pod created below its own, because it could name them after another pod.
     #[must_use]
-    pub fn of(&self, uid: &str) -> Vec<PathBuf> {
-        self.hierarchies.iter().flat_map(|hierarchy| hierarchy.of(uid)).collect()
+    pub fn of_pod(&self, uid: &str) -> Vec<PathBuf> {
+        self.hierarchies.iter().flat_map(|hierarchy| hierarchy.of_pod(uid)).collect()
     }
 
     /// Returns the populated cgroups that have this UID in their names, if one hierarchy has more than one. Only one of
@@ -59,7 +59,7 @@ impl KubepodsCgroups {
     #[must_use]
     pub fn ambiguous(&self, uid: &str) -> Option<Vec<PathBuf>> {
         self.hierarchies.iter().find_map(|hierarchy| {
-            let mut cgroups = hierarchy.of(uid);
+            let mut cgroups = hierarchy.of_pod(uid);
             if cgroups.len() > 1 {
                 cgroups.retain(|cgroup| sandbox::is_populated(std::slice::from_ref(cgroup)));
             }
@@ -74,22 +74,23 @@ impl Hierarchy {
     fn rescan(root: &Path) -> Option<Self> {
         let owner = fs::metadata(root).ok()?.uid();
         let is_owned = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.uid() == owner);
-        let is_kubelets =
-            |top: &PathBuf| top.ancestors().take_while(|ancestor| ancestor.starts_with(root)).all(is_owned);
-        let tops = kubepods::below(root).unwrap_or_default().into_iter().filter(is_kubelets).collect();
-        Some(Self { owner, tops })
+        let is_kubelets = |cgroup: &PathBuf| {
+            cgroup.ancestors().take_while(|ancestor| ancestor.starts_with(root)).all(is_owned)
+        };
+        let roots = kubepods::below(root).unwrap_or_default().into_iter().filter(is_kubelets).collect();
+        Some(Self { owner, roots })
     }
 
-    fn of(&self, uid: &str) -> Vec<PathBuf> {
+    fn of_pod(&self, uid: &str) -> Vec<PathBuf> {
         // The UID is untrusted input from the API server, and becomes part of a path.
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if uid.is_empty() || !uid.bytes().all(is_plain) {
             return Vec::new();
         }
         let mut cgroups = Vec::new();
-        for top in &self.tops {
-            let of_qos = QOS.into_iter().filter_map(|qos| child(top, qos, self.owner));
-            let parents = iter::once(top.clone()).chain(of_qos);
+        for root in &self.roots {
+            let of_qos = QOS.into_iter().filter_map(|qos| child(root, qos, self.owner));
+            let parents = iter::once(root.clone()).chain(of_qos);
             cgroups.extend(parents.filter_map(|parent| child(&parent, &format!("pod{uid}"), self.owner)));
         }
         cgroups
@@ -112,7 +113,7 @@ fn child(parent: &Path, name: &str, owner: u32) -> Option<PathBuf> {
 pub fn are_processes_visible() -> bool {
     let mut cgroups = KubepodsCgroups::default();
     cgroups.rescan();
-    cgroups.hierarchies.iter().any(|hierarchy| sandbox::is_populated(&hierarchy.tops))
+    cgroups.hierarchies.iter().any(|hierarchy| sandbox::is_populated(&hierarchy.roots))
 }
 
 /// Reports whether the name is that of a pod's cgroup: `pod<uid>`, or `kubepods-burstable-pod<uid>.slice`.
@@ -164,8 +165,8 @@ mod tests {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
         let tree = KubepodsCgroups { hierarchies: vec![Hierarchy::rescan(root.path()).unwrap()] };
-        assert_eq!(tree.hierarchies[0].tops.len(), 4);
-        let counts = [UID, STATIC, "x", "z", ID, "", "x/../podx"].map(|uid| tree.of(uid).len());
+        assert_eq!(tree.hierarchies[0].roots.len(), 4);
+        let counts = [UID, STATIC, "x", "z", ID, "", "x/../podx"].map(|uid| tree.of_pod(uid).len());
         assert_eq!(counts, [2, 2, 1, 0, 0, 0, 0]);
         assert!(!tree.is_stale());
         fs::remove_dir_all(root.path().join("kubepods")).unwrap();
@@ -184,7 +185,7 @@ mod tests {
         {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
-        let count = || Hierarchy::rescan(root.path()).unwrap().of("x").len();
+        let count = || Hierarchy::rescan(root.path()).unwrap().of_pod("x").len();
         assert_eq!(count(), 3);
         // A cgroup of root below a delegated one is ignored like the delegated one.
         own("user.slice/user@1000.service");

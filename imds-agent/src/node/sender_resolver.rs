@@ -72,7 +72,7 @@ pub struct SenderResolver {
 }
 
 impl SenderResolver {
-    /// Creates a finder for the node whose network namespace is that of the calling thread.
+    /// Creates a resolver for the node whose network namespace is that of the calling thread.
     pub fn new() -> io::Result<Self> {
         Ok(Self { node: netns::this_inode()?.into(), behind: BTreeMap::new(), fresh: BTreeSet::new() })
     }
@@ -137,11 +137,11 @@ impl SenderResolver {
     /// [`Link::peer_netns`]. CNI plugins also enter these namespaces, but stay in the mount namespace of process 1.
     pub async fn container_ages(&self, netlink: &Netlink, behind: &BTreeSet<i32>) -> BTreeMap<i32, Duration> {
         let mounts = |process: &Path| fs::metadata(process.join("ns/mnt")).ok().map(|file| file.ino());
-        let node_diagnostics = mounts(&Path::new(PROC).join("1"));
+        let node_mounts = mounts(&Path::new(PROC).join("1"));
         let directory = |file: &Path| file.ancestors().nth(2).map(Path::to_owned);
         let is_container = |file: &PathBuf| {
             let inode = directory(file).as_deref().and_then(mounts);
-            inode.is_some_and(|inode| Some(inode) != node_diagnostics)
+            inode.is_some_and(|inode| Some(inode) != node_mounts)
         };
         let files: Vec<_> = process_namespaces().filter(is_container).collect();
         let mut ids = BTreeMap::new();
@@ -215,8 +215,8 @@ impl SenderResolver {
         senders
     }
 
-    /// Returns the fingerprint of `path`, which changes when [`SenderResolver::in_netns`] or [`SenderResolver::in_cgroup`] may find
-    /// other senders.
+    /// Returns the fingerprint of `path`, which changes when [`SenderResolver::from_netns`] or [`SenderResolver::from_cgroup`] may
+    /// find other senders.
     #[must_use]
     pub fn fingerprint(path: &Path) -> Fingerprint {
         let directories = directories(path);
@@ -329,16 +329,18 @@ impl IdentitySet {
 
 /// Returns the cgroups that `path` matches in any hierarchy, and those below.
 fn directories(path: &Path) -> Vec<PathBuf> {
-    let roots = cgroup::root().ok().flatten().into_iter().chain(cgroup::v1_roots().unwrap_or_default());
+    let hierarchies = cgroup::root().ok().flatten().into_iter().chain(cgroup::v1_roots().unwrap_or_default());
     // `join` returns an absolute `path` unchanged.
-    let tops: BTreeSet<_> =
-        roots.map(|root| root.join(path)).filter(|top| top.join("cgroup.procs").exists()).collect();
-    tops.iter().flat_map(|top| below(top)).collect()
+    let roots: BTreeSet<_> = hierarchies
+        .map(|hierarchy| hierarchy.join(path))
+        .filter(|root| root.join("cgroup.procs").exists())
+        .collect();
+    roots.iter().flat_map(|root| below(root)).collect()
 }
 
-/// Returns the cgroup at `top` and those below.
-pub(super) fn below(top: &Path) -> Vec<PathBuf> {
-    let (mut directories, mut level) = (vec![top.to_owned()], vec![top.to_owned()]);
+/// Returns the cgroup at `root` and those below.
+pub(super) fn below(root: &Path) -> Vec<PathBuf> {
+    let (mut directories, mut level) = (vec![root.to_owned()], vec![root.to_owned()]);
     for _ in 0..MAX_DEPTH {
         // A cgroup that was removed in the meantime has no children.
         level = level.iter().flat_map(|path| cgroup::children(path).unwrap_or_default()).collect();

@@ -86,14 +86,14 @@ pub struct Collector {
     unresolved: Unresolved,
     collected: Collected,
     has_more: bool,
-    _claim: Flock<File>,
+    _lock: Flock<File>,
 }
 
 impl Collector {
-    /// Claims the events of the programs that are pinned in `pins` for this process. Returns `None` if another process
-    /// collects them.
+    /// Locks the event ring buffer that is pinned in `pins` for this process. Returns `None` if another process holds the
+    /// lock.
     pub fn open(pins: &PinDir) -> Result<Option<Self>, CollectorError> {
-        let Some(claim) = pins.try_lock_events()? else { return Ok(None) };
+        let Some(lock) = pins.try_lock_events()? else { return Ok(None) };
         Ok(Some(Self {
             ring: object::open_events(pins)?,
             recent: Recent::open(pins)?,
@@ -104,7 +104,7 @@ impl Collector {
             unresolved: Unresolved::default(),
             collected: Collected::default(),
             has_more: false,
-            _claim: claim,
+            _lock: lock,
         }))
     }
 
@@ -198,14 +198,14 @@ impl Collector {
         record.pod = text_field(pod.map_or("", |pod| &pod.pod));
         self.denials.insert(&key, &record)?;
         if pod.is_none() {
-            self.note_unresolved(key, event, &unit, earlier.is_none());
+            self.record_unresolved(key, event, &unit, earlier.is_none());
         }
         let namespace = field_text(&record.namespace);
         self.totals.borrow_mut().add(&namespace, &key, Count { packets, bytes: event.bytes });
         Ok(())
     }
 
-    fn note_unresolved(&mut self, key: DenialKey, event: &Event, unit: &[u8], is_new: bool) {
+    fn record_unresolved(&mut self, key: DenialKey, event: &Event, unit: &[u8], is_new: bool) {
         if self.unresolved.is_full() {
             // The map of records has the same limit: some of these records were evicted or cleared.
             self.unresolved.retain(|key| self.denials.get(key).is_ok_and(|record| record.is_some()));
@@ -218,7 +218,7 @@ impl Collector {
         } else {
             Sharing::UnknownEvents
         };
-        self.unresolved.note(key, event_record::senders(event).collect(), sharing);
+        self.unresolved.record(key, event_record::senders(event).collect(), sharing);
     }
 
     /// Merges each record whose pod became known after the event into the record of the pod. The sums of [`Totals`] do not

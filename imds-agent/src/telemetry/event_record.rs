@@ -94,7 +94,8 @@ impl EventRecord {
 #[must_use]
 pub fn decode(bytes: &[u8]) -> Option<Event> {
     let bytes = bytes.first_chunk::<{ size_of::<Event>() }>()?;
-    // SAFETY: an event is integers without padding, so that any bytes are one; the read needs no alignment.
+    // SAFETY: `Event` has only integers and no padding, so that any bytes of its size are a valid value; `read_unaligned`
+    // needs no alignment.
     Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })
 }
 

@@ -66,7 +66,7 @@ struct Connection {
     work: Pin<Box<dyn Future<Output = ()>>>,
     since: Instant,
     /// True once the request header has arrived.
-    has_asked: Rc<Cell<bool>>,
+    has_request: Rc<Cell<bool>>,
 }
 
 /// Server of metrics and health on any number of addresses.
@@ -165,16 +165,20 @@ impl Server {
     /// Returns the time until which no connection is accepted; `None` if one can be accepted now.
     fn accept_paused_until(&self) -> Option<Instant> {
         let is_full = self.connections.len() >= MAX_CONNECTIONS;
-        let first_to_go = self.connections.iter().map(Connection::evictable_at).min().filter(|_| is_full);
-        [first_to_go, self.paused_until].into_iter().flatten().max().filter(|&until| until > Instant::now())
+        let first_evictable = self.connections.iter().map(Connection::evictable_at).min().filter(|_| is_full);
+        [first_evictable, self.paused_until]
+            .into_iter()
+            .flatten()
+            .max()
+            .filter(|&until| until > Instant::now())
     }
 
     fn accept_connection(&mut self, stream: Stream) {
         let by_time = |(_, connection): &(usize, &Connection)| connection.evictable_at();
         if self.connections.len() >= MAX_CONNECTIONS
-            && let Some((first_to_go, _)) = self.connections.iter().enumerate().min_by_key(by_time)
+            && let Some((first_evictable, _)) = self.connections.iter().enumerate().min_by_key(by_time)
         {
-            drop(self.connections.swap_remove(first_to_go));
+            drop(self.connections.swap_remove(first_evictable));
         }
         self.connections.push(stream.serve(Rc::clone(&self.state)));
     }
@@ -182,7 +186,7 @@ impl Server {
 
 impl Connection {
     fn evictable_at(&self) -> Instant {
-        self.since + if self.has_asked.get() { MIN_CONNECTION_TIME } else { HEADER_TIMEOUT }
+        self.since + if self.has_request.get() { MIN_CONNECTION_TIME } else { HEADER_TIMEOUT }
     }
 }
 
@@ -281,20 +285,24 @@ fn is_stale_socket(path: &Path) -> bool {
 
 impl Stream {
     fn serve(self, state: Rc<AppState>) -> Connection {
-        let (since, has_asked) = (Instant::now(), Rc::default());
-        let asked_in_task = Rc::clone(&has_asked);
+        let (since, has_request) = (Instant::now(), Rc::default());
+        let request_in_task = Rc::clone(&has_request);
         let work: Pin<Box<dyn Future<Output = ()>>> = match self {
-            Self::Tcp(stream) => Box::pin(serve(stream, state, asked_in_task)),
-            Self::Unix(stream) => Box::pin(serve(stream, state, asked_in_task)),
+            Self::Tcp(stream) => Box::pin(serve(stream, state, request_in_task)),
+            Self::Unix(stream) => Box::pin(serve(stream, state, request_in_task)),
         };
-        Connection { work, since, has_asked }
+        Connection { work, since, has_request }
     }
 }
 
-/// Serves one request, and sets `has_asked` once its header has arrived.
-async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, state: Rc<AppState>, has_asked: Rc<Cell<bool>>) {
+/// Serves one request, and sets `has_request` once its header has arrived.
+async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    state: Rc<AppState>,
+    has_request: Rc<Cell<bool>>,
+) {
     let answer = service_fn(|request| {
-        has_asked.set(true);
+        has_request.set(true);
         let state = Rc::clone(&state);
         async move { Ok::<_, Infallible>(answer(&request, &state).await) }
     });

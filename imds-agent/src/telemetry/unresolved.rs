@@ -23,9 +23,9 @@ pub(super) enum Sharing {
 pub(super) struct Unresolved(HashMap<DenialKey, Vec<Subject>>);
 
 impl Unresolved {
-    /// Notes the identities in an event of the record `key`. Unless `sharing` is [`Sharing::OnePod`], events of several pods may
-    /// share the record, as behind a bridge: only identities that all events have in common identify its sender then.
-    pub(super) fn note(&mut self, key: DenialKey, identities: Vec<Subject>, sharing: Sharing) {
+    /// Records the identities in an event of the record `key`. Unless `sharing` is [`Sharing::OnePod`], events of several pods
+    /// may share the record, as behind a bridge: only identities that all events have in common identify its sender then.
+    pub(super) fn record(&mut self, key: DenialKey, identities: Vec<Subject>, sharing: Sharing) {
         if let Some(known) = self.0.get_mut(&key) {
             if sharing == Sharing::OnePod {
                 *known = identities;
@@ -38,7 +38,7 @@ impl Unresolved {
         }
     }
 
-    /// Reports whether [`Unresolved::note`] ignores further keys.
+    /// Reports whether [`Unresolved::record`] ignores further keys.
     pub(super) fn is_full(&self) -> bool {
         self.0.len() >= DENIALS
     }
@@ -94,11 +94,11 @@ mod tests {
     fn record_of_several_pods_is_not_resolved() {
         let mut unresolved = Unresolved::default();
         for id in [1, 2] {
-            unresolved.note(key(0), vec![netns(id), interface(7)], Sharing::NotedEvents);
-            unresolved.note(key(id), vec![netns(id), interface(7)], Sharing::NotedEvents);
+            unresolved.record(key(0), vec![netns(id), interface(7)], Sharing::NotedEvents);
+            unresolved.record(key(id), vec![netns(id), interface(7)], Sharing::NotedEvents);
         }
-        unresolved.note(key(3), vec![netns(9)], Sharing::OnePod);
-        unresolved.note(key(3), vec![netns(1)], Sharing::OnePod);
+        unresolved.record(key(3), vec![netns(9)], Sharing::OnePod);
+        unresolved.record(key(3), vec![netns(1)], Sharing::OnePod);
         let mut resolved = unresolved.take_resolved(known);
         resolved.sort();
         assert_eq!(resolved, [(key(1), netns(1), "a"), (key(2), netns(2), "b"), (key(3), netns(1), "a")]);
@@ -113,7 +113,7 @@ mod tests {
     fn record_of_an_earlier_agent_is_unresolved() {
         let mut unresolved = Unresolved::default();
         for sharing in [Sharing::UnknownEvents, Sharing::NotedEvents] {
-            unresolved.note(key(0), vec![netns(1)], sharing);
+            unresolved.record(key(0), vec![netns(1)], sharing);
         }
         assert!(unresolved.take_resolved(known).is_empty());
     }
@@ -122,7 +122,7 @@ mod tests {
     fn number_of_keys_is_limited() {
         let mut unresolved = Unresolved::default();
         for sender in 0..2 * DENIALS as u64 {
-            unresolved.note(key(sender), vec![netns(1)], Sharing::NotedEvents);
+            unresolved.record(key(sender), vec![netns(1)], Sharing::NotedEvents);
         }
         assert!(unresolved.is_full());
         unresolved.retain(|key| key.sender < 3);

@@ -54,11 +54,11 @@ pub(crate) fn latency(env: &TestEnv, pod: &Pod) -> String {
     let head = [
         "restriction",
         "UDP connect",
-        "times nothing",
+        "ratio to no restriction",
         "TCP connect and close",
-        "times nothing",
+        "ratio to no restriction",
         "unconnected UDP sendto",
-        "times nothing",
+        "ratio to no restriction",
     ];
     format!("### Calls to an address that is not protected\n\n{}", table(&head, &rows))
 }
@@ -108,7 +108,7 @@ pub(crate) fn waiting(env: &TestEnv, pod: &Pod) -> String {
     .map(|(name, (took, error))| vec![name.to_owned(), took, error])
     .collect();
     let head = ["restriction", "until connect(2) returns", "with"];
-    format!("### How long a client that is denied waits\n\n{}", table(&head, &rows))
+    format!("### Waiting time of a denied client\n\n{}", table(&head, &rows))
 }
 
 fn time<'w>(env: &TestEnv, pod: &Pod, turn_on: impl FnOnce() -> On<'w>) -> (String, String) {

@@ -56,7 +56,7 @@ fn node_may_use_service_to_endpoint() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     redirect(&env.node, CLUSTER_IP, METADATA);
-    let _agent = env.agent().hooks(&crate::TC_HOOKS).spawn_ready();
+    let _agent = env.agent().hooks(&TC_HOOKS).spawn_ready();
     assert!(!http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer());
     assert!(reachable(&env.node, CLUSTER_IP));
     env.assert_harmless(&pod);

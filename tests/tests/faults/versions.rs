@@ -124,7 +124,7 @@ fn maps_of_same_size_and_other_schema() {
             let policy = policies.get(&0, 0).unwrap();
             policies.set(0, Policy { layout: policy.layout - 1, ..policy }, 0).unwrap();
             let agent = case.agent().spawn_ready();
-            assert!(agent.log().contains("the maps have layout"), "{}", agent.log());
+            assert!(agent.log().contains("the maps have schema"), "{}", agent.log());
             agent.kill9();
         }
     });

@@ -160,7 +160,7 @@ fn status_names_missing_programs() {
     let env = TestEnv::new();
     let row = || {
         let status = String::from_utf8(env.imds_agent(&["status"]).output().stdout).unwrap();
-        let row = status.lines().map(str::trim_start).find(|line| line.starts_with("(node)"));
+        let row = status.lines().map(str::trim_start).find(|line| line.starts_with("(node_allow)"));
         let row = row.unwrap_or_else(|| panic!("no row of the hook in:\n{status}"));
         row.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).nth(1).unwrap().to_owned()
     };

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 /// Modules that the tests may need. A kernel has no file for a module that is built in or missing.
-const WANTED: [&str; 55] = [
+const MODULES: [&str; 55] = [
     "act_gact",
     "act_mirred",
     "act_police",
@@ -80,7 +80,7 @@ pub(super) fn load_order(dir: &Path) -> Result<Vec<Module>> {
     let mut files = BTreeMap::new();
     collect(dir, &mut files).with_context(|| format!("failed to list {}", dir.display()))?;
     let mut order = Order { files, seen: BTreeSet::new(), modules: Vec::new() };
-    for name in WANTED {
+    for name in MODULES {
         order.add(name)?;
     }
     Ok(order.modules)

@@ -324,7 +324,7 @@ impl Datapath {
 
     /// Reconciles the programs of the `host_network` hook on these cgroups of Kubernetes pods. Removes links on other cgroups
     /// if `all` is set: then the list is complete.
-    pub fn restore_hosts(
+    pub fn restore_host_network(
         &mut self,
         cgroups: &BTreeSet<PathBuf>,
         all: bool,

@@ -169,7 +169,8 @@ async fn dump_filters(
     parent: TcHandle,
 ) -> Result<Vec<TcMessage>, NetlinkError> {
     let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent));
-    let answers = match netlink.dump(format!("listing filters of interface {ifindex}"), request).await {
+    let answers = match netlink.dump(format!("failed to list filters of interface {ifindex}"), request).await
+    {
         // The interface has no such qdisc (EINVAL), or was deleted.
         Err(error) if matches!(error.errno(), Some(libc::EINVAL | libc::ENODEV | libc::ENOENT)) => {
             return Ok(Vec::new());
@@ -287,8 +288,9 @@ async fn write(
     name: &str,
     flags: u16,
 ) -> Result<(), NetlinkError> {
-    let fd = u32::try_from(program.as_raw_fd())
-        .map_err(|error| NetlinkError::new("program", io::Error::other(error)))?;
+    let fd = u32::try_from(program.as_raw_fd()).map_err(|error| {
+        NetlinkError::new("failed to pass the BPF program to rtnetlink", io::Error::other(error))
+    })?;
     let mut message = filter_message(point, priority, handle);
     message.attributes.push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
     message.attributes.push(TcAttribute::Options(

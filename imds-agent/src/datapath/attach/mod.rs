@@ -42,7 +42,7 @@ impl Datapath {
     #[must_use]
     pub fn attach_mode(&self, link: &Link, hook: TcHook) -> AttachMode {
         match (link.kind, hook) {
-            (LinkKind::Netkit, TcHook::FromPod) if !self.refused_netkit.contains(&link.index) => {
+            (LinkKind::Netkit, TcHook::FromPod) if !self.rejected_netkit.contains(&link.index) => {
                 AttachMode::Netkit
             }
             _ => self.backend,
@@ -60,7 +60,7 @@ impl Datapath {
     ) -> Result<Vec<Attachment>, DatapathError> {
         let point = AttachPoint { ifindex: link.index, hook };
         // No program is loaded for a hook that is off. Id 0 then makes every attached program obsolete.
-        let program = self.programs.id(tc_program(hook, link.frame)).unwrap_or_default();
+        let program = self.programs.id(tc_program(hook, link.link_layer)).unwrap_or_default();
         let mut attachments = self.links.observe(self.pin_lock.dir(), point, program)?;
         let recorded = interface_records::has_filter(&self.maps, link.index);
         if full || recorded || self.backend == AttachMode::Clsact {
@@ -77,18 +77,18 @@ impl Datapath {
     /// Executes one reconcile action at a hook of an interface.
     pub async fn apply(&mut self, link: &Link, hook: TcHook, action: Action) -> Result<(), DatapathError> {
         let point = AttachPoint { ifindex: link.index, hook };
-        let name = tc_program(hook, link.frame);
+        let name = tc_program(hook, link.link_layer);
         match action {
             Action::Attach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 counters::create(&mut self.maps, link.index, hook.hook());
                 match self.attach_link(point, mode, name) {
-                    Err(error) if mode == AttachMode::Netkit && is_netkit_refusal(&error) => {
+                    Err(error) if mode == AttachMode::Netkit && is_netkit_rejection(&error) => {
                         log::warn!(
                             "{}: netkit link rejected, attaching via TCX: {:#}",
                             link.name,
                             anyhow::Error::from(error)
                         );
-                        self.refused_netkit.insert(link.index);
+                        self.rejected_netkit.insert(link.index);
                         self.attach_link(point, AttachMode::Tcx, name)
                     }
                     attached => attached,
@@ -200,7 +200,7 @@ fn has_earlier_netkit_program(link: &Link, hook: TcHook) -> bool {
 
 /// Reports whether attaching a netkit link to the device always fails: the kernel does not support it (EINVAL, EOPNOTSUPP),
 /// the device is not a netkit device (ENXIO), or it is a peer device (EACCES). See `netkit_dev_fetch` (drivers/net/netkit.c).
-fn is_netkit_refusal(error: &DatapathError) -> bool {
+fn is_netkit_rejection(error: &DatapathError) -> bool {
     matches!(error.errno(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENXIO | libc::EACCES))
 }
 

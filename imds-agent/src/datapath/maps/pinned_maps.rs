@@ -67,7 +67,7 @@ impl Maps {
     pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
         if let Some(layout) = schema_mismatch(pins) {
             return Err(ObjectError::OtherVersion(format!(
-                "layout {layout}, this version has {MAP_SCHEMA_VERSION}"
+                "schema {layout}, this version has {MAP_SCHEMA_VERSION}"
             )));
         }
         Self::new(|name| {
@@ -145,7 +145,7 @@ pub(in crate::datapath) fn incompatible_maps(pins: &PinDir) -> Result<Vec<String
         && pins.map(MAP_POLICY).exists()
         && let Some(layout) = schema_mismatch(pins)
     {
-        reasons.push(format!("the maps have layout {layout}, this version has {MAP_SCHEMA_VERSION}"));
+        reasons.push(format!("the maps have schema {layout}, this version has {MAP_SCHEMA_VERSION}"));
     }
     Ok(reasons)
 }

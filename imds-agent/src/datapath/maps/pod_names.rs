@@ -156,20 +156,22 @@ impl PodWatchStatus {
 /// Records the status of the pod watch; `None` means that it is off.
 pub(crate) fn write_watch_status(
     maps: &mut Maps,
-    lookup: Option<&PodWatchStatus>,
+    watch_status: Option<&PodWatchStatus>,
 ) -> Result<(), DatapathError> {
     let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
     let record = KubernetesRecord {
-        since: moment(lookup.map(|lookup| lookup.since)),
-        synced_at: moment(lookup.and_then(|lookup| lookup.synced_at)),
-        failed_at: moment(lookup.and_then(|lookup| lookup.failed_at)),
-        enabled: lookup.is_some().into(),
-        connected: lookup.is_some_and(|lookup| lookup.connected).into(),
-        pods: lookup.map_or(0, |lookup| lookup.pods),
-        unresolved: lookup.map_or(0, |lookup| lookup.unresolved),
-        disputed: lookup.map_or(0, |lookup| lookup.disputed.into()),
-        node: text_field(lookup.map_or("", |lookup| &lookup.node)),
-        error: text_field(lookup.and_then(|lookup| lookup.error.as_deref()).unwrap_or_default()),
+        since: moment(watch_status.map(|watch_status| watch_status.since)),
+        synced_at: moment(watch_status.and_then(|watch_status| watch_status.synced_at)),
+        failed_at: moment(watch_status.and_then(|watch_status| watch_status.failed_at)),
+        enabled: watch_status.is_some().into(),
+        connected: watch_status.is_some_and(|watch_status| watch_status.connected).into(),
+        pods: watch_status.map_or(0, |watch_status| watch_status.pods),
+        unresolved: watch_status.map_or(0, |watch_status| watch_status.unresolved),
+        disputed: watch_status.map_or(0, |watch_status| watch_status.disputed.into()),
+        node: text_field(watch_status.map_or("", |watch_status| &watch_status.node)),
+        error: text_field(
+            watch_status.and_then(|watch_status| watch_status.error.as_deref()).unwrap_or_default(),
+        ),
     };
     maps.kubernetes.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_KUBERNETES, source })
 }

@@ -64,7 +64,7 @@ pub enum PinError {
     },
     /// No bpffs is mounted at the conventional mount point, and mounting one failed.
     #[error(
-        "there is no bpffs at {BPFFS} and mounting one failed; run `mount -t bpf bpf {BPFFS}` on the node, or grant CAP_SYS_ADMIN"
+        "failed to mount a bpffs at {BPFFS}; run `mount -t bpf bpf {BPFFS}` on the node, or grant CAP_SYS_ADMIN"
     )]
     Mount(#[source] io::Error),
     /// Another process holds the lock of the directory.
@@ -157,14 +157,14 @@ impl PinDir {
 
     /// Returns the paths of the pinned links of interfaces, each with its attach point.
     pub fn pinned_links(&self) -> Result<Vec<(AttachPoint, PathBuf)>, PinError> {
-        let spot_of = |path: &Path| {
+        let point_of = |path: &Path| {
             let name = path.file_name()?.to_str()?;
             TcHook::ALL.into_iter().find_map(|hook| {
                 let ifindex = name.strip_prefix(link_prefix(hook))?.parse().ok()?;
                 Some(AttachPoint { ifindex, hook })
             })
         };
-        Ok(self.all_links()?.into_iter().filter_map(|path| Some((spot_of(&path)?, path))).collect())
+        Ok(self.all_links()?.into_iter().filter_map(|path| Some((point_of(&path)?, path))).collect())
     }
 
     /// Returns the paths of all pinned links, of interfaces and cgroups.

@@ -1,4 +1,4 @@
-//! Checks of the environment: capabilities, limits, mounts, pod lookup and the running agent.
+//! Checks of the environment: capabilities, limits, mounts, pod watch and the running agent.
 
 use caps::{CapSet, Capability};
 
@@ -111,8 +111,9 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
             remedy,
         );
     }
-    let lookup = Maps::open(pins).ok().and_then(|maps| pod_names::read_watch_status(&maps).ok().flatten());
-    match lookup {
+    let watch_status =
+        Maps::open(pins).ok().and_then(|maps| pod_names::read_watch_status(&maps).ok().flatten());
+    match watch_status {
         None => DoctorCheck::ok(NAME, "processes of pods are visible; no pod watch"),
         Some(PodWatchStatus { node, connected: true, pods, .. }) => {
             DoctorCheck::ok(NAME, format!("pod watch of node {node} connected, {pods} pods"))

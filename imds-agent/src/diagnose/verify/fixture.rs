@@ -244,7 +244,7 @@ fn make_tap(name: &str) -> io::Result<File> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
         *to = from.cast_signed();
     }
-    // SAFETY: the request is a struct ifreq, as this command wants it, and outlives the call.
+    // SAFETY: TUNSETIFF reads and writes one `struct ifreq`; `request` is one, and outlives the call.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(device) }
 }

@@ -24,7 +24,10 @@ mod verify_report;
 use std::{io, path::PathBuf, pin::pin, time::Duration};
 
 use aya::maps::MapError;
-use imds_ebpf_common::{Hook, Mode, TcHook};
+use imds_ebpf_common::{
+    Hook, Mode, TcHook,
+    names::{MAP_ENDPOINTS, MAP_POLICY},
+};
 use thiserror::Error;
 use tokio::{
     net::UnixListener,
@@ -201,9 +204,9 @@ impl Enforced {
             return Err(VerifyError::Unloaded(pins.root().to_owned()));
         }
         let maps = Maps::open(pins)?;
-        let unreadable = |source| VerifyError::Map { map: "imds_policy", source };
-        let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
-        let entries = endpoint_maps::read(&maps).map_err(unreadable)?;
+        let unreadable = |map| move |source| VerifyError::Map { map, source };
+        let policy = maps.policy.get(&0, 0).map_err(unreadable(MAP_POLICY))?;
+        let entries = endpoint_maps::read(&maps).map_err(unreadable(MAP_ENDPOINTS))?;
         let mut entries: Vec<_> = entries.into_iter().collect();
         entries.sort_by_key(|(_, entry)| entry.id);
         let endpoints = entries.iter().map(|(address, entry)| Endpoint::from_entry(*address, entry));

@@ -19,7 +19,7 @@ use crate::{
 
 /// Egress of a clsact qdisc, `ffff:fff3`.
 const EGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_EGRESS };
-/// Handle of the sink's filters, "veri" and "fy" in ASCII, which no other program uses.
+/// Handle of the sink's filters, "veri" in ASCII, which no other program uses.
 const HANDLE: TcHandle = TcHandle { major: 0x7665, minor: 0x7269 };
 const ETH_P_ALL: u16 = 0x0003_u16.to_be();
 const NAME: &str = "verify_sink";

@@ -96,7 +96,7 @@ impl Snapshot {
         };
         to.counter(
             "imds_agent_packets",
-            "Packets, or calls at the socket hook, from pods to protected endpoints",
+            "Packets and calls to protected endpoints, by the hook that gave the verdict",
             samples(|count| count.packets),
         );
         to.counter(
@@ -232,9 +232,13 @@ impl Snapshot {
             "Time at which the list of pods was last known to be complete, in seconds since 1970",
             synced,
         );
-        let pods = self.report.kubernetes.iter().flat_map(|lookup| {
-            [("known", lookup.pods), ("unresolved", lookup.unresolved), ("disputed", lookup.disputed)]
-                .map(|(state, count)| ([("state", state.to_owned())], u64::from(count)))
+        let pods = self.report.kubernetes.iter().flat_map(|watch_status| {
+            [
+                ("known", watch_status.pods),
+                ("unresolved", watch_status.unresolved),
+                ("disputed", watch_status.disputed),
+            ]
+            .map(|(state, count)| ([("state", state.to_owned())], u64::from(count)))
         });
         to.gauge(
             "imds_agent_kubernetes_pods",

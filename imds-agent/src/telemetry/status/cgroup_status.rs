@@ -2,11 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use imds_ebpf_common::{CounterKey, Hook, cgroup::SENDMSG_OFF, names::PROG_LOCAL_SERVICE};
+use imds_ebpf_common::{
+    CounterKey, Hook,
+    cgroup::SENDMSG_OFF,
+    names::{MAP_CGROUP, MAP_CONFIG, MAP_NODE_ALLOW, PROG_LOCAL_SERVICE},
+};
 use toml::{Table, Value};
 
 use super::{
-    CgroupProgram, HostReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport,
+    CgroupProgram, HostNetworkReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport,
     SendmsgReport, SocketReport, StatusReport, unreadable,
 };
 use crate::{
@@ -44,7 +48,7 @@ impl StatusReport {
             self.add_local_service(pins, maps, take(Hook::LocalService))?;
         }
         if hooks.contains(Hook::HostNetwork) {
-            self.add_hosts(host_cgroups::inspect(pins)?, take(Hook::HostNetwork));
+            self.add_host_network(host_cgroups::inspect(pins)?, take(Hook::HostNetwork));
         }
         if hooks.contains(Hook::NodeAllow) {
             self.add_node_allow(pins, maps, take(Hook::NodeAllow))?;
@@ -55,7 +59,7 @@ impl StatusReport {
     /// Adds the `socket` hook: its programs on the cgroup that the agent recorded.
     fn add_sockets(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
         self.total += counts;
-        let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
+        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         let reason = SendmsgReason::from_u32(record.sendmsg);
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| cgroup_programs::inspect(pins, SOCKETS, id)).unwrap_or_default();
@@ -87,7 +91,7 @@ impl StatusReport {
     /// Adds the `local_service` hook: its program on the cgroup that the agent recorded.
     fn add_local_service(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
         self.total += counts;
-        let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
+        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         let desired = record.local_service == 1;
         let has_cgroup = record.cgroup != 0;
         let program =
@@ -106,7 +110,7 @@ impl StatusReport {
     }
 
     /// Adds the `host_network` hook: its programs on the cgroups of Kubernetes pods.
-    fn add_hosts(&mut self, cgroups: BTreeMap<u64, Vec<ProgramState>>, counts: Counts) {
+    fn add_host_network(&mut self, cgroups: BTreeMap<u64, Vec<ProgramState>>, counts: Counts) {
         self.total += counts;
         self.add_programs(Hook::HostNetwork, &cgroups.values().flatten().collect::<Vec<_>>());
         if cgroups.is_empty() && !lacks_cookie() {
@@ -117,13 +121,13 @@ impl StatusReport {
         let attached = !cgroups.is_empty() && cgroups.values().flatten().all(|program| program.is_attached);
         let programs = cgroups.iter().flat_map(|(id, programs)| cgroup_programs_of(*id, programs)).collect();
         let cgroups = cgroups.into_keys().collect();
-        self.host_network = Some(HostReport { attached, cgroups, programs, counts });
+        self.host_network = Some(HostNetworkReport { attached, cgroups, programs, counts });
     }
 
     /// Adds the `node_allow` hook: its programs on the cgroup that the agent recorded, and the allow list.
     fn add_node_allow(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
         self.total += counts;
-        let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
+        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| cgroup_programs::inspect(pins, NODE_ALLOW, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
@@ -136,7 +140,8 @@ impl StatusReport {
         let mut packets = programs.iter().filter(|program| program.is_packet_program);
         let reason =
             "this kernel does not report the network namespace of packets at cgroups (needs Linux 6.15)";
-        let active: BTreeSet<u32> = node_allow_map::read(maps).map_err(unreadable)?.into_values().collect();
+        let active: BTreeSet<u32> =
+            node_allow_map::read(maps).map_err(unreadable(MAP_NODE_ALLOW))?.into_values().collect();
         let entries = node_allow_entries(maps)?.into_iter().zip(1..);
         let allow =
             entries.map(|(process, number)| NodeAllowEntry { process, active: active.contains(&number) });
@@ -201,7 +206,10 @@ fn cgroup_programs_of<'p>(
 
 /// Returns the allow list of the effective configuration, in the order of the file.
 pub(crate) fn node_allow_entries(maps: &Maps) -> Result<Vec<String>, DatapathError> {
-    let text = config_record::read(maps).map_err(unreadable)?.map(|record| record.text).unwrap_or_default();
+    let text = config_record::read(maps)
+        .map_err(unreadable(MAP_CONFIG))?
+        .map(|record| record.text)
+        .unwrap_or_default();
     let table: Table = text.parse().unwrap_or_default();
     let allow = table.get("node").and_then(|node| node.get("allow")).and_then(Value::as_array);
     Ok(allow.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect())

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use imds_ebpf_common::{Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict};
+use imds_ebpf_common::{
+    Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict,
+    names::{MAP_CONFIG, MAP_EXEMPT},
+};
 use toml::{Table, Value};
 
 use super::{ExemptSender, StatusReport, unreadable};
@@ -23,7 +26,7 @@ impl StatusReport {
         maps: &Maps,
         names: &BTreeMap<Subject, PodRef>,
     ) -> Result<(), DatapathError> {
-        let exemptions = exemption_maps::read(maps).map_err(unreadable)?;
+        let exemptions = exemption_maps::read(maps).map_err(unreadable(MAP_EXEMPT))?;
         // A bridge entry covers exempt pods behind it, which have entries of their own.
         let is_of_pod = |record: &ExemptionRecord| record.flags != ExemptionRecord::BRIDGE;
         let entries: Vec<_> =
@@ -101,7 +104,10 @@ impl StatusReport {
 
 /// Returns the names of the exemptions of the effective configuration, in their order.
 pub(crate) fn exemption_rules(maps: &Maps) -> Result<Vec<String>, DatapathError> {
-    let text = config_record::read(maps).map_err(unreadable)?.map(|record| record.text).unwrap_or_default();
+    let text = config_record::read(maps)
+        .map_err(unreadable(MAP_CONFIG))?
+        .map(|record| record.text)
+        .unwrap_or_default();
     let table: Table = text.parse().unwrap_or_default();
     let rules = table.get("exempt").and_then(Value::as_array).cloned().unwrap_or_default();
     let name = |rule: &Value| rule.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();

@@ -135,7 +135,7 @@ fn order(link: &Link, hook: TcHook, attachment: Attachment) -> Order {
 async fn attachment(link: &Link, hook: TcHook, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
     let point = AttachPoint { ifindex: link.index, hook };
     // A program that the kernel rejected is not pinned.
-    let program = object::pinned_program(node.pins, tc_program(hook, link.frame)).unwrap_or_default();
+    let program = object::pinned_program(node.pins, tc_program(hook, link.link_layer)).unwrap_or_default();
     if let Some(attachment) = mprog::find(node.pins, point, program)? {
         return Ok(Some(attachment));
     }

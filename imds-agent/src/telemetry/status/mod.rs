@@ -8,18 +8,25 @@ mod status_table;
 
 use std::collections::BTreeMap;
 
-use imds_ebpf_common::{DenyAction, Hook, Mode, Policy, Subject};
+use aya::maps::MapError;
+use imds_ebpf_common::{
+    DenyAction, Hook, Mode, Policy, Subject,
+    names::{
+        MAP_CONFIG, MAP_COUNTERS, MAP_ENDPOINTS, MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROVIDER,
+        MAP_REJECTED,
+    },
+};
 
 pub use self::status_report::{
-    Agent, CgroupProgram, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface,
-    LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport, Problem, Provider,
+    Agent, CgroupProgram, Configuration, Endpoint, ExemptSender, HookAttachment, HostNetworkReport,
+    Interface, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport, Problem, Provider,
     RejectedConfigReport, RejectedProgram, SendmsgReport, SocketReport, State, StatusReport,
 };
 pub(crate) use self::{cgroup_status::node_allow_entries, exemption_status::exemption_rules};
 use crate::{
     config::{
         Hooks,
-        endpoint_set::{AllowedPort, Endpoint as EndpointSet},
+        endpoint_set::{AllowedPort, Endpoint as ProtectedEndpoint},
     },
     datapath::{
         DatapathError,
@@ -82,7 +89,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
         }
         maps => maps?,
     };
-    let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
+    let policy = maps.policy.get(&0, 0).map_err(unreadable(MAP_POLICY))?;
     let mode = Mode::from_u32(policy.mode);
     report.mode = Some(mode.name());
     report.on_deny = Some(DenyAction::from_u32(policy.on_deny).name());
@@ -111,8 +118,8 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
         );
     }
 
-    report.pending_events = counters::pending_events(&maps).map_err(unreadable)?;
-    let mut counts = counters::read(&maps).map_err(unreadable)?;
+    report.pending_events = counters::pending_events(&maps).map_err(unreadable(MAP_COUNTERS))?;
+    let mut counts = counters::read(&maps).map_err(unreadable(MAP_COUNTERS))?;
     for ((_, number), of_one) in &counts {
         if let Some(hook) = Hook::ALL.into_iter().find(|&hook| hook as u8 == *number) {
             *report.by_hook.entry(hook.name()).or_default() += *of_one;
@@ -121,9 +128,9 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     report.add_cgroups(pins, &maps, hooks, &mut counts)?;
     let links = netlink.links().await?;
     let uplinks = Uplinks::new(&netlink.endpoint_routes().await?, links.iter());
-    report.kubernetes = pod_names::read_watch_status(&maps).map_err(unreadable)?;
+    report.kubernetes = pod_names::read_watch_status(&maps).map_err(unreadable(MAP_KUBERNETES))?;
     report.add_disputes();
-    let names = pod_names::read(&maps).map_err(unreadable)?;
+    let names = pod_names::read(&maps).map_err(unreadable(MAP_PODS))?;
     let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks, names: &names };
     if let Some(port) = userspace_ovs::find(&links) {
         report.problem(Some(&port.name), userspace_ovs::PROBLEM, userspace_ovs::REMEDY);
@@ -170,7 +177,7 @@ impl StatusReport {
     }
 
     fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
-        let record = config_record::read(maps).map_err(unreadable)?;
+        let record = config_record::read(maps).map_err(unreadable(MAP_CONFIG))?;
         if let Some(record) = &record
             && let Some(config_record::RejectedConfig { at, error }) = &record.rejected
         {
@@ -193,7 +200,7 @@ impl StatusReport {
 
     /// Adds the programs that the kernel rejected, each a problem of its hook.
     fn add_rejected_programs(&mut self, pins: &PinDir, maps: &Maps) -> Result<(), DatapathError> {
-        for (hook, program, error) in object::rejected_programs(maps).map_err(unreadable)? {
+        for (hook, program, error) in object::rejected_programs(maps).map_err(unreadable(MAP_REJECTED))? {
             let name = hook.name();
             let has_earlier = object::pinned_program(pins, program).is_ok();
             let problem = if has_earlier {
@@ -220,7 +227,7 @@ impl StatusReport {
     }
 
     fn add_disputes(&mut self) {
-        let disputed = self.kubernetes.as_ref().map_or(0, |lookup| lookup.disputed);
+        let disputed = self.kubernetes.as_ref().map_or(0, |watch_status| watch_status.disputed);
         if disputed > 0 {
             self.problem(
                 None,
@@ -232,14 +239,15 @@ impl StatusReport {
 
     /// Adds the protected endpoints, and returns a connection that treats routes to them as uplinks.
     fn add_endpoints(&mut self, maps: &Maps, netlink: &Netlink) -> Result<Netlink, DatapathError> {
-        let (configured, effective) = endpoint_maps::provider(maps).map_err(unreadable)?;
+        let (configured, effective) = endpoint_maps::provider(maps).map_err(unreadable(MAP_PROVIDER))?;
         self.provider = Some(Provider { configured, effective });
-        let mut entries: Vec<_> = endpoint_maps::read(maps).map_err(unreadable)?.into_iter().collect();
+        let mut entries: Vec<_> =
+            endpoint_maps::read(maps).map_err(unreadable(MAP_ENDPOINTS))?.into_iter().collect();
         entries.sort_by_key(|(_, entry)| entry.id);
         let endpoint_set: Vec<_> =
-            entries.iter().map(|(address, entry)| EndpointSet::from_entry(*address, entry)).collect();
+            entries.iter().map(|(address, entry)| ProtectedEndpoint::from_entry(*address, entry)).collect();
         let to_strings = |ports: &[AllowedPort]| ports.iter().map(ToString::to_string).collect();
-        self.endpoints.extend(endpoint_set.iter().map(|EndpointSet { name, address, allow_ports }| {
+        self.endpoints.extend(endpoint_set.iter().map(|ProtectedEndpoint { name, address, allow_ports }| {
             Endpoint { name: name.clone(), address: *address, allow_ports: to_strings(allow_ports) }
         }));
         if self.endpoints.is_empty() && self.mode != Some(Mode::Off.name()) {
@@ -259,6 +267,7 @@ pub(crate) struct Node<'a> {
     names: &'a BTreeMap<Subject, PodRef>,
 }
 
-fn unreadable(source: aya::maps::MapError) -> DatapathError {
-    DatapathError::Object(ObjectError::Map { name: "of the pin directory", source })
+/// Returns the conversion of errors of the map `name`.
+fn unreadable(name: &'static str) -> impl FnOnce(MapError) -> DatapathError {
+    move |source| DatapathError::Object(ObjectError::Map { name, source })
 }

@@ -47,7 +47,7 @@ pub struct StatusReport {
     /// The `socket` hook; `None` if the hook is off.
     pub sockets: Option<SocketReport>,
     /// The `host_network` hook, which restricts pods in the node's network namespace; `None` if the hook is off.
-    pub host_network: Option<HostReport>,
+    pub host_network: Option<HostNetworkReport>,
     /// The `local_service` hook, for a metadata service on the node; `None` if the hook is off.
     pub local_service: Option<LocalServiceReport>,
     /// Allow list of the node; `None` if the configuration has none.
@@ -352,7 +352,7 @@ pub struct NodeAllowEntry {
 
 /// State of the `host_network` hook.
 #[derive(Debug, Serialize)]
-pub struct HostReport {
+pub struct HostNetworkReport {
     /// True if a cgroup of Kubernetes pods exists, and all programs are attached to each.
     pub attached: bool,
     /// Ids of these cgroups: their inode numbers.

@@ -38,7 +38,7 @@ impl StatusReport {
         writeln!(text, "state      {}", self.state.name())?;
         self.write_configuration(text)?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
-        writeln!(text, "on deny    {}", self.on_deny.unwrap_or("unknown"))?;
+        writeln!(text, "on_deny    {}", self.on_deny.unwrap_or("unknown"))?;
         self.write_endpoints(text)?;
         self.write_exemptions(text)?;
         self.write_kubernetes(text)?;
@@ -174,17 +174,17 @@ impl StatusReport {
         }
         if let Some(local) = self.local_service.filter(|local| local.desired || local.attached) {
             let attach = Cell::new(if local.attached { "cgroup" } else { "-" });
-            let row = [Cell::new("(local service)"), blank(), blank(), attach].into_iter();
+            let row = [Cell::new("(local_service)"), blank(), blank(), attach].into_iter();
             table.add_row(row.chain(cells(&local.counts)));
         }
         if let Some(hosts) = &self.host_network {
             let attach = phrase_programs(&hosts.programs);
-            let row = [Cell::new("(hostNetwork)"), blank(), blank(), Cell::new(attach)].into_iter();
+            let row = [Cell::new("(host_network)"), blank(), blank(), Cell::new(attach)].into_iter();
             table.add_row(row.chain(calls(&hosts.counts)));
         }
         if let Some(node) = &self.node_allow {
             let attached = Cell::new(phrase_programs(&node.programs));
-            let row = [Cell::new("(node)"), blank(), blank(), attached].into_iter();
+            let row = [Cell::new("(node_allow)"), blank(), blank(), attached].into_iter();
             table.add_row(row.chain(calls(&node.counts)));
         }
         let sum =

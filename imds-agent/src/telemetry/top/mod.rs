@@ -1,4 +1,4 @@
-//! `imds-agent top`: a live view of pods, verdicts per second and the latest events.
+//! `imds-agent top`: a live view of the verdicts per second of each interface and hook, and of the latest events.
 
 mod model;
 mod view;

@@ -120,8 +120,8 @@ impl Model {
             report.interfaces.iter().filter(|interface| !interface.attachments.is_empty()).map(row).collect();
         let hook = |name: &str, counts: Counts| Row { name: name.to_owned(), counts, ..Row::default() };
         rows.extend(report.sockets.as_ref().map(|sockets| hook("(sockets)", sockets.counts)));
-        rows.extend(report.host_network.as_ref().map(|hosts| hook("(hostNetwork)", hosts.counts)));
-        rows.extend(report.node_allow.as_ref().map(|node| hook("(node)", node.counts)));
+        rows.extend(report.host_network.as_ref().map(|hosts| hook("(host_network)", hosts.counts)));
+        rows.extend(report.node_allow.as_ref().map(|node| hook("(node_allow)", node.counts)));
         let before = std::mem::take(&mut self.before);
         for row in &mut rows {
             let key = (row.index, row.name.clone());
@@ -217,19 +217,22 @@ fn header(report: &StatusReport) -> Vec<String> {
     };
     let provider = report.provider.as_ref().map_or("unknown", |provider| &provider.effective);
     let endpoints = report.endpoints.len();
-    let lookup = report.kubernetes.as_ref().map(|lookup| {
-        let word = if lookup.connected { "connected" } else { "not connected" };
-        format!("   node {}, {word}, {} pods", lookup.node, lookup.pods)
+    let watch_status = report.kubernetes.as_ref().map(|watch_status| {
+        let word = if watch_status.connected { "connected" } else { "not connected" };
+        format!("   node {}, {word}, {} pods", watch_status.node, watch_status.pods)
     });
     vec![
         format!(
-            "mode {}   on deny {}   provider {provider}, {endpoints} endpoint{}   hooks {}",
+            "mode {}   on_deny {}   provider {provider}, {endpoints} endpoint{}   hooks {}",
             report.mode.unwrap_or("unknown"),
             report.on_deny.unwrap_or("unknown"),
             if endpoints == 1 { "" } else { "s" },
             report.hooks.join(" ")
         ),
-        format!("agent {agent}   interfaces {attached} of {desired} attached{}", lookup.unwrap_or_default()),
+        format!(
+            "agent {agent}   interfaces {attached} of {desired} attached{}",
+            watch_status.unwrap_or_default()
+        ),
     ]
 }
 

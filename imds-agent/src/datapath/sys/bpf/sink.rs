@@ -73,10 +73,10 @@ enum Step {
     /// Forward jump to the label with this name.
     Jump(u64, &'static str),
     /// Label of the following instruction.
-    PodContainer(&'static str),
+    Label(&'static str),
 }
 
-use Step::{Jump, PodContainer, Run};
+use Step::{Jump, Label, Run};
 
 fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>) -> Vec<u64> {
     let mut steps = vec![Run(copy(6, 1))];
@@ -91,13 +91,13 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
         Jump(differs(2, 6), "next"),
         Run(set(7, 40)),
         Jump(0x05, "tcp"),
-        PodContainer("ipv4"),
+        Label("ipv4"),
         Run(load_byte(2, IP + 9)),
         Jump(differs(2, 6), "next"),
         Run(load_byte(7, IP)),
         Run(0x57 | 7 << 8 | 0xf << 32),
         Run(0x67 | 7 << 8 | 2 << 32),
-        PodContainer("tcp"),
+        Label("tcp"),
     ]);
     steps.extend(load_bytes(Run(copy(2, 7)), TCP, 20));
     steps.extend([
@@ -112,7 +112,7 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
         // Converts 16 bits from network byte order.
         Run(0xdc | 8 << 8 | 16 << 32),
         Jump(0x05, "count"),
-        PodContainer("cookie"),
+        Label("cookie"),
         Run(copy(1, 6)),
         Run(call(BPF_FUNC_get_socket_cookie as u64)),
         Jump(equal(0, 0), "next"),
@@ -122,7 +122,7 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
     steps.extend([
         Jump(equal(0, 0), "next"),
         Run(0x61 | 8 << 8),
-        PodContainer("count"),
+        Label("count"),
         Run(0x63 | 10 << 8 | 8 << 12 | offset(KEY)),
     ]);
     steps.extend(look_up(counts, KEY));
@@ -131,10 +131,10 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
         Run(set(1, 1)),
         // Atomic 64-bit addition of register 1.
         Run(0xdb | 1 << 12),
-        PodContainer("drop"),
+        Label("drop"),
         Run(set(0, 2)),
         Run(EXIT),
-        PodContainer("next"),
+        Label("next"),
         Run(set(0, u64::from(u32::MAX))),
         Run(EXIT),
     ]);
@@ -143,16 +143,16 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
 
 /// Returns the instructions, with the offsets of jumps resolved.
 fn assemble(steps: &[Step]) -> Vec<u64> {
-    let is_instruction = |step: &&Step| !matches!(step, PodContainer(_));
+    let is_instruction = |step: &&Step| !matches!(step, Label(_));
     let position = |name: &str| {
-        let before = steps.iter().take_while(|step| !matches!(step, PodContainer(found) if *found == name));
+        let before = steps.iter().take_while(|step| !matches!(step, Label(found) if *found == name));
         before.filter(is_instruction).count()
     };
     let instructions = steps.iter().filter(is_instruction).enumerate();
     let assembled = instructions.map(|(index, step)| match step {
         Run(instruction) => *instruction,
         Jump(instruction, name) => instruction | offset((position(name) - index - 1).try_into().unwrap_or(0)),
-        PodContainer(_) => 0,
+        Label(_) => 0,
     });
     assembled.collect()
 }
