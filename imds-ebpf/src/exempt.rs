@@ -20,6 +20,9 @@ use crate::{
 /// Returns the verdict on a request of `subject` to `address`. `verdict` is the verdict without exemptions.
 #[inline(always)]
 pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Verdict {
+    if !Maps.may_be_exempt(subject.slot()) {
+        return verdict;
+    }
     let (exempted, _) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
     exempted
 }
@@ -50,11 +53,13 @@ fn exempt_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verd
     let ifindex = packet.ifindex();
     let subject = Subject::new(SubjectKind::Interface, ifindex.into());
     let (mut exempted, mut is_marked) = (verdict, false);
-    let (found, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
-    let is_changed = found as u32 != verdict as u32 && flags & ExemptionRecord::BRIDGE == 0;
-    if is_changed && is_own_packet(skb, ip, ifindex, address) {
-        (exempted, is_marked) = (found, flags & ExemptionRecord::MARK != 0);
-        maps::record_exempt_use(ifindex);
+    if Maps.may_be_exempt(subject.slot()) {
+        let (found, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
+        let is_changed = found as u32 != verdict as u32 && flags & ExemptionRecord::BRIDGE == 0;
+        if is_changed && is_own_packet(skb, ip, ifindex, address) {
+            (exempted, is_marked) = (found, flags & ExemptionRecord::MARK != 0);
+            maps::record_exempt_use(ifindex);
+        }
     }
     set_mark(skb, u32::from(is_marked));
     exempted as u32
@@ -113,6 +118,9 @@ pub(crate) fn apply_by_interface(
     address: &Address,
 ) -> Verdict {
     let subject = Subject::new(SubjectKind::Interface, ifindex.into());
+    if !Maps.may_be_exempt(subject.slot()) {
+        return verdict;
+    }
     let (exempted, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
     let packet = Skb::new(skb);
     let is_bridge = flags & ExemptionRecord::BRIDGE != 0;
@@ -196,11 +204,7 @@ fn has_source(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, other: u32) -> bo
 fn find_exemption_packed(id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
     // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
-    let subject = Subject { id, kind };
-    if !Maps.may_be_exempt(subject.slot()) {
-        return verdict as u32;
-    }
-    match find_exemption(verdict, subject, address, &Maps) {
+    match find_exemption(verdict, Subject { id, kind }, address, &Maps) {
         Some(exemption) => exemption.apply(verdict) as u32 | exemption.flags << FLAGS,
         None => verdict as u32,
     }
