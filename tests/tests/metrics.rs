@@ -125,6 +125,19 @@ fn every_packet_has_an_event_or_is_counted() {
 }
 
 #[test]
+fn not_ready_without_any_attachment() {
+    let env = TestEnv::new();
+    let config = "[interfaces]\nexclude = ['*']";
+    let _agent = env.agent().config(config).hooks(&["node_egress"]).spawn();
+    let status = env.status_when("the agent is ready", |status| status.agent.ready);
+    assert_eq!(status.state, "degraded");
+    assert!(status.problems[0].problem.contains("no enabled hook is attached"), "{:?}", status.problems);
+    let (code, why) = poll_until(LONG, "readiness", || try_get(&env, DEFAULT, "/readyz").ok());
+    assert!(code == 503 && why.contains("no enabled hook is attached"), "{code}: {why}");
+    assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
+}
+
+#[test]
 fn not_ready_while_a_pod_is_not_enforced() {
     if skip_without_tcx() {
         return;

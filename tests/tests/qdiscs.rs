@@ -107,7 +107,7 @@ fn ingress_qdisc_prevents_node_egress() {
     env.assert_open(&pod);
     let agent = env.agent().backend(AttachMode::Clsact).hooks(&["from_pod", "node_egress"]).resync(1).spawn();
     assert_not_enforced(&env, TestEnv::UPLINK);
-    agent.wait_for_log("its ingress qdisc occupies the clsact slot; delete it", LONG);
+    agent.wait_for_log("its ingress qdisc occupies the clsact slot; delete the qdisc", LONG);
     assert_log_is_bounded(&env, &agent, TestEnv::UPLINK);
     // A filter for egress would run at ingress.
     for direction in [TcAttachType::Ingress, TcAttachType::Egress] {

@@ -128,6 +128,18 @@ fn no_interfaces_fail() {
 }
 
 #[test]
+fn excluded_uplink_fails() {
+    let config = format!("[interfaces]\nexclude = ['{}']", TestEnv::UPLINK);
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().config(&config).hooks(&["from_pod", "node_egress"]).spawn_ready();
+    let verified = verify(&env);
+    assert_fails(&verified, &["node_egress"]);
+    let observed = checks(&verified.1, "node_egress")[0]["observed"].as_str().unwrap();
+    assert_eq!(observed, format!("uplink {} is excluded", TestEnv::UPLINK));
+}
+
+#[test]
 fn no_agent_fails() {
     let env = TestEnv::new();
     let _pod = env.add_pod(PodLink::Routed);

@@ -7,13 +7,13 @@ use crate::datapath::sys::bpf::MAX_PROGRAMS;
 
 /// Error of an attachment that fails until the operator or another program changes the interface.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
-#[error("failed to attach {} to {interface}: {obstacle}", hook.hook().name())]
+#[error("failed to attach {} to {interface}: {obstacle}; {}", hook.hook().name(), obstacle.remedy(interface))]
 pub struct ObstacleError {
     /// Hook that is not attached.
     pub hook: TcHook,
     /// Name of the interface.
     pub interface: String,
-    /// Cause of the failure, with a remedy.
+    /// Cause of the failure.
     pub obstacle: Obstacle,
 }
 
@@ -22,15 +22,14 @@ pub struct ObstacleError {
 pub enum Obstacle {
     /// The interface has an `ingress` qdisc, which has no egress hook and occupies the slot of clsact. A filter for egress would
     /// run at ingress.
-    #[error("its ingress qdisc occupies the clsact slot; delete it or {}", tcx_remedy(*has_tcx))]
+    #[error("its ingress qdisc occupies the clsact slot")]
     IngressQdisc {
         /// True if the kernel has TCX, so that `--tc-backend tcx` avoids the qdisc.
         has_tcx: bool,
     },
     /// The hook of the qdisc uses a filter block that several interfaces share. The kernel rejects filters of a single interface.
     #[error(
-        "its {kind} qdisc uses the shared filter block {block}, which takes no filter of a single interface; delete the qdisc or {}",
-        tcx_remedy(*has_tcx)
+        "its {kind} qdisc uses the shared filter block {block}, which takes no filter of a single interface"
     )]
     SharedBlock {
         /// Kind of the qdisc: `clsact` or `ingress`.
@@ -41,15 +40,22 @@ pub enum Obstacle {
         has_tcx: bool,
     },
     /// The list of programs of the hook is full.
-    #[error(
-        "the kernel runs at most {MAX_PROGRAMS} programs at a hook, and that many are attached; detach one of them"
-    )]
+    #[error("the kernel runs at most {MAX_PROGRAMS} programs at a hook, and that many are attached")]
     TooManyPrograms,
 }
 
-/// Returns the remedy that attaches without a qdisc, depending on TCX in the kernel.
-pub(crate) fn tcx_remedy(has_tcx: bool) -> &'static str {
-    if has_tcx { "run imds-agent with --tc-backend tcx" } else { "use a kernel with TCX (6.6)" }
+impl Obstacle {
+    /// Returns the action that removes the obstacle from the interface.
+    #[must_use]
+    pub fn remedy(&self, interface: &str) -> String {
+        let (kind, has_tcx) = match self {
+            Self::IngressQdisc { has_tcx } => ("ingress", has_tcx),
+            Self::SharedBlock { kind, has_tcx, .. } => (&**kind, has_tcx),
+            Self::TooManyPrograms => return "detach one of them".to_owned(),
+        };
+        let delete = format!("delete the qdisc with its filters (`tc qdisc delete dev {interface} {kind}`)");
+        if *has_tcx { format!("{delete}, or run imds-agent with --tc-backend tcx") } else { delete }
+    }
 }
 
 #[cfg(test)]
@@ -64,12 +70,12 @@ mod tests {
     fn messages_name_the_remedy() {
         assert_eq!(
             message(Obstacle::IngressQdisc { has_tcx: false }),
-            "failed to attach node_egress to up0: its ingress qdisc occupies the clsact slot; delete it or use a kernel \
-             with TCX (6.6)"
+            "failed to attach node_egress to up0: its ingress qdisc occupies the clsact slot; delete the qdisc with its \
+             filters (`tc qdisc delete dev up0 ingress`)"
         );
         let shared = Obstacle::SharedBlock { kind: "clsact".to_owned(), block: 22, has_tcx: true };
         assert!(message(shared.clone()).contains("shared filter block 22"));
-        assert!(message(shared).ends_with("run imds-agent with --tc-backend tcx"));
+        assert!(message(shared).ends_with("dev up0 clsact`), or run imds-agent with --tc-backend tcx"));
         assert!(message(Obstacle::TooManyPrograms).contains("at most 63 programs"));
     }
 }

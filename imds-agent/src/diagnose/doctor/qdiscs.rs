@@ -9,10 +9,7 @@ use crate::{
     config::Hooks,
     datapath::{
         DatapathError,
-        attach::{
-            obstacle::{Obstacle, tcx_remedy},
-            qdisc::{self, Qdisc},
-        },
+        attach::qdisc::{self, Qdisc},
         maps::interface_records,
         object::Maps,
         pin::dir::PinDir,
@@ -66,24 +63,9 @@ fn blocked(
     has_tcx: bool,
 ) -> Option<DoctorCheck> {
     let (name, hook) = (&link.name, tc_hook.hook().name());
-    let (observed, kind) = match qdiscs.get(&link.index)?.obstacle(tc_hook, has_tcx)? {
-        Obstacle::IngressQdisc { .. } => (
-            format!("the ingress qdisc of {name} occupies the clsact slot: {hook} can't be attached there"),
-            "ingress".to_owned(),
-        ),
-        Obstacle::SharedBlock { kind, block, .. } => (
-            format!(
-                "the {kind} qdisc of {name} uses the shared filter block {block}: {hook} can't be attached there"
-            ),
-            kind,
-        ),
-        Obstacle::TooManyPrograms => return None,
-    };
-    let remedy = format!(
-        "pods that only {hook} covers are not denied; delete the qdisc with its filters (`tc qdisc delete dev {name} {kind}`), \
-         or {}",
-        tcx_remedy(has_tcx)
-    );
+    let obstacle = qdiscs.get(&link.index)?.obstacle(tc_hook, has_tcx)?;
+    let observed = format!("{hook} can't be attached to {name}: {obstacle}");
+    let remedy = format!("pods that only {hook} covers are not denied; {}", obstacle.remedy(name));
     Some(DoctorCheck::degraded(NAME, observed, remedy))
 }
 

@@ -64,8 +64,14 @@ pub(crate) async fn wait_attached(
 }
 
 /// Checks that the programs of a TC hook are attached, and first in order, at all interfaces that should have them.
-pub(crate) fn check(hook: TcHook, status: &StatusReport) -> VerifyCheck {
+///
+/// `excluded` are interfaces with a route to an endpoint that the configuration excludes.
+pub(crate) fn check(hook: TcHook, status: &StatusReport, excluded: &[String]) -> VerifyCheck {
     const EXPECTED: &str = "first at every interface";
+    let (nowhere, excluded) = match hook {
+        TcHook::FromPod => ("this node has no interface of a pod", &[][..]),
+        TcHook::NodeEgress => ("no interface of this node has the hook", excluded),
+    };
     let hook = hook.hook().name();
     let attachments: Vec<_> = status
         .interfaces
@@ -73,13 +79,6 @@ pub(crate) fn check(hook: TcHook, status: &StatusReport) -> VerifyCheck {
         .filter(|interface| !interface.name.starts_with(VERIFY_PREFIX))
         .filter_map(|interface| attachment(interface, hook))
         .collect();
-    if attachments.is_empty() {
-        let observed = match hook {
-            "from_pod" => "at 0 of 0: this node has no interface of a pod",
-            _ => "at 0 of 0: no interface of this node has the hook",
-        };
-        return VerifyCheck::new(hook, EXPECTED, observed, Outcome::Fail);
-    }
     let names = |state, text: &str| {
         let found = attachments.iter().filter(|(_, found)| *found == state).map(|&(name, _)| name);
         let found: BTreeSet<_> = found.collect();
@@ -87,11 +86,13 @@ pub(crate) fn check(hook: TcHook, status: &StatusReport) -> VerifyCheck {
         (!names.is_empty()).then(|| format!("{} {text}", names.join(", ")))
     };
     let wrong: Vec<_> = [
+        attachments.is_empty().then(|| format!("at 0 of 0: {nowhere}")),
         names(AttachmentState::Missing, "not enforced"),
         names(AttachmentState::NotFirst, "behind other programs"),
     ]
     .into_iter()
     .flatten()
+    .chain(excluded.iter().map(|name| format!("uplink {name} is excluded")))
     .collect();
     if wrong.is_empty() {
         return VerifyCheck::new(hook, EXPECTED, format!("at {} of {0}", attachments.len()), Outcome::Pass);

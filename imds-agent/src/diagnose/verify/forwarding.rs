@@ -130,7 +130,12 @@ impl Path<'_> {
                 continue;
             }
             let mut arrival = arrivals.next().unwrap_or(Arrival::Lost);
-            if matches!(arrival, Arrival::Denied(_)) && targets.len() > 1 {
+            let is_unclear = match arrival {
+                Arrival::Arrived => false,
+                Arrival::Denied(_) => true,
+                Arrival::Lost => self.bridge.is_some(),
+            };
+            if is_unclear && targets.len() > 1 {
                 // The counters of a probe are not kept by address. Sending to one endpoint alone shows its verdict.
                 self.reset(treatment)?;
                 arrival = self.send(last_hook, &[target(endpoint)]).await.pop().unwrap_or(Arrival::Lost);

@@ -1,7 +1,6 @@
 //! The last hook: a packet sink that counts and drops test packets, so that they do not leave the machine.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{self, Read as _},
     os::fd::{AsFd as _, OwnedFd},
@@ -13,11 +12,12 @@ use imds_ebpf_common::{TcHook, names::link_prefix};
 
 use super::{
     VerifyError,
-    exits::{NetDevice, lowest},
+    exits::NetDevice,
     sink_filter::{self, SinkFilter},
 };
 use crate::{
     datapath::{
+        attach::clsact::TcFilter,
         pin::dir::{self, PinDir},
         sys::bpf,
     },
@@ -36,15 +36,12 @@ pub(crate) struct LastHook {
 }
 
 impl LastHook {
-    /// Attaches the sink to the lowest devices below `uplinks`.
+    /// Attaches the sink to these devices.
     pub(crate) async fn attach(
         pins: &PinDir,
         netlink: &Netlink,
-        devices: &BTreeMap<u32, NetDevice>,
-        uplinks: BTreeSet<u32>,
-        pods: &BTreeSet<u32>,
+        exits: Vec<&NetDevice>,
     ) -> Result<Self, VerifyError> {
-        let exits = lowest(devices, uplinks, pods);
         if exits.is_empty() {
             return Err(VerifyError::NoExit);
         }
@@ -61,8 +58,8 @@ impl LastHook {
             links: Vec::new(),
             filters: Vec::new(),
         };
-        for ifindex in exits {
-            if let Err(error) = hook.attach_to(pins, netlink, ifindex, &program).await {
+        for device in exits {
+            if let Err(error) = hook.attach_to(pins, netlink, device, &program).await {
                 hook.detach(netlink).await;
                 return Err(error);
             }
@@ -74,20 +71,23 @@ impl LastHook {
         &mut self,
         pins: &PinDir,
         netlink: &Netlink,
-        ifindex: u32,
+        device: &NetDevice,
         program: &OwnedFd,
     ) -> Result<(), VerifyError> {
+        let ifindex = device.index;
         let filters = sink_filter::filters(netlink, ifindex).await?;
         sink_filter::remove_leftover(netlink, ifindex, &filters).await?;
         let agent = agents_link(pins, ifindex);
-        if agent.is_none()
-            && let Some(filter) =
-                SinkFilter::add_after_agent(netlink, ifindex, &filters, program.as_fd()).await?
-        {
-            self.filters.push(filter);
-            return Ok(());
-        }
-        let link = bpf::link_create_after(program, ifindex, agent);
+        let position = filters.iter().position(TcFilter::is_agent_filter);
+        let link = match (agent, position.and_then(|position| filters.get(position..))) {
+            (Some(agent), _) => bpf::link_create_after(program, ifindex, agent),
+            (None, Some(filters)) => {
+                let filter = SinkFilter::add_after_agent(netlink, ifindex, filters, program.as_fd()).await?;
+                self.filters.push(filter.ok_or_else(|| VerifyError::Bypassed(device.name.clone()))?);
+                return Ok(());
+            }
+            (None, None) => bpf::link_create_first(program, ifindex, bpf::Direction::Egress),
+        };
         let subject = format!("the packet sink to egress of interface {ifindex}");
         self.links.push(link.map_err(VerifyError::io("attach", &subject))?);
         Ok(())

@@ -1,7 +1,7 @@
 //! `imds-agent verify`: checks with test packets that pods are denied, and that exempt pods and the node are not.
 //!
 //! Test packets pass the programs, routes and rules of the node. The last hook (a TC program at the egress of each NIC, after
-//! the agent's) counts and drops them, so that no test packet leaves the machine.
+//! the agent's) counts and drops them. If another program runs before the last hook, `verify` sends no packets to it.
 
 mod attached;
 mod exits;
@@ -82,6 +82,9 @@ pub enum VerifyError {
     /// No route of the node leads to an endpoint.
     #[error("this node has no uplink: no route leads to an endpoint")]
     NoExit,
+    /// Another program decides on test packets before the last hook.
+    #[error("another program runs before the last hook at {0}, and can send test packets out of the machine")]
+    Bypassed(String),
     /// A system call failed.
     #[error("failed to {operation} {subject}")]
     Io {
@@ -261,7 +264,7 @@ impl Fixture {
             checks.push(VerifyCheck::new("-", "an endpoint is protected", "no endpoint is", Outcome::Fail));
         }
         for hook in TcHook::ALL.into_iter().filter(|hook| enforced.hooks.contains(hook.hook())) {
-            checks.push(attached::check(hook, &enforced.status));
+            checks.push(attached::check(hook, &enforced.status, &self.paths.excluded));
             checks.extend(enforced.check_tc(hook, &self.pod, netlink).await?);
         }
         if enforced.hooks.contains(Hook::Socket) {

@@ -84,6 +84,9 @@ impl Call {
                 return ("reached it".to_owned(), Outcome::Pass);
             }
             if let Ok(result) = result {
+                // A connect program of the node, such as that of a proxy, changes the destination.
+                let peer = result.as_ref().ok().and_then(|stream| stream.peer_addr().ok());
+                let is_local = is_local || peer.is_some_and(|peer| peer.ip().is_loopback());
                 return call_outcome(&result.map(drop), is_local);
             }
         }
@@ -95,7 +98,11 @@ impl Call {
 /// Returns the result of a connection that ended before its segment arrived at the last hook.
 fn call_outcome(result: &io::Result<()>, is_local: bool) -> (String, Outcome) {
     match result.as_ref().map_err(io::Error::raw_os_error) {
-        Ok(()) => ("answered on this node".to_owned(), Outcome::Pass),
+        Ok(()) if is_local => ("answered on this node".to_owned(), Outcome::Pass),
+        Ok(()) => {
+            let observed = "answered: packets reach the endpoint without passing the last hook, or a rule of this node redirects them";
+            (observed.to_owned(), Outcome::Fail)
+        }
         Err(_) if is_refused(result) => (phrase(result), Outcome::Fail),
         Err(_) if is_local => (format!("an address of this node: {}", phrase(result)), Outcome::Skipped),
         // A hook with `on_deny = "reject"` or a firewall rule sends a reset.
@@ -129,6 +136,7 @@ mod tests {
         assert_eq!(outcome(libc::EHOSTUNREACH, false), Outcome::Skipped);
         assert_eq!(outcome(libc::ECONNREFUSED, false), Outcome::Fail);
         assert_eq!(outcome(libc::ECONNREFUSED, true), Outcome::Skipped);
-        assert_eq!(call_outcome(&Ok(()), false).1, Outcome::Pass);
+        assert_eq!(call_outcome(&Ok(()), true).1, Outcome::Pass);
+        assert_eq!(call_outcome(&Ok(()), false).1, Outcome::Fail);
     }
 }

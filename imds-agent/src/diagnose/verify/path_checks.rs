@@ -10,7 +10,7 @@ use imds_ebpf_common::{ExemptionRecord, Hook, Role, Subject, SubjectKind, TcHook
 use super::{
     Enforced, PATH, VerifyError,
     attached::wait_attached,
-    exits::{NetDevice, devices, route_to},
+    exits::{NetDevice, devices, lowest, route_to},
     fixture::{LinkName, TestDevice as _, TestPod},
     forwarding::{CONTROLS, Path},
     frames::{Frames, Mac},
@@ -22,12 +22,17 @@ use super::{
 };
 use crate::{config::endpoint_set::Endpoint, datapath::object, node::netlink::Netlink};
 
+/// Reason for a failure without the `from_pod` hook, which sets the exemption mark.
+const NO_MARK: &str = "denied at node_egress: exempt pods behind a bridge need `hooks.from_pod`";
+
 /// State of the path checks, with the last hook attached.
 pub(crate) struct Paths {
     last_hook: Result<LastHook, Skip>,
     devices: BTreeMap<u32, NetDevice>,
     /// Endpoint addresses that are local to the node.
     local: BTreeSet<IpAddr>,
+    /// Names of excluded interfaces with a route to an endpoint.
+    pub(crate) excluded: Vec<String>,
 }
 
 impl Paths {
@@ -42,18 +47,38 @@ impl Paths {
         };
         let pods: BTreeSet<_> = of_role(Role::Pod).collect();
         let mut uplinks: BTreeSet<_> = of_role(Role::Uplink).collect();
-        let mut local = BTreeSet::new();
+        let (mut local, mut routed) = (BTreeSet::new(), BTreeSet::new());
         for destination in enforced.endpoints.iter().map(|endpoint| endpoint.address).chain(CONTROLS) {
             let route = route_to(netlink, destination).await?;
-            uplinks.extend(route.interfaces);
+            uplinks.extend(&route.interfaces);
+            if !CONTROLS.contains(&destination) {
+                routed.extend(route.interfaces);
+            }
             if route.is_local {
                 local.insert(destination);
             }
         }
         let devices = devices(netlink).await?;
-        let last_hook = LastHook::attach(&enforced.pins, netlink, &devices, uplinks, &pods).await;
+        let exits = lowest(&devices, uplinks.iter().copied(), &pods);
+        let mut interfaces = enforced.status.interfaces.iter();
+        let bypassed = interfaces.find(|interface| {
+            let is_on_path = uplinks.contains(&interface.ifindex) || exits.contains(&interface.ifindex);
+            let attachment = interface.attachment(Hook::NodeEgress.name());
+            is_on_path
+                && attachment.is_some_and(|attachment| attachment.is_attached() && !attachment.is_enforced())
+        });
+        let last_hook = if let Some(interface) = bypassed {
+            Err(VerifyError::Bypassed(interface.name.clone()))
+        } else {
+            let exits = exits.iter().filter_map(|index| devices.get(index)).collect();
+            LastHook::attach(&enforced.pins, netlink, exits).await
+        };
         let last_hook = last_hook.map_err(|error| Skip::new(error.in_full()));
-        Ok(Self { last_hook, devices, local })
+        let excluded = enforced.status.interfaces.iter().filter(|interface| {
+            interface.role == Role::Excluded.name() && routed.contains(&interface.ifindex)
+        });
+        let excluded = excluded.map(|interface| interface.name.clone()).collect();
+        Ok(Self { last_hook, devices, local, excluded })
     }
 
     /// Removes the last hook, and the routes through the node's bridges.
@@ -141,7 +166,10 @@ impl Paths {
         }) {
             let at_bridge =
                 enforced.probes.add(Subject::new(SubjectKind::Interface, bridge), Treatment::ExemptBridge)?;
-            let on_bridge = Bridged { device, probe: &probe, at_bridge: &at_bridge, frames };
+            let needs_mark = enforced.hooks.contains(Hook::NodeEgress);
+            let obstacle =
+                (needs_mark && !enforced.hooks.contains(Hook::FromPod)).then(|| Skip::failed(NO_MARK));
+            let on_bridge = Bridged { device, probe: &probe, at_bridge: &at_bridge, frames, obstacle };
             pod.join_bridge(netlink, device.index, device.mtu).await?;
             let result = on_bridge.check(netlink, last_hook, pod, endpoints, families).await;
             pod.leave_bridge(netlink).await?;
@@ -182,6 +210,8 @@ struct Bridged<'p> {
     probe: &'p Probe<'p>,
     at_bridge: &'p Probe<'p>,
     frames: Frames,
+    /// Reason why no exempt pod behind a bridge is allowed.
+    obstacle: Option<Skip>,
 }
 
 impl Bridged<'_> {
@@ -202,7 +232,10 @@ impl Bridged<'_> {
             frames: Frames { to, ..self.frames },
             device_suffix: format!(" on {}", self.device.name),
         };
-        let skips = path.controls(netlink, last_hook, families, &bridge).await?;
+        let skips = match &self.obstacle {
+            Some(obstacle) => [(); 2].map(|()| Some(obstacle.clone())),
+            None => path.controls(netlink, last_hook, families, &bridge).await?,
+        };
         path.check_exempt(last_hook, &with_skips(endpoints, &skips), Treatment::ExemptMarked, true).await
     }
 }

@@ -47,21 +47,23 @@ pub(crate) async fn filters(netlink: &Netlink, ifindex: u32) -> Result<Vec<TcFil
 }
 
 impl SinkFilter {
-    /// Adds the program as a filter directly behind the agent's, which is one of `filters`.
+    /// Adds the program as a filter directly behind the agent's, the first of `filters`. Returns `None` if another filter stays
+    /// between them.
     pub(crate) async fn add_after_agent(
         netlink: &Netlink,
         ifindex: u32,
         filters: &[TcFilter],
         program: BorrowedFd<'_>,
     ) -> Result<Option<Self>, NetlinkError> {
-        let Some(agent) = filters.iter().find(|filter| filter.is_agent_filter()) else { return Ok(None) };
+        let Some((agent, behind)) = filters.split_first() else { return Ok(None) };
+        let Some(priority) = agent.priority.checked_add(1) else { return Ok(None) };
         // All filters of a priority have the same kind and protocol, and a new BPF filter comes first.
-        let is_free = |priority: &u16| {
-            filters.iter().filter(|filter| filter.priority == *priority).all(TcFilter::can_share_priority)
+        let is_between = |filter: &TcFilter| {
+            filter.priority < priority || (filter.priority == priority && !filter.can_share_priority())
         };
-        let Some(priority) = (agent.priority.saturating_add(1)..u16::MAX).find(is_free) else {
+        if behind.iter().any(is_between) {
             return Ok(None);
-        };
+        }
         let filter = Self { ifindex, priority };
         let fd = program.as_raw_fd().cast_unsigned();
         let mut message = filter.message();

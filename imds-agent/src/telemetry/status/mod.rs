@@ -17,6 +17,7 @@ use imds_ebpf_common::{
     },
 };
 
+use self::status_report::NOT_ATTACHED;
 pub use self::status_report::{
     Agent, CgroupProgram, Configuration, Endpoint, ExemptSender, HookAttachment, HostNetworkReport,
     Interface, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport, Problem, Provider,
@@ -137,6 +138,10 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     }
     for link in links {
         report.add(&link, &node, &mut counts).await?;
+    }
+    if report.lacks_attach_points() {
+        let remedy = "enable another hook, or exclude fewer interfaces (`interfaces.exclude`)";
+        report.problem(None, NOT_ATTACHED, remedy);
     }
     report.add_exemptions(&maps, &names)?;
     // Also of interfaces that were deleted and whose counters the agent has not yet added to those of deleted ones.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
-use imds_ebpf_common::Hook;
+use imds_ebpf_common::{Hook, Mode};
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -91,6 +91,9 @@ impl StatusReport {
                 missing.map(|attachment| format!("interface {name}: {} is not enforced", attachment.hook)),
             );
         }
+        if self.lacks_attach_points() {
+            not_enforced.push(NOT_ATTACHED.to_owned());
+        }
         if self.sockets.as_ref().is_some_and(|sockets| !sockets.attached) {
             not_enforced.push("socket is not attached".to_owned());
         }
@@ -105,7 +108,21 @@ impl StatusReport {
         }
         not_enforced
     }
+
+    /// Reports whether no interface and no cgroup should have an enabled hook, for example because all interfaces are excluded.
+    /// `from_pod` without `node_egress` can wait for the first pod.
+    pub(super) fn lacks_attach_points(&self) -> bool {
+        let has = |hook: Hook| self.hooks.contains(&hook.name());
+        self.mode != Some(Mode::Off.name())
+            && (has(Hook::NodeEgress) || !has(Hook::FromPod))
+            && self.interfaces.iter().all(|interface| interface.attachments.is_empty())
+            && !(has(Hook::Socket) || has(Hook::HostNetwork) || has(Hook::NodeAllow))
+            && self.local_service.is_none_or(|local| !local.desired)
+    }
 }
+
+/// Problem of a node without an interface or cgroup for the enabled hooks.
+pub(super) const NOT_ATTACHED: &str = "no enabled hook is attached to anything: no request is denied";
 
 /// A program that the kernel rejected when the agent loaded it.
 #[derive(Clone, Debug, Serialize)]

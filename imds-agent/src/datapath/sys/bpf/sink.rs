@@ -34,10 +34,10 @@ pub fn load_sink(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_
     load(&instructions(marker, counts, cookies))
 }
 
-/// Attaches a program to TCX egress of an interface: directly after the program of `agent`, or after all others if `None`.
+/// Attaches a program to TCX egress of an interface, directly after the program of `agent`.
 ///
 /// Directly after the agent's program, no other program can accept or redirect test packets so that they leave the node.
-pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: Option<HookEntry>) -> io::Result<OwnedFd> {
+pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: HookEntry) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         prog_fd: i32,
@@ -49,9 +49,8 @@ pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: Option<HookEnt
         expected_revision: u64,
     }
     let (flags, relative_id) = match agent {
-        None => (0, 0),
-        Some(HookEntry { program, link: 0 }) => (BPF_F_AFTER | BPF_F_ID, program),
-        Some(HookEntry { link, .. }) => (BPF_F_AFTER | BPF_F_ID | BPF_F_LINK, link),
+        HookEntry { program, link: 0 } => (BPF_F_AFTER | BPF_F_ID, program),
+        HookEntry { link, .. } => (BPF_F_AFTER | BPF_F_ID | BPF_F_LINK, link),
     };
     let attr = Attr {
         prog_fd: program.as_fd().as_raw_fd(),
