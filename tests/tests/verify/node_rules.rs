@@ -65,7 +65,7 @@ fn bridged_exemption_needs_from_pod() {
 }
 
 #[test]
-fn redirected_node_calls_fail() {
+fn redirected_node_calls_are_not_tested() {
     let env = TestEnv::new();
     let _pod = env.add_pod(PodLink::Routed);
     let _agent = env.agent().hooks(&TC_HOOKS).spawn_ready();
@@ -73,9 +73,9 @@ fn redirected_node_calls_fail() {
     let rule = format!("ip daddr {METADATA} dnat to {}", env.node_address());
     nft(&env, "nat hook output", &rule);
     let verified = verify(&env);
-    assert_fails(&verified, &["path"]);
+    assert!(verified.0.status.success(), "{:#}", verified.1);
     let (outcome, observed) = &path_of(&verified.1, "node")[0];
-    assert!(outcome == "failed" && observed.contains("without passing the last hook"), "{observed}");
+    assert!(outcome == "skipped" && observed.contains("a rule of this node redirects"), "{observed}");
     drop(listener);
 }
 
