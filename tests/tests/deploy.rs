@@ -41,6 +41,36 @@ fn policy_rejects_services_to_presets() {
 }
 
 #[test]
+fn policies_cover_service_status() {
+    for policy in [
+        deploy!("kubernetes/components/admission/policy.yaml"),
+        deploy!("helm/imds-agent/templates/admission.yaml"),
+    ] {
+        assert!(policy.contains("resources: [services, services/status, endpoints]"));
+    }
+}
+
+/// Nodes that run no daemons of the cluster would keep a pod pending, which blocks each rollout.
+#[test]
+fn agents_avoid_virtual_nodes() {
+    for set in [deploy!("kubernetes/base/daemonset.yaml"), deploy!("helm/imds-agent/values.yaml")] {
+        let affinity = &set[set.find("affinity:").unwrap()..set.find("tolerations:").unwrap()];
+        let lines: Vec<_> = affinity.lines().map(|line| line.trim().trim_start_matches("- ")).collect();
+        for expression in [
+            ["key: type", "operator: NotIn", "values: [virtual-kubelet]"],
+            ["key: eks.amazonaws.com/compute-type", "operator: NotIn", "values: [fargate]"],
+        ] {
+            assert!(lines.windows(3).any(|found| found == expression), "{affinity}");
+        }
+        assert!(
+            lines
+                .windows(2)
+                .any(|found| { found == ["key: virtual-kubelet.io/provider", "operator: DoesNotExist"] })
+        );
+    }
+}
+
+#[test]
 fn versions_match_the_agent() {
     let version = env!("CARGO_PKG_VERSION");
     let chart = deploy!("helm/imds-agent/Chart.yaml");

@@ -133,7 +133,7 @@ fn nested_pid_namespace_needs_visible_pods() {
     cgroup.start_in(&pod.netns);
     let hidden = examine("shift; \"$@\"");
     assert_eq!(hidden["state"], "degraded", "{hidden:#}");
-    assert_has(&hidden, "observed", "no process of a pod is visible");
+    assert_has(&hidden, "observed", "no process of a Kubernetes pod is visible");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use imds_tests::{
-    AttachMode, METADATA, Pod, PodLink, TestEnv, hook, packets,
+    AttachMode, Layout, METADATA, Nic, Pod, PodLink, TestEnv, hook, packets,
     poll::poll_until,
     probe::{LONG, send_ipv4},
     with_each_backend,
@@ -211,4 +211,17 @@ fn included_interface_is_always_enforced() {
         assert!(hook::programs(&env.node, "inner0").iter().all(hook::Attached::is_ours));
         assert_eq!(hook::programs(&env.node, "inner1"), []);
     });
+}
+
+/// In clsact mode the link waits for its CNI plugins.
+#[test]
+fn deleted_pod_does_not_delay_readiness() {
+    let env = TestEnv::with_layout(Layout::new(Nic::Macvlan));
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().args(&["--tc-backend", "clsact", "--clsact-delay", "600"]).spawn();
+    env.status_when("the agent waits for the pod", |status| status.agent.running && status.mode.is_some());
+    assert!(!env.status().agent.ready);
+    pod.delete();
+    env.status_when("the agent is ready", |status| status.agent.ready);
+    drop(agent);
 }

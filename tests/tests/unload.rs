@@ -211,6 +211,20 @@ fn unload_waits_if_requested() {
     assert!(ended.success(), "{ended}");
 }
 
+/// The agent does not watch for requests during its initial resync.
+#[test]
+fn unload_during_the_start() {
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    // A resync would find the request.
+    let agent = env.agent().resync(3600).spawn();
+    let policy = env.pin_dir().join(MAPS[0]);
+    poll_until(LONG, "the agent to pin its maps", || policy.exists().then_some(()));
+    env.unload();
+    env.assert_open(&pod);
+    drop(agent);
+}
+
 /// Setting of the machine that `unload` changes while it detaches many links.
 const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
 

@@ -7,17 +7,17 @@ use clap::{Args, Subcommand, ValueEnum};
 use imds_ebpf_common::{DenyAction, DenyErrno, Hook, Mode};
 use toml::{Table, Value};
 
-use super::{Failure, PinDirArg, config_summary::summary, output::write_stdout};
+use super::{
+    Failure, PinDirArg,
+    config_summary::summary,
+    output::{ensure_loaded, write_stdout},
+};
 use crate::{
     config::{
         self, Config, ConfigErrors, Hooks,
         provider::{DMI_DIR, Dmi},
     },
-    datapath::{
-        maps::config_record,
-        object::{self, Maps},
-        pin::dir::PinDir,
-    },
+    datapath::{maps::config_record, object::Maps, pin::dir::PinDir},
     diagnose::preflight,
     escape::{escape, escape_lines},
     telemetry::logging,
@@ -98,11 +98,7 @@ fn resolve(args: &CheckArgs) -> Result<String, ConfigErrors> {
 fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     let pins = PinDir::new(&args.pins.pin_dir)?;
-    if !object::is_loaded(&pins) {
-        return Err(
-            anyhow!("nothing is loaded at {}: no configuration is effective", pins.root().display()).into()
-        );
-    }
+    ensure_loaded(&pins, "no configuration is effective")?;
     let maps = Maps::open(&pins)?;
     let record = config_record::read(&maps).context("failed to read the effective configuration")?;
     let record = record.ok_or_else(|| anyhow!("the agent has recorded no configuration yet"))?;

@@ -11,11 +11,10 @@ use clap::{Args, ValueEnum};
 use imds_ebpf_common::Event;
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Failure, PinDirArg};
+use super::{Failure, PinDirArg, output::ensure_loaded};
 use crate::{
     datapath::{
         maps::pod_names,
-        object,
         pin::{dir::PinDir, netns_owner},
     },
     diagnose::preflight,
@@ -59,11 +58,7 @@ fn parse_duration(text: &str) -> Result<SignedDuration, String> {
 pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     let pins = PinDir::new(&args.pins.pin_dir)?;
-    if !object::is_loaded(&pins) {
-        return Err(
-            anyhow::anyhow!("nothing is loaded at {}: there are no events", pins.root().display()).into()
-        );
-    }
+    ensure_loaded(&pins, "there are no events")?;
     netns_owner::ensure_own_netns(&pins)?;
     let names = pod_names::Names::open(&pins)?;
     let earliest = args.since.map(|since| Timestamp::now().checked_sub(since).unwrap_or(Timestamp::MIN));

@@ -5,12 +5,19 @@ use std::{
     process::ExitCode,
 };
 
+use anyhow::{bail, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{EXIT_CHECK_FAILED, Failure, PinDirArg};
 use crate::{
-    datapath::pin::dir::{PinDir, PinError},
+    datapath::{
+        object,
+        pin::{
+            dir::{PinDir, PinError},
+            lock::{self, UNPINNED, UNPINNED_REMEDY},
+        },
+    },
     escape::{escape_lines, to_json_pretty},
 };
 
@@ -50,6 +57,15 @@ impl OutputArgs {
         }
         Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(EXIT_CHECK_FAILED) })
     }
+}
+
+/// Fails if no agent has pinned maps at `pins`. `consequence` completes the error message.
+pub(super) fn ensure_loaded(pins: &PinDir, consequence: &str) -> anyhow::Result<()> {
+    if object::is_loaded(pins) {
+        return Ok(());
+    }
+    ensure!(lock::unpinned_agent()?.is_none(), "{UNPINNED}; {UNPINNED_REMEDY}");
+    bail!("nothing is loaded at {}: {consequence}", pins.root().display())
 }
 
 /// Writes to standard output. A reader like `head` that closes the pipe is not an error.

@@ -7,7 +7,7 @@ use imds_ebpf_common::Role;
 
 use super::{
     Failure,
-    output::{OutputArgs, write_stdout},
+    output::{OutputArgs, ensure_loaded, write_stdout},
 };
 use crate::{
     config::endpoint_set::Endpoint,
@@ -37,10 +37,7 @@ pub(super) struct ReportArgs {
 pub(super) async fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     let pins = args.output.pins()?;
-    if !object::is_loaded(&pins) {
-        let root = pins.root().display();
-        return Err(anyhow::anyhow!("nothing is loaded at {root}: no denials are recorded").into());
-    }
+    ensure_loaded(&pins, "no denials are recorded")?;
     netns_owner::ensure_own_netns(&pins)?;
     // Without a running agent, no process has read these events yet.
     if let Some(mut collector) = Collector::open(&pins)? {

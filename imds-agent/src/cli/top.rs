@@ -16,11 +16,10 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-use super::{Failure, PinDirArg};
+use super::{Failure, PinDirArg, output::ensure_loaded};
 use crate::{
     datapath::{
         maps::pod_names::Names,
-        object,
         pin::{dir::PinDir, netns_owner},
     },
     diagnose::preflight,
@@ -64,11 +63,7 @@ pub(super) async fn top(args: TopArgs) -> Result<ExitCode, Failure> {
     }
     preflight::check_capabilities()?;
     let pins = PinDir::new(&args.pins.pin_dir)?;
-    if !object::is_loaded(&pins) {
-        return Err(
-            anyhow!("nothing is loaded at {}: there is nothing to show", pins.root().display()).into()
-        );
-    }
+    ensure_loaded(&pins, "there is nothing to show")?;
     netns_owner::ensure_own_netns(&pins)?;
     let mut watched = Watched {
         netlink: Netlink::connect()?,

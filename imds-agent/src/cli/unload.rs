@@ -104,10 +104,13 @@ fn print(pins: &PinDir, removed: &Removed) {
     println!(
         "removed {} (enforced until now: {} interfaces{sockets})",
         pin_dir.display(),
-        removed.interfaces
+        removed.interfaces.len()
     );
     for path in &removed.left {
-        eprintln!("left {}: the agent did not create it", path.display());
+        eprintln!(
+            "left {}: the agent did not create it, and does not start while it is there",
+            path.display()
+        );
     }
     if let Some(pid) = removed.agent {
         println!("the agent (pid {pid}) keeps running but no longer enforces; restart it to enforce again");

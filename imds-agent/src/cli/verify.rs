@@ -2,7 +2,10 @@
 
 use std::process::ExitCode;
 
-use super::{Failure, output::OutputArgs};
+use super::{
+    Failure,
+    output::{OutputArgs, ensure_loaded},
+};
 use crate::{
     diagnose::{
         preflight,
@@ -14,6 +17,8 @@ use crate::{
 pub(super) async fn verify(args: OutputArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
-    let report = verify::verify(&args.pins()?, &Netlink::connect()?).await?;
+    let pins = args.pins()?;
+    ensure_loaded(&pins, "there is nothing to verify")?;
+    let report = verify::verify(&pins, &Netlink::connect()?).await?;
     args.print(&report, VerifyReport::table, report.passed)
 }

@@ -23,14 +23,14 @@ const MAX_LEN: u64 = (1 << 20) + (8 << 10);
 #[derive(Debug, Error)]
 pub enum LastGoodError {
     /// A system call returned an error.
-    #[error("failed to {verb} {}: {source}", path.display())]
+    #[error("failed to {verb} {}: {cause}", path.display())]
     Io {
         /// Operation, as a verb of the error message.
         verb: &'static str,
         /// File or directory that the operation accesses.
         path: PathBuf,
         /// Error of the system call.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The stored file is damaged, or was not written by the agent for this configuration file.
     #[error("failed to use {}: {reason}", path.display())]
@@ -69,7 +69,7 @@ impl LastGoodStore {
             Ok(Ok(text)) => text,
             Ok(Err(reason)) => return Err(LastGoodError::Unusable { path, reason }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(LastGoodError::Io { verb: "read", path, source }),
+            Err(cause) => return Err(LastGoodError::Io { verb: "read", path, cause }),
         };
         match check(&text, of) {
             Ok(()) => Ok(Some(text)),
@@ -96,10 +96,9 @@ impl LastGoodStore {
         let path = self.path();
         let removed = match fs::remove_file(&path) {
             Ok(()) => true,
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-                false
-            }
-            Err(source) => return Err(LastGoodError::Io { verb: "remove", path, source }),
+            // A read-only file system reports that also for a file that does not exist.
+            Err(_) if fs::symlink_metadata(&path).is_err() => false,
+            Err(cause) => return Err(LastGoodError::Io { verb: "remove", path, cause }),
         };
         // Fails for a directory with other files and for a mount point. Both stay.
         let _is_kept = fs::remove_dir(&self.dir);
@@ -110,7 +109,7 @@ impl LastGoodStore {
         let (path, new) = (self.path(), self.path().with_extension("new"));
         let failed = |verb, path: &Path| {
             let path = path.to_owned();
-            move |source| LastGoodError::Io { verb, path, source }
+            move |cause| LastGoodError::Io { verb, path, cause }
         };
         DirBuilder::new()
             .recursive(true)

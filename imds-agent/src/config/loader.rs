@@ -110,6 +110,6 @@ impl ConfigLoader {
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, LastGoodError> {
-    let failed = |source| LastGoodError::Io { verb: "resolve", path: path.to_owned(), source };
+    let failed = |cause| LastGoodError::Io { verb: "resolve", path: path.to_owned(), cause };
     std::path::absolute(path).map_err(failed)
 }

@@ -177,6 +177,12 @@ impl Config {
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigErrors> {
         let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
         let file = File::read(source, &mut diagnostics);
+        let text = file.to_toml();
+        if text.len() > CONFIG_TEXT_LEN {
+            // Returns before the checks that compare all entries with each other.
+            let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
+            return Err(ConfigErrors(vec![source.error(0..0, message)]));
+        }
         let interfaces = Interfaces::parse(&file.interfaces, source, &mut diagnostics);
         let endpoints = Endpoints::parse(&file, source, &mut diagnostics);
         let exempt = Exemptions::parse(&file.exempt, source, &mut diagnostics);
@@ -193,7 +199,6 @@ impl Config {
         let hooks = file.hooks();
         let sendmsg = file.hooks.get_ref().sendmsg(source, &mut diagnostics);
         let mark = file.hooks.get_ref().mark(source, &mut diagnostics);
-        let text = file.to_toml();
         // Later checks could report wrong errors if only a part of the file was read.
         if diagnostics.is_empty() {
             if endpoints.is_empty() && mode != Mode::Off {
@@ -204,10 +209,6 @@ impl Config {
             if !hooks.deny_remote() {
                 let message = "hooks: all hooks are off, so nothing is enforced; set mode = \"off\" instead";
                 diagnostics.push(source.error(file.hooks.span(), message.to_owned()));
-            }
-            if text.len() > CONFIG_TEXT_LEN {
-                let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
-                diagnostics.push(source.error(0..0, message));
             }
         }
         if !diagnostics.is_empty() {

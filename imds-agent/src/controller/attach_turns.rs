@@ -103,18 +103,20 @@ impl Reconciler {
 
     /// Lets `status` know that the initial sync is done, once each pod that was there at the start has its program.
     pub(super) fn set_ready(&mut self) {
-        if !self.progress.initial_sync_done {
+        if !self.progress.initial_sync_done || self.progress.is_ready {
             return;
         }
         let left: BTreeSet<_> = self.attaching.queue.initial().collect();
         self.attaching.initial.retain(|point| left.contains(point));
-        if !self.attaching.initial.is_empty() || std::mem::replace(&mut self.progress.is_ready, true) {
+        if !self.attaching.initial.is_empty() {
             return;
         }
         self.changes.end(Pass::InitialSync);
-        if let Err(error) = self.datapath.set_ready() {
-            self.progress.is_ready = false;
-            log::error!("failed to mark the agent as ready: {:#}", anyhow::Error::from(error));
+        match self.datapath.set_ready() {
+            Ok(()) => self.progress.is_ready = true,
+            Err(error) => {
+                log::error!("failed to mark the agent as ready: {:#}", anyhow::Error::from(error));
+            }
         }
     }
 

@@ -120,6 +120,10 @@ impl Agent {
         memory::trim();
         let mut watch = self.watch();
         let mut unload_request = self.watch_unload_request();
+        // An `unload` that started during the initial resync has made its request before the watch.
+        if self.reconciler.pins().is_unload_requested() {
+            return self.unload().run().await;
+        }
         // The file may have changed after it was read and before the watch started.
         let mut reload_due = self.loader.change().map(|_| Debounce::now());
         let mut pending_change = None;

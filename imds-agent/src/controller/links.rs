@@ -77,6 +77,8 @@ impl Reconciler {
             }
             Err(error) => self.fail(&link, format!("{:#}", anyhow::Error::from(error))),
         }
+        // The link may have left the attach queue.
+        self.set_ready();
     }
 
     fn fail(&mut self, link: &Link, error: String) {
@@ -245,6 +247,7 @@ impl Reconciler {
             let error = anyhow::Error::from(error);
             log::error!("failed to clean up state of deleted interface {index}: {error:#}");
         }
+        self.set_ready();
     }
 }
 

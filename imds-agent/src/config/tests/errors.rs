@@ -165,3 +165,10 @@ fn empty_lists_that_match_nothing_are_errors() {
         assert!(parse(allowed).is_ok(), "{allowed}");
     }
 }
+
+/// The checks for duplicates compare all entries with each other.
+#[test]
+fn oversized_file_fails_before_other_checks() {
+    let error = parse(&"[[exempt]]\nname = 'n'\ncgroup = 'x'\n".repeat(25_000)).unwrap_err();
+    assert!(error.ends_with("exceeds 65536 bytes"), "{error}");
+}

@@ -1,6 +1,6 @@
 //! Implementation of `imds-agent unload`: ends enforcement, and removes all attachments and pins of agents.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use imds_ebpf_common::TcHook;
 use tokio::{
@@ -30,8 +30,8 @@ const RELEASE_RETRY: Duration = Duration::from_millis(20);
 /// Result of [`unload`].
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Removed {
-    /// Number of interfaces that had a program of the agent.
-    pub interfaces: usize,
+    /// Indices of the interfaces that had a program of the agent.
+    pub interfaces: BTreeSet<u32>,
     /// True if cgroups had programs of the agent.
     pub sockets: bool,
     /// Path of the removed pin directory; `None` if it did not exist.
@@ -103,20 +103,21 @@ async fn wait_for_release(
     pins: &PinDir,
     agent: Option<i32>,
     timeout: Duration,
-) -> Result<Option<PinLock>, PinError> {
+) -> Result<Option<PinLock>, DatapathError> {
     let deadline = Instant::now() + timeout;
     loop {
-        // Repeats the request, because an agent that starts in the meantime removes it.
+        // Repeats both, because an agent that starts in the meantime removes the request and switches the policy on.
         if !pins.request_unload()? {
             return Ok(None);
         }
+        policy::switch_off(pins)?;
         if let Some(pin_lock) = pins.try_lock_existing()? {
             return Ok(Some(pin_lock));
         }
         if Instant::now() >= deadline {
             // Leaves the request in place, so that a hanging agent releases the directory when it resumes.
             let pid = pins.lock_owner()?.map_or(agent, |holder| holder.pid);
-            return Err(PinError::NotReleased { path: pins.root().to_owned(), pid, timeout });
+            return Err(PinError::NotReleased { path: pins.root().to_owned(), pid, timeout }.into());
         }
         sleep(RELEASE_RETRY).await;
     }
@@ -141,8 +142,10 @@ async fn detach(
     removed.sockets |= cgroup_programs::detach(pins, cgroup_programs::LOCAL_SERVICE)?;
     let pinned = pins.pinned_links()?;
     let expedited = if pinned.len() >= MANY_LINKS { expedite(pins) } else { None };
-    for (done, (_, path)) in (1..).zip(&pinned) {
-        removed.interfaces += usize::from(mprog::detach_pinned(path)?);
+    for (done, (point, path)) in (1..).zip(&pinned) {
+        if mprog::detach_pinned(path)? {
+            removed.interfaces.insert(point.ifindex);
+        }
         progress(Progress::Detached(done, pinned.len()));
     }
     drop(expedited);
@@ -157,7 +160,9 @@ async fn detach(
                 None => clsact::detach_all(netlink, point).await?,
             };
         }
-        removed.interfaces += usize::from(detached);
+        if detached {
+            removed.interfaces.insert(link.index);
+        }
     }
     Ok(())
 }

@@ -98,9 +98,13 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
     const NAME: &str = "pods";
     // A node that is itself a container, as in kind, has a pid namespace of its own with the processes of its pods.
     if !netns::is_node_pid_namespace() && !pod_cgroups::are_processes_visible() {
-        let remedy = "exemptions by cgroup and for Kubernetes pods have no effect, and reports name no pods: run the agent in the \
-                      node's pid namespace (hostPID)";
-        return DoctorCheck::degraded(NAME, "no process of a pod is visible in this pid namespace", remedy);
+        let remedy = "exemptions for Kubernetes pods have no effect, and reports name no pods: run the agent in the node's pid \
+                      namespace (hostPID)";
+        return DoctorCheck::degraded(
+            NAME,
+            "no process of a Kubernetes pod is visible in this pid namespace",
+            remedy,
+        );
     }
     if !has(Capability::CAP_SYS_PTRACE) {
         let remedy = "exemptions by cgroup and for Kubernetes pods have no effect, and reports name no pods: run the agent with \
