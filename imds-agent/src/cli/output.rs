@@ -5,7 +5,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{bail, ensure};
+use anyhow::ensure;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
@@ -61,11 +61,16 @@ impl OutputArgs {
 
 /// Fails if no agent has pinned maps at `pins`. `consequence` completes the error message.
 pub(super) fn ensure_loaded(pins: &PinDir, consequence: &str) -> anyhow::Result<()> {
-    if object::is_loaded(pins) {
-        return Ok(());
-    }
-    ensure!(lock::unpinned_agent()?.is_none(), "{UNPINNED}; {UNPINNED_REMEDY}");
-    bail!("nothing is loaded at {}: {consequence}", pins.root().display())
+    ensure_pinned(pins)?;
+    ensure!(object::is_loaded(pins), "nothing is loaded at {}: {consequence}", pins.root().display());
+    Ok(())
+}
+
+/// Fails if an agent runs without pins, so that no other process can read its maps.
+pub(super) fn ensure_pinned(pins: &PinDir) -> anyhow::Result<()> {
+    let is_unpinned = !object::is_loaded(pins) && lock::unpinned_agent()?.is_some();
+    ensure!(!is_unpinned, "{UNPINNED}; {UNPINNED_REMEDY}");
+    Ok(())
 }
 
 /// Writes to standard output. A reader like `head` that closes the pipe is not an error.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use super::{
     Failure,
-    output::{OutputArgs, ensure_loaded},
+    output::{OutputArgs, ensure_pinned},
 };
 use crate::{
     diagnose::{
@@ -18,7 +18,7 @@ pub(super) async fn verify(args: OutputArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     let pins = args.pins()?;
-    ensure_loaded(&pins, "there is nothing to verify")?;
+    ensure_pinned(&pins)?;
     let report = verify::verify(&pins, &Netlink::connect()?).await?;
     args.print(&report, VerifyReport::table, report.passed)
 }
