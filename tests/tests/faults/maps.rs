@@ -9,7 +9,9 @@ use aya::{
     Pod as Plain,
     maps::{HashMap, Map, MapData, PerCpuHashMap, PerCpuValues},
 };
-use imds_ebpf_common::{Counter, CounterKey, Event, Hook, Verdict};
+use imds_ebpf_common::{
+    Counter, CounterKey, Endpoint, Event, ExemptionRecord, Hook, InterfaceRecord, PodRecord, Verdict,
+};
 use imds_tests::{
     AttachMode, METADATA, Pod, PodLink, flood::Flood, hook, poll::poll_until, probe::LONG, scaled,
 };
@@ -83,10 +85,10 @@ where
 type Filled = (&'static str, fn(&Case, &str) -> u32);
 
 const FILLED: [Filled; 5] = [
-    ("imds_interfaces", fill::<4, 20>),
-    ("imds_exempt", fill::<32, 8>),
-    ("imds_endpoints", fill::<16, 52>),
-    ("imds_pods", fill::<16, 896>),
+    ("imds_interfaces", fill::<4, { size_of::<InterfaceRecord>() }>),
+    ("imds_exempt", fill::<32, { size_of::<ExemptionRecord>() }>),
+    ("imds_endpoints", fill::<16, { size_of::<Endpoint>() }>),
+    ("imds_pods", fill::<16, { size_of::<PodRecord>() }>),
     ("imds_denials", fill::<32, 1088>),
 ];
 
