@@ -96,8 +96,8 @@ impl LastGoodStore {
         let path = self.path();
         let removed = match fs::remove_file(&path) {
             Ok(()) => true,
-            // A read-only file system reports that also for a file that does not exist.
-            Err(_) if fs::symlink_metadata(&path).is_err() => false,
+            // A read-only file system fails with EROFS also if the file does not exist.
+            Err(_) if is_missing(&path) => false,
             Err(cause) => return Err(LastGoodError::Io { verb: "remove", path, cause }),
         };
         // Fails for a directory with other files and for a mount point. Both stay.
@@ -168,6 +168,12 @@ fn check(text: &str, of: &Path) -> Result<(), &'static str> {
         return Err("it belongs to another configuration file");
     }
     Ok(())
+}
+
+/// Reports whether no file exists at `path`. False if that is unknown.
+fn is_missing(path: &Path) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound};
+    fs::symlink_metadata(path).is_err_and(|error| matches!(error.kind(), NotFound | NotADirectory))
 }
 
 #[cfg(test)]
