@@ -23,7 +23,7 @@ const MIN_INTERVAL: u64 = 2500;
 #[unsafe(no_mangle)]
 static mut LAST_WARNING: u64 = u64::MAX / 2;
 
-/// Logs that a map is full. The packet or call at this hook got a verdict, but is neither counted nor reported.
+/// Logs that a map of counters or rate limits is full. The packet or call at this hook got a verdict, but is neither counted nor reported.
 ///
 /// A separate function, so that the verifier checks it apart from its callers.
 #[inline(never)]
@@ -44,46 +44,59 @@ pub(crate) fn warn_map_full(hook: u32) {
     }
 }
 
-/// Size in bytes of a record with a message of [`MESSAGE`]'s length.
-const RECORD: usize = 2 + (3 + 3) + (3 + 1) + 3 + 3 + (3 + 4) + (3 + 4) + (3 + MESSAGE.len());
+/// Text of the message, before the name of the hook.
+const MESSAGE: &[u8] = b"failed to count a request, a map is full: hook ";
+
+/// Maximum length in bytes of a hook's name.
+const MAX_NAME: usize = 16;
+
+/// Size in bytes of a record.
+const RECORD: usize = 2 + (3 + 3) + (3 + 1) + 3 + 3 + (3 + 4) + (3 + 4) + (3 + MESSAGE.len() + MAX_NAME);
 type Record = [u8; RECORD];
 
-/// Text of the message. The number of the hook replaces the last character.
-const MESSAGE: &[u8] = b"a map is full: hook ?";
-
-/// Records of the message, indexed by the number of the hook.
+/// Records of the message, indexed by the number of the hook. No hook has the number 0.
 static MAP_FULL_MESSAGE: [Record; Hook::ALL.len() + 1] = {
     let mut records = [[0; RECORD]; Hook::ALL.len() + 1];
-    let mut hook = 0;
-    while hook < records.len() {
-        records[hook] = record(hook);
-        hook += 1;
+    let mut index = 0;
+    while index < Hook::ALL.len() {
+        let hook = Hook::ALL[index];
+        records[hook as usize] = record(hook.name().as_bytes());
+        index += 1;
     }
     records
 };
 
-/// Builds the record of the message for a hook: its length, then fields of kind, length and value in native byte order.
-#[expect(clippy::cast_possible_truncation, reason = "a record is short, and a hook has one digit")]
-const fn record(hook: usize) -> Record {
+/// Builds the record of the message for a hook: its length, then fields of kind, length and value in native byte order. The
+/// file, which the agent does not print, pads the record.
+#[expect(clippy::cast_possible_truncation, reason = "a record is short")]
+const fn record(hook: &[u8]) -> Record {
     let mut record = [0; RECORD];
     let mut at = put(&mut record, 0, &(RECORD as u16).to_ne_bytes());
-    at = put_field(&mut record, at, RecordFieldKind::Target as u8, b"bpf");
-    at = put_field(&mut record, at, RecordFieldKind::Level as u8, &[Level::Warn as u8]);
-    at = put_field(&mut record, at, RecordFieldKind::Module as u8, b"");
-    at = put_field(&mut record, at, RecordFieldKind::File as u8, b"");
-    at = put_field(&mut record, at, RecordFieldKind::Line as u8, &0_u32.to_ne_bytes());
-    at = put_field(&mut record, at, RecordFieldKind::NumArgs as u8, &1_u32.to_ne_bytes());
-    at = put_field(&mut record, at, ArgumentKind::Str as u8, MESSAGE);
-    assert!(at == RECORD && hook < 10);
-    record[RECORD - 1] = b'0' + hook as u8;
+    at = put_field(&mut record, at, RecordFieldKind::Target as u8, &[b"bpf"]);
+    at = put_field(&mut record, at, RecordFieldKind::Level as u8, &[&[Level::Warn as u8]]);
+    at = put_field(&mut record, at, RecordFieldKind::Module as u8, &[]);
+    let (padding, _) = [b' '; MAX_NAME].split_at(MAX_NAME - hook.len());
+    at = put_field(&mut record, at, RecordFieldKind::File as u8, &[padding]);
+    at = put_field(&mut record, at, RecordFieldKind::Line as u8, &[&0_u32.to_ne_bytes()]);
+    at = put_field(&mut record, at, RecordFieldKind::NumArgs as u8, &[&1_u32.to_ne_bytes()]);
+    at = put_field(&mut record, at, ArgumentKind::Str as u8, &[MESSAGE, hook]);
+    assert!(at == RECORD);
     record
 }
 
+/// Writes a field whose value consists of parts.
 #[expect(clippy::cast_possible_truncation, reason = "a record is short")]
-const fn put_field(record: &mut Record, at: usize, kind: u8, value: &[u8]) -> usize {
-    let at = put(record, at, &[kind]);
-    let at = put(record, at, &(value.len() as u16).to_ne_bytes());
-    put(record, at, value)
+const fn put_field(record: &mut Record, at: usize, kind: u8, parts: &[&[u8]]) -> usize {
+    let header = at;
+    let value = header + 3;
+    let (mut at, mut part) = (value, 0);
+    while part < parts.len() {
+        at = put(record, at, parts[part]);
+        part += 1;
+    }
+    put(record, header, &[kind]);
+    put(record, header + 1, &((at - value) as u16).to_ne_bytes());
+    at
 }
 
 const fn put(record: &mut Record, at: usize, bytes: &[u8]) -> usize {

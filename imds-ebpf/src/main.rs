@@ -17,7 +17,7 @@ mod event_source;
 mod events;
 mod exempt;
 mod from_pod;
-mod host;
+mod host_network;
 mod local_service;
 mod maps;
 mod netns;
@@ -113,7 +113,7 @@ fn imds_host_send6(ctx: SockAddrContext) -> i32 {
 /// `host_network`: IP packets that sockets of hostNetwork pods send.
 #[cgroup_skb(egress)]
 fn imds_host_out(ctx: SkBuffContext) -> i32 {
-    permission(cgroup_packet::classify(&ctx, host::classify_slow))
+    permission(cgroup_packet::classify(&ctx, host_network::classify_slow))
 }
 
 /// `local_service`: IP packets that sockets of the node receive.

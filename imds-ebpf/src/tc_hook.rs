@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     DenyAction, Hook, IpOffset, LinkLayer, Packet, Verdict, event::RateLimiter, find_header,
-    is_unrelated_fast, is_unrelated_frame,
+    is_unrelated_fast, is_unrelated_frame, packet::MAX_EXTENSION_HEADERS,
 };
 
 use crate::{
@@ -92,9 +92,10 @@ fn make_headers_private(skb: *mut __sk_buff) -> i64 {
     unsafe { bpf_skb_pull_data(skb, headers) }
 }
 
-/// Upper bound of the length of all headers that the parser reads: Ethernet with all VLAN tags, IPv6, and the longest extension
-/// headers.
-const MAX_HEADERS_LEN: u32 = 8448;
+/// Upper bound in bytes of all headers that the parser reads: 256 bytes for Ethernet, VLAN tags, IPv6 and ports, and extension
+/// headers of at most 2,048 bytes each (RFC 8200, section 4.3).
+#[expect(clippy::cast_possible_truncation, reason = "a small number")]
+const MAX_HEADERS_LEN: u32 = 256 + 2048 * MAX_EXTENSION_HEADERS as u32;
 
 /// A packet to a protected endpoint that the node did not send.
 pub(crate) struct Classified {

@@ -15,7 +15,7 @@ fn uncounted_pod_is_denied_and_logged() {
     let pod = env.add_pod(PodLink::Routed);
     env.wait_enforced(&pod);
     env.assert_nothing_arrives(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer()));
-    agent.wait_for_log("a map is full", LONG);
+    agent.wait_for_log("failed to count a request, a map is full: hook from_pod", LONG);
     empty();
     drop(agent);
     env.unload();
