@@ -77,10 +77,10 @@ pub use skip::{
     skip, skip_unless_disposable, skip_without_netns_cookie, skip_without_tcx,
 };
 pub use source::Source;
-pub use status::Status;
+pub use status::{Problem, Status};
 pub use stop_flag::StopFlag;
 pub use team::skip_without_team;
 pub use test_cluster::TestCluster;
-pub use tun::{TunMode, open_tun};
+pub use tun::{TunMode, open_tun, set_hardware_type};
 pub use tx_ring::TxRing;
 pub use vectors::AttackVectors;

@@ -37,3 +37,11 @@ fn open(name: &str, mode: TunMode) -> io::Result<File> {
     let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
     if result == 0 { Ok(device) } else { Err(io::Error::last_os_error()) }
 }
+
+/// Changes the hardware type (`ARPHRD_*`) that the kernel reports for the device, which must be down.
+pub fn set_hardware_type(device: &File, hardware_type: u16) {
+    // SAFETY: TUNSETLINK takes an integer.
+    let result =
+        unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETLINK, libc::c_ulong::from(hardware_type)) };
+    assert_eq!(result, 0, "failed to set the hardware type: {}", io::Error::last_os_error());
+}

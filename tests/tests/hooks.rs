@@ -8,9 +8,9 @@ use std::{
 
 use imds_agent::datapath::object::can_choose_errno;
 use imds_tests::{
-    METADATA, Netns, PodLink, SERVICE, TestEnv, hook,
+    METADATA, Netns, PodLink, Problem, SERVICE, TestEnv, TunMode, hook, open_tun,
     probe::{LONG, Outcome, SHORT, http_get, reachable},
-    skip_without_netns_cookie, with_each_backend,
+    set_hardware_type, skip_without_netns_cookie, with_each_backend,
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
@@ -221,4 +221,28 @@ fn default_config_has_all_hooks() {
         env.assert_blocked(&pod);
         env.assert_harmless(&pod);
     });
+}
+
+/// A TUN device stands for IP over InfiniBand, whose link-layer header the programs do not parse.
+#[test]
+fn unsupported_hardware_type_is_reported() {
+    const DEVICE: &str = "ib0";
+    let env = TestEnv::new();
+    let device = open_tun(&env.node, DEVICE, TunMode::Tun);
+    set_hardware_type(&device, libc::ARPHRD_INFINIBAND);
+    env.node.ip(&format!("link set {DEVICE} up"));
+    let agent = env.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
+    let status = env.status();
+    assert_eq!(status.interface(DEVICE).role, "other");
+    assert!(status.problems.is_empty(), "{:?}", status.problems);
+
+    env.node.ip(&format!("route add {METADATA}/32 dev {DEVICE} metric 500"));
+    let is_of_device = |problem: &Problem| problem.interface.as_deref() == Some(DEVICE);
+    let status = env.status_when("a problem", |status| status.problems.iter().any(is_of_device));
+    assert_eq!((&*status.interface(DEVICE).role, status.interface(DEVICE).is_attached()), ("uplink", false));
+    assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
+    agent.wait_for_log("the link-layer header of its hardware type, 32; route protected endpoints", LONG);
+
+    env.node.ip(&format!("route delete {METADATA}/32 dev {DEVICE}"));
+    env.status_when("no problem", |status| status.problems.is_empty());
 }

@@ -179,6 +179,10 @@ pub fn assign(link: &Link, uplinks: &Uplinks, interfaces: &Interfaces, is_known_
         let is_sure = is_known_pod && !is_exit;
         return assignment(role, if is_sure { TcHookSet::FROM_POD } else { TcHookSet::BOTH });
     }
+    // No route to an endpoint uses the device.
+    if link.unsupported_type.is_some() && !is_uplink {
+        return assignment(Role::Other, TcHookSet::NONE);
+    }
     let role = match link.kind {
         LinkKind::Ifb => return assignment(Role::Ifb, TcHookSet::NONE),
         _ if is_uplink => Role::Uplink,
@@ -241,6 +245,9 @@ mod tests {
         );
         assert_eq!(assigned(&link("cni0", LinkKind::Bridge, None), &[], ""), (Role::Bridge, egress));
         assert_eq!(assigned(&link("tun0", LinkKind::Other, None), &[], ""), (Role::Other, egress));
+        let ib0 = Link { unsupported_type: Some(32), ..link("ib0", LinkKind::Other, None) };
+        assert_eq!(assigned(&ib0, &[], ""), (Role::Other, TcHookSet::NONE));
+        assert_eq!(assigned(&ib0, &[7], ""), (Role::Uplink, egress));
         assert_eq!(assigned(&link("ifb0", LinkKind::Ifb, None), &[], ""), (Role::Ifb, TcHookSet::NONE));
         assert_eq!(assigned(&link("x", LinkKind::Unreadable, None), &[], ""), (Role::Pod, TcHookSet::BOTH));
     }

@@ -26,6 +26,9 @@ pub struct Link {
     pub kind: LinkKind,
     /// Link-layer header of the interface's packets.
     pub link_layer: LinkLayer,
+    /// Hardware type (`ARPHRD_*`, `linux/if_arp.h`) if its link-layer header differs from all of [`LinkLayer`], as for IP over
+    /// InfiniBand.
+    pub unsupported_type: Option<u16>,
     /// ID of the peer's network namespace, if it differs from this one (`IFLA_LINK_NETNSID`).
     pub peer_netns: Option<i32>,
     /// Index of the bridge, bond, team or VRF to which this interface belongs as a port (`IFLA_MASTER`).
@@ -108,6 +111,7 @@ impl Link {
             name: String::new(),
             kind: LinkKind::Other,
             link_layer: LinkLayer::Ethernet,
+            unsupported_type: None,
             peer_netns: None,
             master: None,
             is_copying_port: false,
@@ -162,6 +166,7 @@ impl Link {
         let mut link = Self {
             kind: if layer == LinkLayerType::Loopback { LinkKind::Loopback } else { LinkKind::Other },
             link_layer: if has_link_header(layer) { LinkLayer::Ethernet } else { LinkLayer::None },
+            unsupported_type: unsupported_type(layer),
             ..Self::with_index(message.header.index)
         };
         for attribute in message.attributes {
@@ -252,6 +257,13 @@ fn has_link_header(layer: LinkLayerType) -> bool {
     )
 }
 
+/// Returns the hardware type if packets start with a link-layer header that is not Ethernet's.
+fn unsupported_type(layer: LinkLayerType) -> Option<u16> {
+    let is_supported =
+        matches!(layer, LinkLayerType::Ether | LinkLayerType::Loopback) || !has_link_header(layer);
+    (!is_supported).then(|| layer.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -261,6 +273,14 @@ mod tests {
         message.header.index = 7;
         message.attributes = attributes;
         Link::from_message(message).unwrap()
+    }
+
+    #[test]
+    fn ethernet_and_ip_are_supported() {
+        for layer in [LinkLayerType::Ether, LinkLayerType::Loopback, LinkLayerType::None] {
+            assert_eq!(unsupported_type(layer), None);
+        }
+        assert_eq!(unsupported_type(LinkLayerType::Infiniband), Some(libc::ARPHRD_INFINIBAND));
     }
 
     #[test]

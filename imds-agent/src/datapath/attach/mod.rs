@@ -78,6 +78,10 @@ impl Datapath {
     pub async fn apply(&mut self, link: &Link, hook: TcHook, action: Action) -> Result<(), DatapathError> {
         let point = AttachPoint { ifindex: link.index, hook };
         let name = tc_program(hook, link.link_layer);
+        if let (Action::Attach(_), Some(hardware_type)) = (action, link.unsupported_type) {
+            let obstacle = Obstacle::HardwareType(hardware_type);
+            return Err(ObstacleError { hook, interface: link.name.clone(), obstacle }.into());
+        }
         match action {
             Action::Attach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 counters::create(&mut self.maps, link.index, hook.hook());

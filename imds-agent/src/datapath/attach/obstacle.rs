@@ -42,6 +42,9 @@ pub enum Obstacle {
     /// The list of programs of the hook is full.
     #[error("the kernel runs at most {MAX_PROGRAMS} programs at a hook, and that many are attached")]
     TooManyPrograms,
+    /// The programs parse packets that start with an Ethernet or IP header.
+    #[error("the programs cannot parse the link-layer header of its hardware type, {0}")]
+    HardwareType(u16),
 }
 
 impl Obstacle {
@@ -52,6 +55,9 @@ impl Obstacle {
             Self::IngressQdisc { has_tcx } => ("ingress", has_tcx),
             Self::SharedBlock { kind, has_tcx, .. } => (&**kind, has_tcx),
             Self::TooManyPrograms => return "detach one of them".to_owned(),
+            Self::HardwareType(_) => {
+                return "route protected endpoints through another interface, or exclude this one".to_owned();
+            }
         };
         let delete = format!("delete the qdisc with its filters (`tc qdisc delete dev {interface} {kind}`)");
         if *has_tcx { format!("{delete}, or run imds-agent with --tc-backend tcx") } else { delete }
