@@ -1,6 +1,6 @@
 //! The command `cargo xtask test`.
 
-use std::{path::PathBuf, process::Command};
+use std::{env, path::PathBuf, process::Command, thread};
 
 use anyhow::{Result, bail};
 use nix::unistd::Uid;
@@ -19,6 +19,9 @@ pub(crate) struct Test {
     filter: Vec<String>,
 }
 
+/// Number of tests that run at a time, for Rust's test harness.
+const TEST_THREADS: &str = "RUST_TEST_THREADS";
+
 /// All crates except the BPF one, which does not run on a host.
 pub(crate) const HOST_CRATES: [&str; 4] = ["--workspace", "--exclude", "imds-ebpf", "--locked"];
 
@@ -27,6 +30,11 @@ impl Test {
         let agent = prepare()?;
         let mut test = cargo("test");
         test.args(HOST_CRATES).arg("--no-fail-fast").arg("--").args(self.filter).env("IMDS_AGENT", agent);
+        if env::var_os(TEST_THREADS).is_none() {
+            // Tests mostly wait for replies that the agent prevents.
+            let cpus = thread::available_parallelism().map_or(1, Into::into);
+            test.env(TEST_THREADS, (2 * cpus).to_string());
+        }
         match promtool::path() {
             Ok(path) => drop(test.env("PROMTOOL", path)),
             Err(error) => {
