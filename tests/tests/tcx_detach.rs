@@ -1,4 +1,5 @@
-//! Time that the kernel takes to detach a TCX link, which docs/upgrade.md documents.
+//! Many TCX links: the time that the kernel takes to detach one, which docs/upgrade.md documents, and an interrupted `unload`.
+//! `unload` changes a setting of the machine meanwhile, so that no other test may run beside these.
 
 use std::{
     fmt::Write as _,
@@ -9,7 +10,7 @@ use std::{
 };
 
 use imds_agent::datapath::sys::bpf::{Direction, link_create_first, link_detach, load_noop_program};
-use imds_tests::{AttachMode, Netns, TestEnv, skip_without_tcx};
+use imds_tests::{AttachMode, Netns, TestEnv, poll::poll_until, probe::LONG, skip_without_tcx};
 
 const LINKS: u32 = 200;
 /// Kernel setting that sends interrupts instead of waiting for an RCU grace period.
@@ -30,6 +31,19 @@ impl Drop for Expedited {
     fn drop(&mut self) {
         fs::write(EXPEDITED, &self.0).unwrap();
     }
+}
+
+fn is_expedited() -> bool {
+    fs::read_to_string(EXPEDITED).unwrap().trim() == "1"
+}
+
+/// Creates veth pairs on the node.
+fn add_links(netns: &Netns, count: u32) {
+    let mut batch = String::new();
+    for number in 0..count {
+        writeln!(batch, "link add d{number} type veth peer name p{number}").unwrap();
+    }
+    netns.ip(&batch);
 }
 
 fn attach(netns: &Netns) -> Vec<OwnedFd> {
@@ -59,11 +73,7 @@ fn time_per_link() {
         return;
     }
     let netns = Netns::new("detach");
-    let mut batch = String::new();
-    for number in 0..LINKS {
-        writeln!(batch, "link add d{number} type veth peer name p{number}").unwrap();
-    }
-    netns.ip(&batch);
+    add_links(&netns, LINKS);
     for (threads, is_expedited) in [(1, false), (4, false), (1, true), (4, true)] {
         let links = attach(&netns);
         let expedited = is_expedited.then(Expedited::set);
@@ -80,11 +90,7 @@ fn time_of_unload() {
         return;
     }
     let env = TestEnv::new();
-    let mut batch = String::new();
-    for number in 0..LINKS {
-        writeln!(batch, "link add d{number} type veth peer name p{number}").unwrap();
-    }
-    env.node.ip(&batch);
+    add_links(&env.node, LINKS);
     let once = env.agent().backend(AttachMode::Tcx).hooks(&["node_egress"]).once();
     assert!(once.status.success(), "{once:?}");
     let links = fs::read_dir(env.pin_dir().join("links")).unwrap().count();
@@ -93,5 +99,40 @@ fn time_of_unload() {
     let time = start.elapsed();
     println!("{links} links: {time:?}");
     assert!(links >= 100 && time < Duration::from_secs(5) * u32::try_from(links).unwrap() / 1000);
-    assert_eq!(fs::read_to_string(EXPEDITED).unwrap().trim(), "0");
+    assert!(!is_expedited());
+}
+
+/// Starts `unload` of many links, and kills it while grace periods are expedited.
+#[track_caller]
+fn kill_unload(env: &TestEnv) {
+    let once = env.agent().backend(AttachMode::Tcx).hooks(&["node_egress"]).once();
+    assert!(once.status.success(), "{once:?}");
+    let mut unload = env.imds_agent(&["unload"]).command().spawn().unwrap();
+    poll_until(LONG, "expedited grace periods", || {
+        assert!(unload.try_wait().unwrap().is_none(), "unload has ended");
+        is_expedited().then_some(())
+    });
+    unload.kill().unwrap();
+    unload.wait().unwrap();
+    assert!(is_expedited());
+}
+
+#[test]
+fn killed_unload_leaves_no_expedited_grace_periods() {
+    if skip_without_tcx() {
+        return;
+    }
+    let env = TestEnv::new();
+    add_links(&env.node, 100);
+    let _restore = Expedited(fs::read_to_string(EXPEDITED).unwrap());
+    kill_unload(&env);
+    let agent = env.agent().hooks(&["node_egress"]).spawn();
+    agent.wait_for_log("restored /sys/kernel/rcu_expedited", LONG);
+    assert!(!is_expedited());
+    agent.kill9();
+
+    kill_unload(&env);
+    env.unload();
+    assert!(!is_expedited());
+    assert!(!env.pin_dir().exists());
 }

@@ -1,6 +1,6 @@
 //! `unload` removes everything of the agent, and nothing of other software.
 
-use std::{fmt::Write as _, fs};
+use std::fs;
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
@@ -223,61 +223,4 @@ fn unload_during_the_start() {
     env.unload();
     env.assert_open(&pod);
     drop(agent);
-}
-
-/// Setting of the machine that `unload` changes while it detaches many links.
-const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
-
-/// Restores the setting even if the test fails.
-struct Restore;
-
-impl Drop for Restore {
-    fn drop(&mut self) {
-        if is_expedited() {
-            fs::write(EXPEDITED, "0").unwrap();
-        }
-    }
-}
-
-fn is_expedited() -> bool {
-    fs::read_to_string(EXPEDITED).unwrap().trim() == "1"
-}
-
-/// Starts `unload` of many links, and kills it while grace periods are expedited.
-#[track_caller]
-fn kill_unload(env: &TestEnv) {
-    let once = env.agent().backend(AttachMode::Tcx).hooks(&["node_egress"]).once();
-    assert!(once.status.success(), "{once:?}");
-    let mut unload = env.imds_agent(&["unload"]).command().spawn().unwrap();
-    poll_until(LONG, "expedited grace periods", || {
-        assert!(unload.try_wait().unwrap().is_none(), "unload has ended");
-        is_expedited().then_some(())
-    });
-    unload.kill().unwrap();
-    unload.wait().unwrap();
-    assert!(is_expedited());
-}
-
-#[test]
-fn killed_unload_leaves_no_expedited_grace_periods() {
-    if skip_without_tcx() {
-        return;
-    }
-    let env = TestEnv::new();
-    let mut batch = String::new();
-    for number in 0..100 {
-        writeln!(batch, "link add d{number} type veth peer name p{number}").unwrap();
-    }
-    env.node.ip(&batch);
-    let _restore = Restore;
-    kill_unload(&env);
-    let agent = env.agent().hooks(&["node_egress"]).spawn();
-    agent.wait_for_log("restored /sys/kernel/rcu_expedited", LONG);
-    assert!(!is_expedited());
-    agent.kill9();
-
-    kill_unload(&env);
-    env.unload();
-    assert!(!is_expedited());
-    assert!(!env.pin_dir().exists());
 }
