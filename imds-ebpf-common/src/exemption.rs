@@ -8,6 +8,14 @@ pub const SUBJECT_SLOTS: usize = 1 << 14;
 /// Largest number of entries of the map of exemptions: several for each pod on a large node with 1,000 pods.
 pub const MAX_EXEMPTIONS: usize = 1 << 14;
 
+/// Index in the map of source addresses for the node's own addresses. No interface has it.
+pub const NODE_SOURCES: u32 = 0;
+
+/// Index in the map of source addresses for those of the node and of all exempt pods, while the node has a device whose packets
+/// pass a second `node_egress` hook ([`OwnPackets::Marked`](crate::OwnPackets::Marked)). No interface has it: ifindexes are
+/// below 2^31.
+pub const PASSED_SOURCES: u32 = u32::MAX;
+
 /// Identity of a sender, as the programs know it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]

@@ -51,7 +51,7 @@ pub use maps::{
     AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, OwnPackets, PodRecord,
     Policy, ProviderRecord, Role,
 };
-pub use packet::{Packet, find_header, flow, is_unrelated_fast, is_unrelated_frame, service};
+pub use packet::{NoHeader, Packet, find_header, flow, is_unrelated_fast, is_unrelated_frame, service};
 pub use policy::{DenyAction, DenyErrno, Hook, Mode, TcHook, TcHookSet, Verdict};
 pub use policy_lookup::{InMemoryPolicy, PolicyLookup};
-pub use verdict::{EndpointMatch, classify, classify_address, classify_slow, lookup_endpoint};
+pub use verdict::{EndpointMatch, by_mode, classify, classify_address, classify_slow, lookup_endpoint};

@@ -194,8 +194,8 @@ pub enum OwnPackets {
     None = 0,
     /// Packets with a socket, which TC redirected to this interface of the node.
     WithSocket = 1,
-    /// Packets with the mark that another `node_egress` hook has set. They return from an ifb device, or from a bridge port
-    /// whose veth peer is also in the node's network namespace.
+    /// Packets with the mark that another `node_egress` hook has set, from a source address of the node or of an exempt pod. They
+    /// return from an ifb device, or from a bridge port whose veth peer is also in the node's network namespace.
     Marked = 2,
 }
 

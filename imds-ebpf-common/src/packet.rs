@@ -15,10 +15,11 @@ use crate::{
     policy_lookup::PolicyLookup,
 };
 
-/// Largest number of VLAN tags that the parser skips.
+/// Largest number of VLAN tags that the parser skips. Linux allows at most 8 stacked devices (`MAX_NEST_DEV`,
+/// include/linux/netdevice.h).
 ///
-/// Linux allows at most 8 stacked devices (`MAX_NEST_DEV`, include/linux/netdevice.h), so a frame with more tags reaches
-/// no IP stack.
+/// Frames with more tags are denied whatever their destination is: Linux removes any number of priority tags (VLAN 0,
+/// `__netif_receive_skb_core`).
 pub const MAX_VLAN_TAGS: usize = 8;
 
 /// Largest number of IPv6 extension headers that the parser skips to find ports. Senders should include each kind at most
@@ -166,28 +167,38 @@ where
     }
 }
 
-/// Finds the IP header of a packet, behind up to [`MAX_VLAN_TAGS`] VLAN tags. Returns `None` if the packet has none or is
-/// cut off before it.
+/// Reason why [`find_header`] finds no IP header.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum NoHeader {
+    /// The packet has another protocol, or is cut off before the header.
+    NotIp,
+    /// The frame has more than [`MAX_VLAN_TAGS`] VLAN tags.
+    TooManyTags,
+}
+
+/// Finds the IP header of a packet, behind up to [`MAX_VLAN_TAGS`] VLAN tags.
 ///
 /// Ignores the other fields of the header. The destination has a fixed offset, so a packet with an EtherType of IP gets a
 /// verdict even if its header is malformed.
 #[inline(always)]
-pub fn find_header<P: Packet + ?Sized>(packet: &P, link_layer: LinkLayer) -> Option<IpOffset> {
+pub fn find_header<P: Packet + ?Sized>(packet: &P, link_layer: LinkLayer) -> Result<IpOffset, NoHeader> {
     let mut offset = link_layer.header_len();
-    let mut ether_type = packet.ether_type(link_layer)?;
+    let mut ether_type = packet.ether_type(link_layer).ok_or(NoHeader::NotIp)?;
     for _ in 0..MAX_VLAN_TAGS {
         if !is_vlan(ether_type) {
             break;
         }
         offset += VLAN_TAG_LEN;
-        ether_type = u16::from_ne_bytes(packet.fetch(offset - size_of::<u16>())?);
+        let bytes = packet.fetch(offset - size_of::<u16>()).ok_or(NoHeader::NotIp)?;
+        ether_type = u16::from_ne_bytes(bytes);
     }
     // Hidden from the verifier, which otherwise follows the rest for each number of tags.
     let offset = packet.verifier_opaque(offset);
     match ether_type {
-        ETH_P_IP => Some(IpOffset::v4(offset)),
-        ETH_P_IPV6 => Some(IpOffset::v6(offset)),
-        _ => None,
+        ETH_P_IP => Ok(IpOffset::v4(offset)),
+        ETH_P_IPV6 => Ok(IpOffset::v6(offset)),
+        _ if is_vlan(ether_type) => Err(NoHeader::TooManyTags),
+        _ => Err(NoHeader::NotIp),
     }
 }
 
@@ -226,12 +237,13 @@ pub fn flow<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Flow> {
         let fragment = u16::from_be_bytes([fragment_0, fragment_1]) & 0x1fff;
         (has_ports(protocol) && fragment == 0).then_some(offset + usize::from(version_ihl & 0x0f) * 4)
     };
-    if let Some([source_0, source_1, destination_0, destination_1]) =
-        payload.and_then(|offset| packet.fetch(offset))
-    {
-        flow.source_port = u16::from_be_bytes([source_0, source_1]);
-        flow.destination_port = u16::from_be_bytes([destination_0, destination_1]);
-    }
+    // Hidden from the verifier, which otherwise follows the rest again for packets with ports.
+    #[expect(clippy::cast_possible_truncation, reason = "the value is zero")]
+    let none = (packet.verifier_opaque(0) as u32).to_ne_bytes();
+    let [source_0, source_1, destination_0, destination_1] =
+        payload.and_then(|offset| packet.fetch(offset)).unwrap_or(none);
+    flow.source_port = u16::from_be_bytes([source_0, source_1]);
+    flow.destination_port = u16::from_be_bytes([destination_0, destination_1]);
     Some(flow)
 }
 

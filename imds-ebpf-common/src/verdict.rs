@@ -4,7 +4,7 @@ use crate::{
     address::{Address, Destination},
     endpoint::{AllowedPorts, Service, allows, allows_any},
     link_layer::{IpOffset, LinkLayer},
-    packet::{self, Packet, find_header, is_unrelated_fast},
+    packet::{self, NoHeader, Packet, find_header, is_unrelated_fast},
     policy::{Mode, Verdict},
     policy_lookup::PolicyLookup,
 };
@@ -34,9 +34,11 @@ where
     P: Packet + ?Sized,
     T: PolicyLookup + ?Sized,
 {
-    find_header(packet, link_layer)
-        .and_then(|ip| lookup_endpoint(packet, ip, policy))
-        .map_or(Verdict::Unrelated, |endpoint_match| endpoint_match.verdict)
+    match find_header(packet, link_layer) {
+        Ok(ip) => lookup_endpoint(packet, ip, policy).map_or(Verdict::Unrelated, |found| found.verdict),
+        Err(NoHeader::TooManyTags) => by_mode(policy),
+        Err(NoHeader::NotIp) => Verdict::Unrelated,
+    }
 }
 
 /// A packet to a protected endpoint.
@@ -100,8 +102,9 @@ fn classify_service<T: PolicyLookup + ?Sized>(
     by_mode(policy)
 }
 
+/// Returns the verdict on a packet that is denied in mode `enforce`.
 #[inline(always)]
-fn by_mode<T: PolicyLookup + ?Sized>(policy: &T) -> Verdict {
+pub fn by_mode<T: PolicyLookup + ?Sized>(policy: &T) -> Verdict {
     match policy.mode() {
         Mode::Enforce => Verdict::Denied,
         Mode::Audit => Verdict::Audited,

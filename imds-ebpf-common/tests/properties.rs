@@ -205,11 +205,11 @@ proptest! {
     }
 
     #[test]
-    fn vlan_tag_depth_is_limited(
+    fn more_vlan_tags_are_denied(
         macs: [u8; 12], tags in tags(MAX_VLAN_TAGS + 1..20), (_, packet) in ipv4(),
     ) {
         let frame = tagged(macs, &tags, 0x0800, &packet);
-        prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), Verdict::Unrelated);
+        prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), Verdict::Denied);
     }
 
     #[test]

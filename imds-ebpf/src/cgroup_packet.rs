@@ -22,7 +22,7 @@ pub(crate) fn classify(ctx: &SkBuffContext, classify_slow: impl FnOnce(*mut __sk
 /// Returns the position of the IP header and the protected endpoint that the packet goes to, if there is one.
 #[inline(always)]
 pub(crate) fn find_endpoint(packet: &Skb) -> Option<(IpOffset, EndpointMatch)> {
-    let ip = find_header(packet, LinkLayer::None)?.hide_bounds(packet);
+    let ip = find_header(packet, LinkLayer::None).ok()?.hide_bounds(packet);
     Some((ip, lookup_endpoint(packet, ip, &maps::Maps)?))
 }
 

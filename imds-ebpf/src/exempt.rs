@@ -7,7 +7,10 @@
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
     Address, ExemptionKey, ExemptionRecord, Hook, InterfaceRecord, IpOffset, Packet as _, PolicyLookup as _,
-    Subject, SubjectKind, TcHook, Verdict, exemption::find_exemption, opaque::opaque, packet::source,
+    Subject, SubjectKind, TcHook, Verdict,
+    exemption::{NODE_SOURCES, find_exemption},
+    opaque::opaque,
+    packet::source,
 };
 
 use crate::{
@@ -169,7 +172,7 @@ fn is_exempt_netns(cookie: u64, address: &Address) -> bool {
 fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, is_bridge: usize) -> bool {
     let is_source_nat_excluded =
         is_bridge == 0 && has_from_pod_link(ifindex) && !maps::is_exempt_use_recent(ifindex);
-    let other = if is_source_nat_excluded { ifindex } else { NODE };
+    let other = if is_source_nat_excluded { ifindex } else { NODE_SOURCES };
     // Hidden from the verifier, which otherwise follows the function for each value.
     let other = Skb::new(skb).verifier_opaque(other as usize) as u32;
     has_source(skb, ip, ifindex, other)
@@ -183,9 +186,6 @@ fn has_from_pod_link(ifindex: u32) -> bool {
     maps::is_enabled(Hook::FromPod) && maps::interface(ifindex).is_some_and(has_link)
 }
 
-/// Index for the node's own addresses in the map of source addresses. No interface has the index 0.
-const NODE: u32 = 0;
-
 /// Reports whether the packet's source address is registered for one of two interfaces. A separate function, so that the
 /// verifier checks it once.
 #[inline(never)]
@@ -196,6 +196,14 @@ fn has_source(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, other: u32) -> bo
         maps::is_exempt_source(&ExemptionKey { address, subject })
     };
     is_source_of(ifindex) || is_source_of(other)
+}
+
+/// Reports whether the packet's source address is registered for the interface.
+#[inline(always)]
+pub(crate) fn is_source_of(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32) -> bool {
+    let subject = Subject::new(SubjectKind::Interface, ifindex.into());
+    source(&Skb::new(skb), ip)
+        .is_some_and(|address| maps::is_exempt_source(&ExemptionKey { address, subject }))
 }
 
 /// Looks up the exemption of a subject. Takes the number of a verdict. Returns the number of the verdict with the exemption

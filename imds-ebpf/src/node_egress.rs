@@ -31,7 +31,7 @@ impl TcProgram for NodeEgress {
         let Some(EndpointMatch { destination, verdict }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
             return TC_ACT_UNSPEC;
         };
-        let Some(sender) = sender::identify(skb) else { return pass_marked(skb) };
+        let Some(sender) = sender::identify(skb, ip) else { return pass_marked(skb) };
         if let Some(probed) = classify_probe(&packet, sender, verdict) {
             exempt::set_mark(skb, 1);
             return action(probed.verdict);
@@ -52,15 +52,25 @@ fn pass_marked(skb: *mut __sk_buff) -> i32 {
     TC_ACT_UNSPEC
 }
 
+/// Returns the network namespace with this cookie, or the interface if the cookie is 0. Without branches, so that the verifier
+/// follows one path.
+#[inline(always)]
+fn subject(cookie: u64, ifindex: u32) -> Subject {
+    let has_cookie = (cookie | cookie.wrapping_neg()) >> 63;
+    let [interface, netns] = [SubjectKind::Interface as u64, SubjectKind::Netns as u64];
+    Subject {
+        id: cookie | (u64::from(ifindex) & has_cookie.wrapping_sub(1)),
+        kind: interface + has_cookie * (netns - interface),
+    }
+}
+
 /// Counts a packet if its sender is a test sender, and returns the verdict. Identifies the sender like any other.
 #[inline(always)]
 fn classify_probe(packet: &Skb, sender: SocketOwner, verdict: Verdict) -> Option<Probed> {
     if !maps::has_probes() {
         return None;
     }
-    let find = |kind, id| maps::probe(&Subject::new(kind, id));
-    let probe = find(SubjectKind::Netns, sender.cookie)
-        .or_else(|| find(SubjectKind::Interface, packet.ingress_ifindex().into()))?;
+    let probe = maps::probe(&subject(sender.cookie, packet.ingress_ifindex()))?;
     if probe::is_bridge(probe) && packet.mark() & maps::mark_bit() == 0 {
         return None;
     }

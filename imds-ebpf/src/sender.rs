@@ -1,10 +1,10 @@
 //! Senders of packets at `node_egress`: separates the node's own packets from packets of pods.
 
 use aya_ebpf::bindings::__sk_buff;
-use imds_ebpf_common::{InterfaceRecord, OwnPackets, Packet as _};
+use imds_ebpf_common::{InterfaceRecord, IpOffset, OwnPackets, Packet as _, exemption::PASSED_SOURCES};
 
 use crate::{
-    maps,
+    exempt, maps,
     netns::{self, SocketNetns},
     packet::Skb,
 };
@@ -23,8 +23,8 @@ pub(crate) struct SocketOwner {
 /// the mark for devices that change them.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
-pub(crate) fn identify(skb: *mut __sk_buff) -> Option<SocketOwner> {
-    let cookie = find_cookie(skb);
+pub(crate) fn identify(skb: *mut __sk_buff, ip: IpOffset) -> Option<SocketOwner> {
+    let cookie = find_cookie(skb, ip);
     if cookie == NODE {
         return None;
     }
@@ -36,10 +36,10 @@ const NODE: u64 = u64::MAX;
 
 /// Returns [`SocketOwner::cookie`], or [`NODE`]. A separate function, so that the verifier checks it once for all verdicts.
 #[inline(never)]
-fn find_cookie(skb: *mut __sk_buff) -> u64 {
+fn find_cookie(skb: *mut __sk_buff, ip: IpOffset) -> u64 {
     match netns::from_socket(skb) {
         SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => cookie,
-        socket if is_from_node(&Skb::new(skb), socket) => NODE,
+        socket if is_from_node(skb, ip, socket) => NODE,
         SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => 0,
     }
 }
@@ -51,8 +51,9 @@ fn find_cookie(skb: *mut __sk_buff) -> u64 {
 /// interface to itself (`ifb_ri_tasklet`, drivers/net/ifb.c), have none either, and packets that return from a veth pair
 /// inside the node's network namespace lose it if bridges call netfilter (`br_netfilter`). Both kinds have passed another
 /// `node_egress` hook before, which has set the mark. The record of the interface alone is not sufficient: the interface may
-/// be deleted, or moved into a pod, before the agent handles the event. A pod can't set the mark, because the kernel clears
-/// it when a packet leaves a network namespace (`skb_scrub_packet`).
+/// be deleted, or moved into a pod, before the agent handles the event. Most pods can't set the mark, because the kernel clears
+/// it when a packet leaves a network namespace (`skb_scrub_packet`). macvlan and ipvlan devices clear neither mark nor ingress
+/// interface, so that the source address must be the node's or an exempt pod's, too: no response to it returns to another pod.
 ///
 /// A bridge that floods a packet, and a bond or team that broadcasts it, send copies without a socket (`skb_clone`), which have
 /// passed the hook of that device before.
@@ -62,7 +63,8 @@ fn find_cookie(skb: *mut __sk_buff) -> u64 {
 /// sends without a socket, such as IPv6 resets, are therefore denied too. Before Linux 6.13, a packet with a socket can
 /// belong to a macvlan or ipvlan pod. The socket hook covers these pods.
 #[inline(always)]
-fn is_from_node(packet: &Skb, socket: SocketNetns) -> bool {
+fn is_from_node(skb: *mut __sk_buff, ip: IpOffset, socket: SocketNetns) -> bool {
+    let packet = Skb::new(skb);
     // Hidden from the verifier, which otherwise follows the rest for each kind of socket.
     let has_socket = packet.verifier_opaque(usize::from(!matches!(socket, SocketNetns::NoSocket))) != 0;
     let ingress_ifindex = packet.ingress_ifindex();
@@ -71,7 +73,7 @@ fn is_from_node(packet: &Skb, socket: SocketNetns) -> bool {
     }
     let Some(record) = maps::interface(ingress_ifindex) else { return false };
     if record.own_packets == OwnPackets::Marked as u8 {
-        return packet.mark() & maps::mark_bit() != 0;
+        return packet.mark() & maps::mark_bit() != 0 && exempt::is_source_of(skb, ip, PASSED_SOURCES);
     }
     has_socket && record.own_packets == OwnPackets::WithSocket as u8
 }

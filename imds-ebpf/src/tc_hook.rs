@@ -8,8 +8,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use imds_ebpf_common::{
-    DenyAction, Hook, IpOffset, LinkLayer, Packet, Verdict, event::RateLimiter, find_header,
-    is_unrelated_fast, is_unrelated_frame, packet::MAX_EXTENSION_HEADERS,
+    DenyAction, Hook, IpOffset, LinkLayer, NoHeader, Packet, Verdict, by_mode, event::RateLimiter,
+    find_header, is_unrelated_fast, is_unrelated_frame, packet::MAX_EXTENSION_HEADERS,
 };
 
 use crate::{
@@ -70,8 +70,10 @@ fn classify_without_link_layer<H: TcProgram>(skb: *mut __sk_buff) -> i32 {
 fn classify_frame<H: TcProgram>(skb: *mut __sk_buff, link_layer: LinkLayer) -> i32 {
     let packet = H::packet(skb);
     match find_header(&packet, link_layer) {
-        Some(ip) => H::classify_header(skb, ip.hide_bounds(&packet)),
-        None => TC_ACT_UNSPEC,
+        Ok(ip) => H::classify_header(skb, ip.hide_bounds(&packet)),
+        // Not counted: the call would cost the verifier more instructions than the programs have left.
+        Err(NoHeader::TooManyTags) => action(by_mode(&maps::Maps)),
+        Err(NoHeader::NotIp) => TC_ACT_UNSPEC,
     }
 }
 

@@ -169,11 +169,17 @@ impl Pod {
     }
 
     fn connect_routed(&self) {
-        let (veth, eth0, address) = (&self.host_ifname, Self::IFNAME, self.address);
+        let veth = &self.host_ifname;
         self.node.sysctl(&format!("ipv4/conf/{veth}/proxy_arp"), "1");
         // The kernel delays proxy replies by up to 0.8 s by default.
         self.node.sysctl(&format!("ipv4/neigh/{veth}/proxy_delay"), "0");
-        self.node.ip(&format!("route add {address}/32 dev {veth}"));
+        self.node.ip(&format!("route add {}/32 dev {veth}", self.address));
+        self.add_routed_address();
+    }
+
+    /// Gives a routed pod its address and default route.
+    pub fn add_routed_address(&self) {
+        let (eth0, address) = (Self::IFNAME, self.address);
         self.netns.ip(&format!(
             "addr add {address}/32 dev {eth0}
              route add {ROUTED_GATEWAY} dev {eth0} scope link

@@ -350,19 +350,27 @@ fn late_sandbox_is_found_during_link_churn() {
 
 /// The kernel reports no address of another network namespace.
 #[test]
-fn late_address_of_bridged_pod_is_exempt() {
-    let cluster = TestCluster::new();
-    let agent =
-        cluster.env.agent().config(&cluster.config(RULE)).hooks(&known_here(ALL)).resync(1).spawn_ready();
-    let mut trusted = schedule(&cluster, PodLink::Bridged, Driver::Systemd, TRUSTED);
-    let netns = &trusted.pod.netns;
-    netns.ip(&format!("addr flush dev {}", Pod::IFNAME));
-    trusted.cgroup.start_in(netns);
-    cluster.env.status_when("the pod is resolved", |status| status.has_resolved(1));
-    trusted.pod.connect_bridged();
-    cluster.wait_exempt(&trusted.pod);
-    drop(agent);
-    cluster.env.unload();
+fn late_address_is_exempt() {
+    for link in [PodLink::Routed, PodLink::Bridged] {
+        let cluster = TestCluster::new();
+        let agent = cluster.env.agent().config(&cluster.config(RULE)).hooks(&known_here(ALL)).resync(1);
+        let agent = agent.spawn_ready();
+        let mut trusted = schedule(&cluster, link, Driver::Systemd, TRUSTED);
+        let netns = &trusted.pod.netns;
+        netns.ip(&format!("addr flush dev {}", Pod::IFNAME));
+        trusted.cgroup.start_in(netns);
+        cluster.env.status_when("the pod is resolved", |status| status.has_resolved(1));
+        if link == PodLink::Routed {
+            // The routes may depend on the address.
+            netns.ip("route flush table main");
+            trusted.pod.add_routed_address();
+        } else {
+            trusted.pod.connect_bridged();
+        }
+        cluster.wait_exempt(&trusted.pod);
+        drop(agent);
+        cluster.env.unload();
+    }
 }
 
 #[test]

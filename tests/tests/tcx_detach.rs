@@ -1,5 +1,5 @@
 //! Many TCX links: the time that the kernel takes to detach one, which docs/upgrade.md documents, and an interrupted `unload`.
-//! `unload` changes a setting of the machine meanwhile, so that no other test may run beside these.
+//! `unload` changes a setting of the machine, so that no other test may run beside these.
 
 use std::{
     fmt::Write as _,

@@ -133,6 +133,8 @@ fn every_packet_to_endpoint_is_denied() {
         assert_eq!(action(program, &protected), TC_ACT_SHOT, "{name}");
         assert_eq!(action(program, &other), TC_ACT_UNSPEC, "{name} to another address");
     }
+    let too_many = with_tags(&udp(OTHER), &[0x8100; MAX_VLAN_TAGS + 1]);
+    assert_eq!(action(program, &too_many), TC_ACT_SHOT, "more tags than the parser skips");
 }
 
 #[test]
@@ -154,10 +156,6 @@ fn lookalikes_of_the_endpoint_pass() {
             with_tags(&udp(IMDS_IPV4), &[0x8100])[..ETHERNET_LEN + 4 + 19].to_vec(),
         ),
         ("a tag without payload", with_tags(&udp(IMDS_IPV4), &[0x8100])[..ETHERNET_LEN + 2].to_vec()),
-        (
-            "more than the maximum number of stacked tags",
-            with_tags(&udp(IMDS_IPV4), &[0x8100; MAX_VLAN_TAGS + 1]),
-        ),
     ] {
         assert_eq!(action(program, &packet), TC_ACT_UNSPEC, "{name}");
     }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use imds_ebpf_common::{AttachMode, Hook, TcHook, TcHookSet};
+use imds_ebpf_common::{Hook, TcHook};
 use tokio::time::{Instant, sleep_until};
 
 use super::Reconciler;
@@ -46,8 +46,10 @@ pub(super) struct ExemptionState {
     pub(super) retain_previous_exemptions: bool,
     /// Links have changed since exemptions were computed.
     pub(super) dirty: bool,
-    /// The node's own addresses, by which masqueraded packets are recognized.
+    /// The node's own addresses, by which masqueraded packets and those that return from an ifb device are recognized.
     node_addresses: LastRead,
+    /// True if the maps contain the node's addresses.
+    pub(super) uses_node_addresses: bool,
 }
 
 /// Addresses that were read last.
@@ -77,6 +79,7 @@ impl ExemptionState {
             retain_previous_exemptions: false,
             dirty: false,
             node_addresses: LastRead::default(),
+            uses_node_addresses: false,
         }
     }
 }
@@ -127,20 +130,6 @@ impl Reconciler {
     pub(super) async fn resolve_sandboxes(&mut self, count: usize) {
         let pods = pod_links(&self.node.links, &self.node.uplinks, &self.interfaces);
         self.exemptions.pods.resolve_sandboxes(&self.exemptions.resolver, &self.netlink, &pods, count).await;
-    }
-
-    /// Queues the exempt pods whose addresses decide about their packets: those behind a bridge, and those without a link at
-    /// `from_pod`. A pod may get an address late (DHCP, IPv6 autoconfiguration), and the kernel reports no change in other
-    /// network namespaces. [`Reconciler::resolve_next`] reads the addresses.
-    pub(super) fn enqueue_pods_by_address(&mut self) {
-        let ExemptionState { rules, pods, .. } = &mut self.exemptions;
-        let needs_source = |index: &u32| {
-            self.node.links.get(index).is_some_and(|link| {
-                let mode = self.datapath.desired_mode(link, TcHookSet::FROM_POD, TcHook::FromPod);
-                link.master.is_some() || matches!(mode, AttachMode::None | AttachMode::Clsact)
-            })
-        };
-        pods.enqueue_exempt(rules.pod_selectors(), needs_source);
     }
 
     /// Computes the exemptions of the pods on this node, and updates the maps to match.
@@ -229,8 +218,13 @@ impl Reconciler {
         );
         let mut desired = found.await;
         desired.add_bridges(&self.node.links);
-        if !desired.entries.is_empty() {
+        let returns_packets = self.node.links.values().any(Link::may_return_packets);
+        self.exemptions.uses_node_addresses = returns_packets || !desired.entries.is_empty();
+        if self.exemptions.uses_node_addresses {
             desired.add_node_addresses(self.exemptions.node_addresses.update(netns::addresses()));
+        }
+        if returns_packets {
+            desired.add_passed_sources();
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
         self.exemptions.retain_previous_exemptions &=

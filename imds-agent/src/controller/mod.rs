@@ -296,6 +296,7 @@ impl Reconciler {
                 self.exemptions.dirty |= self.node.links.contains_key(&index);
                 self.on_link_deleted(index);
             }
+            Event::Address => self.exemptions.dirty |= self.exemptions.uses_node_addresses,
             Event::Filter(index) => {
                 if let Some(link) = self.node.links.get(&index).cloned() {
                     self.reconcile_link(link).await;

@@ -208,17 +208,13 @@ impl PodTracker {
         }
     }
 
-    /// Queues the pods that `rules` match and that have one of the interfaces in `is_selected`.
-    pub fn enqueue_exempt<'r>(
-        &mut self,
-        rules: impl Iterator<Item = &'r config::PodSelector>,
-        is_selected: impl Fn(&u32) -> bool,
-    ) {
+    /// Queues the pods with an interface that `rules` match.
+    pub fn enqueue_exempt<'r>(&mut self, rules: impl Iterator<Item = &'r config::PodSelector>) {
         let exempt: BTreeSet<_> =
             rules.flat_map(|rule| self.index.matching(rule)).map(|pod| &pod.uid).collect();
         let has_interface = |uid: &&&String| {
             let sandbox = self.sandboxes.get(uid.as_str());
-            sandbox.is_some_and(|sandbox| sandbox.senders.interfaces.iter().any(&is_selected))
+            sandbox.is_some_and(|sandbox| !sandbox.senders.interfaces.is_empty())
         };
         self.pending.extend(exempt.iter().filter(has_interface).map(|uid| (*uid).clone()));
     }

@@ -147,7 +147,9 @@ impl Reconciler {
         let sockets = self.reconcile_sockets();
         self.datapath.invalidate_exemptions();
         self.exemptions.pods.retry();
-        self.enqueue_pods_by_address();
+        // A pod may get an address late (DHCP, IPv6 autoconfiguration), and the kernel reports no change in other network
+        // namespaces.
+        self.exemptions.pods.enqueue_exempt(self.exemptions.rules.pod_selectors());
         let hosts = self.rescan_kubepods();
         restored?;
         node_allow?;

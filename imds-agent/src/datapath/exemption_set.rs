@@ -5,7 +5,10 @@ use std::{
     net::IpAddr,
 };
 
-use imds_ebpf_common::{ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict};
+use imds_ebpf_common::{
+    ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict,
+    exemption::{NODE_SOURCES, PASSED_SOURCES},
+};
 
 use crate::{
     encode::address_key,
@@ -62,9 +65,16 @@ impl ExemptionSet {
 
     /// Adds the node's own addresses, by which masqueraded packets are recognized.
     pub fn add_node_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
-        let subject = Subject::new(SubjectKind::Interface, 0);
+        let subject = Subject::new(SubjectKind::Interface, NODE_SOURCES.into());
         let sources =
             addresses.into_iter().map(|source| ExemptionKey { address: address_key(source), subject });
+        self.sources.extend(sources);
+    }
+
+    /// Adds all sources a second time for packets that pass a second `node_egress` hook ([`PASSED_SOURCES`]).
+    pub fn add_passed_sources(&mut self) {
+        let subject = Subject::new(SubjectKind::Interface, PASSED_SOURCES.into());
+        let sources: Vec<_> = self.sources.iter().map(|source| ExemptionKey { subject, ..*source }).collect();
         self.sources.extend(sources);
     }
 }

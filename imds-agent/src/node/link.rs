@@ -126,6 +126,13 @@ impl Link {
         self.kind == LinkKind::Veth && self.peer_netns.is_none() && self.lower.is_some()
     }
 
+    /// Reports whether packets that the node sends may return through the interface, to leave through another one: ifb devices,
+    /// and ports of bridges whose veth peer is in this network namespace.
+    #[must_use]
+    pub fn may_return_packets(&self) -> bool {
+        self.kind == LinkKind::Ifb || (self.is_internal_pair() && self.master.is_some())
+    }
+
     /// Reports whether the interface with this index is the master or the veth peer of this one.
     #[must_use]
     pub fn is_port_or_peer_of(&self, index: u32) -> bool {

@@ -23,6 +23,8 @@ pub enum Event {
     Route(Destination),
     /// A routing policy rule was added or removed.
     Rule,
+    /// An address of the node was added or removed.
+    Address,
     /// A qdisc or filter on the interface with this index was added, changed or removed.
     Filter(u32),
     /// The receive buffer overran, and events were lost.
@@ -54,6 +56,7 @@ impl Event {
                 Some(Self::Route(Destination::of(&route)))
             }
             RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_) => Some(Self::Rule),
+            RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_) => Some(Self::Address),
             RouteNetlinkMessage::NewTrafficFilter(tc)
             | RouteNetlinkMessage::DelTrafficFilter(tc)
             | RouteNetlinkMessage::NewQueueDiscipline(tc)

@@ -101,6 +101,8 @@ impl Netlink {
     pub fn events(filters: bool) -> Result<impl Stream<Item = Event> + Unpin, NetlinkError> {
         let mut groups = vec![
             MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv4Rule,
             MulticastGroup::Ipv6Route,

@@ -1,9 +1,14 @@
 //! Pods with an interface above the NIC. The node has no interface of its own for these pods.
 
+use aya::programs::tc::TcAttachType;
+use imds_ebpf_common::maps::MARK;
 use imds_tests::{
-    METADATA, Netns, TestEnv, WHOLE_TEST, known_here, lacks_device, lacks_tc_netns_cookie,
+    Layout, METADATA, Netns, Nic, TestEnv, WHOLE_TEST,
+    foreign_bpf::ForeignProgram,
+    hook::run_tc,
+    known_here, lacks_device, lacks_tc_netns_cookie,
     poll::{poll_until, try_poll},
-    probe::{LONG, SHORT, http_get, udp_echo},
+    probe::{LONG, SHORT, http_get, reachable, udp_echo},
 };
 
 use crate::fixture::NODE_EGRESS;
@@ -89,4 +94,38 @@ fn ipvlan_pods() {
     for mode in ["l2", "l3", "l3s"] {
         assert_enforced(&format!("type ipvlan mode {mode}"));
     }
+}
+
+/// macvlan devices clear neither the mark nor the ingress interface of a packet that the pod forwards.
+#[test]
+fn macvlan_pod_imitates_an_ifb() {
+    let lacks = |device: &str| lacks_device(WHOLE_TEST, device, device);
+    if lacks_device(WHOLE_TEST, "macvlan", "link lower0 type macvlan mode bridge") || lacks("type ifb") {
+        return;
+    }
+    let env = TestEnv::with_layout(Layout::new(Nic::Veth).above("link add ifb0 type ifb", TestEnv::UPLINK));
+    let index = env.node.run(|| nix::net::if_::if_nametoindex("ifb0").expect("the index of ifb0"));
+    let pod = add_pod(&env, "type macvlan mode bridge", 77);
+    let inner = Netns::new("inner");
+    // The pod's interface has the index of the ifb.
+    pod.ip(&format!(
+        "link add in0 index {index} type veth peer name in1 netns {}
+         link set in0 up
+         addr add 172.29.0.1/24 dev in0",
+        inner.name()
+    ));
+    inner.ip("link set in1 up\naddr add 172.29.0.2/24 dev in1\nroute add default via 172.29.0.1");
+    pod.sysctl("ipv4/ip_forward", "1");
+    env.fabric.ip("route add 172.29.0.0/24 via 10.0.0.77");
+    let mark = ForeignProgram::setting_mark(MARK);
+    run_tc(&pod, &["qdisc", "add", "dev", "in0", "clsact"]);
+    mark.attach_filter(&pod, "in0", TcAttachType::Ingress, 1);
+    poll_until(LONG, "responses without the agent", || reaches(&env, &inner).then_some(()));
+
+    let agent = env.agent().hooks(NODE_EGRESS).spawn_ready();
+    env.assert_nothing_arrives(|| assert!(!gets_any_answer(&env, &inner), "{}", agent.log()));
+    assert!(reachable(&env.node, METADATA));
+    drop(agent);
+    env.unload();
+    assert!(reaches(&env, &inner));
 }

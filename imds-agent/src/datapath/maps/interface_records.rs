@@ -119,7 +119,7 @@ fn sends_copies(maps: &Maps, link: &Link) -> bool {
 /// Reports whether packets received on the interface have passed `node_egress` at its veth peer. Only packets to a bridge port
 /// are already routed and translated by DNAT then.
 fn is_checked_at_peer(maps: &Maps, link: &Link) -> bool {
-    let peer = link.lower.filter(|_| link.is_internal_pair() && link.master.is_some());
+    let peer = link.lower.filter(|_| link.may_return_packets());
     peer.and_then(|peer| get(maps, peer)).is_some_and(|record| record.is_attached(TcHook::NodeEgress))
 }
 
