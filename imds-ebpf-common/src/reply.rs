@@ -121,15 +121,13 @@ pub fn reset(tcp: &mut [u32; TCP_WORDS], length: u32, addresses: Sum) -> Option<
     }
     let payload = length.saturating_sub(u32::from(offset >> 4) * 4);
     let occupied = payload + u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
-    let flags = if flags & ACK == 0 {
-        *acknowledged = u32::from_be(*sequence).wrapping_add(occupied).to_be();
-        *sequence = 0;
-        RST | ACK
-    } else {
-        *sequence = *acknowledged;
-        *acknowledged = 0;
-        RST
-    };
+    // All bits if the segment acknowledges nothing, else none. A mask, because the verifier follows both ways of a branch.
+    let no_ack = (u32::from(flags & ACK) / u32::from(ACK)).wrapping_sub(1);
+    let next = u32::from_be(*sequence).wrapping_add(occupied).to_be();
+    *sequence = *acknowledged & !no_ack;
+    *acknowledged = next & no_ack;
+    let [ack, ..] = (no_ack & u32::from(ACK)).to_le_bytes();
+    let flags = RST | ack;
     *ports = ports.rotate_left(16);
     *state = u32::from_ne_bytes([0x50, flags, 0, 0]);
     *last = 0;
