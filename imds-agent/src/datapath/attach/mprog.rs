@@ -16,7 +16,7 @@ use crate::datapath::{
     DatapathError,
     attach::attachment::{Attachment, Order},
     pin::dir::{self, AttachPoint, PinDir, PinError, io_error},
-    sys::bpf::{self, Direction, MprogHook, Target},
+    sys::bpf::{self, MprogHook, Target},
 };
 
 /// Attach modes that use links, in the order in which their programs run.
@@ -28,7 +28,7 @@ const MODES: [AttachMode; 2] = [AttachMode::Netkit, AttachMode::Tcx];
 /// drivers/net/netkit.c). This function then searches the programs of the primary device for the link.
 fn is_link_at(point: AttachPoint, id: u32, ifindex: u32, hook: MprogHook) -> bool {
     match hook {
-        MprogHook::Tcx(_) | MprogHook::NetkitPrimary => ifindex == point.ifindex,
+        MprogHook::TcxIngress | MprogHook::TcxEgress | MprogHook::NetkitPrimary => ifindex == point.ifindex,
         MprogHook::NetkitPeer => {
             let entries = bpf::entries(point.ifindex, hook).unwrap_or_default();
             entries.iter().any(|entry| entry.link == id)
@@ -289,8 +289,8 @@ pub(crate) fn is_pinned(id: u32, path: &Path) -> bool {
 #[must_use]
 pub fn mprog_hook(hook: TcHook, mode: AttachMode) -> Option<MprogHook> {
     match (hook, mode) {
-        (TcHook::FromPod, AttachMode::Tcx) => Some(MprogHook::Tcx(Direction::Ingress)),
-        (TcHook::NodeEgress, AttachMode::Tcx) => Some(MprogHook::Tcx(Direction::Egress)),
+        (TcHook::FromPod, AttachMode::Tcx) => Some(MprogHook::TcxIngress),
+        (TcHook::NodeEgress, AttachMode::Tcx) => Some(MprogHook::TcxEgress),
         (TcHook::FromPod, AttachMode::Netkit) => Some(MprogHook::NetkitPeer),
         // The primary device of a netkit pair sends packets to the pod, so it is no egress of the node.
         (TcHook::NodeEgress, AttachMode::Netkit)
@@ -299,12 +299,12 @@ pub fn mprog_hook(hook: TcHook, mode: AttachMode) -> Option<MprogHook> {
 }
 
 impl AttachPoint {
-    /// Returns the direction of the packets at this point, as seen from the node.
+    /// Returns the TCX hook at this point.
     #[must_use]
-    pub fn direction(self) -> Direction {
+    pub const fn tcx_hook(self) -> MprogHook {
         match self.hook {
-            TcHook::FromPod => Direction::Ingress,
-            TcHook::NodeEgress => Direction::Egress,
+            TcHook::FromPod => MprogHook::TcxIngress,
+            TcHook::NodeEgress => MprogHook::TcxEgress,
         }
     }
 }
