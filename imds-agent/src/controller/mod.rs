@@ -215,7 +215,7 @@ impl Reconciler {
             pods,
             nodes,
             datapath_config.backend.name(),
-            if datapath_config.cgroup.is_some() { "on" } else { "off" },
+            if datapath_config.cgroup_of(Hook::Socket).is_some() { "on" } else { "off" },
             endpoint_set.provider(),
             endpoint_set.endpoints().len(),
             if endpoint_set.endpoints().len() == 1 { "" } else { "s" },
@@ -226,7 +226,7 @@ impl Reconciler {
     #[must_use]
     pub fn state(&self, ResolvedConfig { datapath_config, .. }: &ResolvedConfig) -> String {
         let [pods, nodes] = self.count_interfaces();
-        let sockets = if datapath_config.cgroup.is_some() { "on" } else { "off" };
+        let sockets = if datapath_config.cgroup_of(Hook::Socket).is_some() { "on" } else { "off" };
         let mode = datapath_config.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces, socket hook {sockets}");
         let others = self.other_agents().map(|agent| ("node".to_owned(), agent.to_string()));

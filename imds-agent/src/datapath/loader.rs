@@ -32,7 +32,7 @@ const NAME_LEN: usize = 15;
 /// Error of a program that the kernel rejected.
 #[derive(Debug, Error)]
 #[error("{source}{}{log}", if log.is_empty() { "" } else { "; verifier log:\n" })]
-pub struct RejectedProgram {
+pub(super) struct RejectedProgram {
     source: io::Error,
     log: String,
 }

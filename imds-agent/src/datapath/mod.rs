@@ -14,15 +14,15 @@ pub mod sys;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use imds_ebpf_common::{
-    AttachMode, DenyAction, DenyErrno, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
+    AttachMode, DenyAction, DenyErrno, Hook, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
 };
 
 use self::{
-    attach::{cgroup_hooks::Cgroups, mprog::Links},
+    attach::{cgroup_hooks::Cgroups, mprog::Links, netns_identity::hooks_without_identity},
     maps::interface_records::LinkState,
     object::{Maps, Programs},
     pin::{
@@ -74,21 +74,26 @@ pub struct DatapathConfig {
     pub on_deny_errno: DenyErrno,
     /// Hooks that the configuration enables.
     pub hooks: Hooks,
-    /// Cgroup of the `local_service` hook, if that hook is on.
-    pub local_service: Option<PathBuf>,
     /// Setting of the sendmsg programs of the `socket` hook.
     pub sendmsg: Sendmsg,
     /// Attach mode of interfaces, except netkit devices.
     pub backend: AttachMode,
-    /// Cgroup of the `socket` hook, if that hook is on.
+    /// Cgroup of the hooks that have one; `None` if they are off or no cgroup v2 hierarchy is mounted.
     pub cgroup: Option<PathBuf>,
-    /// Cgroup of the `node_allow` hook, if that hook is on.
-    pub node_allow: Option<PathBuf>,
     /// Network namespace of the node, as the programs identify it. `None` if they can't: the hooks that compare it are then
     /// not attached.
     pub identity: Option<OwnNetns>,
     /// Bit of the packet mark by which `from_pod` passes exemptions of pods behind a bridge to `node_egress`.
     pub mark: u32,
+}
+
+impl DatapathConfig {
+    /// Returns the cgroup to which the programs of a hook are attached; `None` if the hook is off or can't be attached.
+    #[must_use]
+    pub fn cgroup_of(&self, hook: Hook) -> Option<&Path> {
+        let lacks_identity = hooks_without_identity(self.hooks, self.identity).contains(&hook);
+        self.cgroup.as_deref().filter(|_| self.hooks.contains(hook) && !lacks_identity)
+    }
 }
 
 impl Datapath {
