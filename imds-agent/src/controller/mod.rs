@@ -2,14 +2,12 @@
 
 mod attach_queue;
 mod attach_turns;
-mod cgroup_changes;
+mod cgroups;
 mod change_log;
 pub mod event_loop;
 pub mod exemption_rules;
 mod exemptions;
-mod host_network;
 mod links;
-mod local_service;
 mod node_allow_sync;
 mod observed_node;
 mod other_agents;
@@ -328,12 +326,6 @@ impl Reconciler {
         for link in self.node.links.values().cloned().collect::<Vec<_>>() {
             self.reconcile_link(link).await;
         }
-    }
-
-    fn reconcile_sockets(&mut self) -> Result<(), DatapathError> {
-        let changes = self.datapath.restore_sockets()?;
-        self.report_cgroups(changes);
-        Ok(())
     }
 }
 

@@ -271,7 +271,7 @@ impl CgroupLink {
             bpf::link_detach(&fd).map_err(io_error("detach a program from", &cgroup.path))?;
             was_attached = true;
         }
-        was_attached |= detach_pinned(&self.pin)?;
+        was_attached |= mprog::detach_pinned(&self.pin)?;
         if was_attached {
             let text = format!("detached {} from cgroup {}", self.program, cgroup.path.display());
             changes.push(CgroupChange::new(CgroupChangeKind::Detached, text));
@@ -293,19 +293,6 @@ impl CgroupLink {
         let desired = Target::Cgroup { id: cgroup, attach_type: self.attach_type as u32 };
         (link.target == desired).then_some(link)
     }
-}
-
-/// Detaches and unpins the link at `pin`. Returns `true` if it was attached to a cgroup.
-pub(crate) fn detach_pinned(pin: &Path) -> Result<bool, DatapathError> {
-    let mut was_attached = false;
-    if let Some((fd, link)) = dir::open_own_link(pin)
-        && link.cgroup().is_some()
-    {
-        bpf::link_detach(&fd).map_err(io_error("detach from its cgroup the link at", pin))?;
-        was_attached = true;
-    }
-    dir::unpin(pin)?;
-    Ok(was_attached)
 }
 
 /// Describes a failure to attach a program, including the program that prevents it.

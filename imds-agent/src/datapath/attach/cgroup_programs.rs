@@ -21,6 +21,7 @@ use imds_ebpf_common::{
 use super::{
     cgroup_link::{self, CgroupChange, CgroupLink, OpenCgroup},
     cgroup_order::{self, ExclusiveProgram, OtherProgram},
+    mprog,
 };
 use crate::{
     datapath::{
@@ -178,7 +179,7 @@ pub(crate) fn is_packet(attach_type: bpf_attach_type) -> bool {
 pub(crate) fn detach(pins: &PinDir, kind: CgroupProgramKind) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     for name in kind.links {
-        was_attached |= cgroup_link::detach_pinned(&pins.named_link(name))?;
+        was_attached |= mprog::detach_pinned(&pins.named_link(name))?;
     }
     Ok(was_attached)
 }

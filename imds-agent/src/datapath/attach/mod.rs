@@ -106,7 +106,7 @@ impl Datapath {
                 // at the head of the hook, then updates the link to the original.
                 let copy = self.programs.load_copy(name)?;
                 self.links
-                    .reorder(self.pin_lock.dir(), point, mode, copy.as_fd())
+                    .attach(self.pin_lock.dir(), point, mode, copy.as_fd())
                     .map_err(|error| with_obstacle(error, link, hook))?;
                 self.links.replace(point, mode, self.programs.fd(name)?)
             }
