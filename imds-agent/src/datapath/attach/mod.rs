@@ -185,7 +185,8 @@ impl Datapath {
 
     /// Fails if the qdisc of the interface cannot take a filter at `hook`.
     async fn check_qdisc(&self, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
-        match qdisc::obstacle(&self.netlink, link.index, hook).await? {
+        let qdisc = qdisc::read(&self.netlink, link.index).await?;
+        match qdisc.and_then(|qdisc| qdisc.obstacle(hook, bpf::has_tcx())) {
             Some(obstacle) => Err(ObstacleError { hook, interface: link.name.clone(), obstacle }.into()),
             None => Ok(()),
         }
