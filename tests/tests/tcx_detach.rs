@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_agent::datapath::sys::bpf::{Direction, link_create_first, link_detach, load_noop_program};
+use imds_agent::datapath::sys::bpf::{MprogHook, link_create_first, link_detach, load_noop_program};
 use imds_tests::{AttachMode, Netns, TestEnv, poll::poll_until, probe::LONG, skip_without_tcx};
 
 const LINKS: u32 = 200;
@@ -51,7 +51,7 @@ fn attach(netns: &Netns) -> Vec<OwnedFd> {
     netns.run(|| {
         let interfaces =
             (0..LINKS).map(|number| nix::net::if_::if_nametoindex(&*format!("d{number}")).unwrap());
-        interfaces.map(|index| link_create_first(&program, index, Direction::Ingress).unwrap()).collect()
+        interfaces.map(|index| link_create_first(&program, index, MprogHook::TcxIngress).unwrap()).collect()
     })
 }
 

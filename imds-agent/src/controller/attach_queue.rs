@@ -59,18 +59,9 @@ impl AttachQueue {
         Self { waiting: BTreeMap::new(), arrivals: VecDeque::new(), last_link_event: now, next_turn: now }
     }
 
-    /// Adds an attachment. One that is queued already keeps its times, unless it was optional.
-    pub(super) fn push(&mut self, point: AttachPoint, not_before: Instant) {
-        self.insert(point, not_before, false);
-    }
-
-    /// Adds an attachment that the link does not need once Kubernetes names the pod behind it. One that is queued already keeps
-    /// its times, unless it was mandatory.
-    pub(super) fn push_optional(&mut self, point: AttachPoint, not_before: Instant) {
-        self.insert(point, not_before, true);
-    }
-
-    fn insert(&mut self, point: AttachPoint, not_before: Instant, is_optional: bool) {
+    /// Adds an attachment. One that is queued already keeps its times, unless `is_optional` changes: the link does not need an
+    /// optional attachment once Kubernetes names the pod behind it.
+    pub(super) fn push(&mut self, point: AttachPoint, not_before: Instant, is_optional: bool) {
         let now = Instant::now();
         if point.hook == TcHook::FromPod && !self.contains(point) {
             self.arrivals.truncate(BURST - 1);
@@ -173,7 +164,7 @@ mod tests {
         assert_eq!(queue.next(), None);
         queue.on_link_event();
         let pod = point(7, TcHook::FromPod);
-        queue.push(pod, Instant::now());
+        queue.push(pod, Instant::now(), false);
         assert_eq!(queue.next(), Some((pod, Instant::now())));
         queue.remove(pod);
         assert_eq!(queue.next(), None);
@@ -182,14 +173,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn bursts_leave_pauses() {
         let mut queue = AttachQueue::new();
-        queue.push(point(7, TcHook::FromPod), Instant::now());
-        queue.push(point(8, TcHook::FromPod), Instant::now());
+        queue.push(point(7, TcHook::FromPod), Instant::now(), false);
+        queue.push(point(8, TcHook::FromPod), Instant::now(), false);
         queue.on_link_event();
         queue.remove(point(7, TcHook::FromPod));
         queue.on_attached();
         assert_eq!(queue.next(), Some((point(8, TcHook::FromPod), Instant::now() + PAUSE)));
         for index in 9..8 + 16 {
-            queue.push(point(index, TcHook::FromPod), Instant::now());
+            queue.push(point(index, TcHook::FromPod), Instant::now(), false);
         }
         queue.on_link_event();
         queue.on_attached();
@@ -217,7 +208,7 @@ mod tests {
             }
             tokio::time::advance(created - Instant::now()).await;
             queue.on_link_event();
-            queue.push(point(index, TcHook::FromPod), Instant::now());
+            queue.push(point(index, TcHook::FromPod), Instant::now(), false);
         }
         (longest, count)
     }
@@ -241,10 +232,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn node_egress_wait_is_bounded() {
         let mut queue = AttachQueue::new();
-        queue.push(point(7, TcHook::NodeEgress), Instant::now());
+        queue.push(point(7, TcHook::NodeEgress), Instant::now(), false);
         queue.on_link_event();
         assert_eq!(queue.next(), Some((point(7, TcHook::NodeEgress), Instant::now() + QUIET_INTERVAL)));
-        queue.push(point(8, TcHook::FromPod), Instant::now());
+        queue.push(point(8, TcHook::FromPod), Instant::now(), false);
         assert_eq!(queue.next().unwrap().0, point(8, TcHook::FromPod));
         queue.remove(point(8, TcHook::FromPod));
         tokio::time::advance(MAX_DELAY).await;
@@ -256,7 +247,7 @@ mod tests {
     async fn delayed_attachments_are_released() {
         let mut queue = AttachQueue::new();
         let later = Instant::now() + Duration::from_secs(5);
-        queue.push(point(7, TcHook::FromPod), later);
+        queue.push(point(7, TcHook::FromPod), later, false);
         assert_eq!(queue.next().unwrap().1, later);
         tokio::time::advance(PAUSE).await;
         assert_eq!(queue.delayed().collect::<Vec<_>>(), [(7, PAUSE)]);
@@ -270,8 +261,8 @@ mod tests {
     async fn initial_sync_waits_for_plugins() {
         let mut queue = AttachQueue::new();
         let later = Instant::now() + Duration::from_secs(5);
-        queue.push(point(7, TcHook::NodeEgress), later);
-        queue.push_optional(point(8, TcHook::NodeEgress), later);
+        queue.push(point(7, TcHook::NodeEgress), later, false);
+        queue.push(point(8, TcHook::NodeEgress), later, true);
         assert_eq!(queue.initial().collect::<Vec<_>>(), [point(7, TcHook::NodeEgress)]);
     }
 
@@ -280,13 +271,13 @@ mod tests {
         let mut queue = AttachQueue::new();
         let (uplink, later) = (point(7, TcHook::NodeEgress), Instant::now() + Duration::from_secs(5));
         tokio::time::advance(QUIET_INTERVAL).await;
-        queue.push_optional(uplink, later);
-        queue.push_optional(uplink, later + Duration::from_secs(5));
+        queue.push(uplink, later, true);
+        queue.push(uplink, later + Duration::from_secs(5), true);
         assert_eq!(queue.next(), Some((uplink, later)));
-        queue.push(uplink, Instant::now());
+        queue.push(uplink, Instant::now(), false);
         assert_eq!(queue.initial().count(), 1);
         assert_eq!(queue.next(), Some((uplink, Instant::now())));
-        queue.push_optional(uplink, later);
+        queue.push(uplink, later, true);
         assert_eq!((queue.initial().count(), queue.next()), (0, Some((uplink, later))));
     }
 }

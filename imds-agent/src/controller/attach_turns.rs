@@ -60,14 +60,8 @@ impl AttachState {
 impl Reconciler {
     /// Waits for the turn of the next attachment in the queue.
     pub async fn attachment_due(&self) -> AttachPoint {
-        match self
-            .attaching
-            .queue
-            .next()
-            .into_iter()
-            .chain(self.attaching.backoff.first_retry())
-            .min_by_key(|&(_, due)| due)
-        {
+        let retry = self.attaching.backoff.first_retry();
+        match self.attaching.queue.next().into_iter().chain(retry).min_by_key(|&(_, due)| due) {
             Some((point, due)) => {
                 sleep_until(due).await;
                 point
@@ -114,9 +108,7 @@ impl Reconciler {
         self.changes.end(Pass::InitialSync);
         match self.datapath.set_ready() {
             Ok(()) => self.progress.is_ready = true,
-            Err(error) => {
-                log::error!("failed to mark the agent as ready: {:#}", anyhow::Error::from(error));
-            }
+            Err(error) => log::error!("failed to mark the agent as ready: {:#}", anyhow::Error::from(error)),
         }
     }
 
@@ -181,14 +173,14 @@ impl Reconciler {
         }
         let is_clsact = desired == AttachMode::Clsact && !self.attaching.clsact_delay.is_zero();
         let waits_for_plugin = is_clsact && !self.datapath.has_qdisc(link).await?;
-        let now = Instant::now();
-        if waits_for_plugin {
-            self.attaching.queue.push(point, now + self.attaching.clsact_delay);
-        } else if self.node.uplinks.is_optional(link, point.hook) && self.exemptions.pods.is_enabled() {
-            self.attaching.queue.push_optional(point, now + OPTIONAL_DELAY);
-        } else {
-            self.attaching.queue.push(point, now);
-        }
+        let is_optional =
+            self.node.uplinks.is_optional(link, point.hook) && self.exemptions.pods.is_enabled();
+        let (delay, is_optional) = match (waits_for_plugin, is_optional) {
+            (true, _) => (self.attaching.clsact_delay, false),
+            (false, true) => (OPTIONAL_DELAY, true),
+            (false, false) => (Duration::ZERO, false),
+        };
+        self.attaching.queue.push(point, Instant::now() + delay, is_optional);
         if is_clsact && !waits_for_plugin {
             self.attaching.queue.release(|ifindex| ifindex == link.index);
         }

@@ -121,7 +121,7 @@ impl Agent {
         let mut watch = self.watch();
         let mut unload_request = self.watch_unload_request();
         // An `unload` that started during the initial resync has made its request before the watch.
-        if self.reconciler.pins().is_unload_requested() {
+        if self.reconciler.datapath.pins().is_unload_requested() {
             return self.unload().run().await;
         }
         // The file may have changed after it was read and before the watch started.
@@ -138,7 +138,7 @@ impl Agent {
                 event = events.next() => self.on_link_events(event, &mut events).await?,
                 event = self.cluster.next() => self.on_cluster_event(event).await,
                 () = future::ready(()), if self.reconciler.resync_in_progress() => log_error(self.reconciler.resync_step().await),
-                () = self.reconciler.requested_resync_due() => {
+                () = self.reconciler.progress.requested.due() => {
                     log_error(self.reconciler.run_requested_resync().await);
                     self.trim_schedule.on_large_change();
                 }
@@ -154,7 +154,7 @@ impl Agent {
                         memory::trim();
                     }
                     self.systemd.ready(&self.reconciler.state(&self.resolved));
-                    if self.reconciler.pins().is_unload_requested() {
+                    if self.reconciler.datapath.pins().is_unload_requested() {
                         return self.unload().run().await;
                     }
                     // Covers changes without inotify events, as on some network file systems. A change must be seen
@@ -173,7 +173,7 @@ impl Agent {
                     }
                 },
                 requested = changed(&mut unload_request) => match requested {
-                    Ok(()) if self.reconciler.pins().is_unload_requested() => return self.unload().run().await,
+                    Ok(()) if self.reconciler.datapath.pins().is_unload_requested() => return self.unload().run().await,
                     Ok(()) => {}
                     Err(error) => {
                         log::error!("failed to watch for `imds-agent unload`, the resync checks for it: {error}");
@@ -195,7 +195,7 @@ impl Agent {
             }
         }
         self.systemd.stopping();
-        match self.reconciler.pin_failure() {
+        match self.reconciler.datapath.pin_failure() {
             None => log::info!("stopping; attached programs keep enforcing until `imds-agent unload`"),
             Some(failure) => log::warn!("stopping; links end because they are not pinned: {failure}"),
         }
@@ -210,7 +210,7 @@ impl Agent {
         // Drops the map descriptors of the background tasks, too.
         drop(background);
         telemetry.close_maps();
-        let pins = reconciler.pins().root().to_owned();
+        let pins = reconciler.datapath.pins().root().to_owned();
         // Dropping the reconciler releases the lock of the pin directory.
         drop(reconciler);
         Unloaded { pins, stats, telemetry, systemd, timer, hangup, terminate, interrupt }
@@ -264,7 +264,7 @@ impl Agent {
         AgentStats {
             reloads: self.reloads,
             corrections: self.reconciler.corrections(),
-            map_updates: self.reconciler.map_updates(),
+            map_updates: self.reconciler.map_updates,
             watch: self.cluster.state(),
             log_lines_dropped: logging::dropped(),
         }
@@ -282,7 +282,7 @@ impl Agent {
         let failed = |error| {
             log::warn!("failed to watch for `imds-agent unload`, the resync checks for it: {error}");
         };
-        self.reconciler.pins().watch_unload_request().map_err(failed).ok()
+        self.reconciler.datapath.pins().watch_unload_request().map_err(failed).ok()
     }
 
     /// Reloads the configuration. If that fails, the previous one stays effective.
@@ -297,7 +297,7 @@ impl Agent {
                 self.reloads.failed += 1;
                 let error = format!("{error:#}");
                 log::error!("failed to reload configuration, keeping the previous one: {error}");
-                log_error(self.reconciler.record_rejected_config(&error));
+                log_error(self.reconciler.datapath.record_rejected_config(&error));
             }
         }
         self.systemd.ready(&self.reconciler.state(&self.resolved));
@@ -315,7 +315,7 @@ impl Agent {
         self.telemetry.listen(&config.listen);
         self.run_time_stats.set(config.program_run_time);
         self.update_pod_watch().await;
-        let generation = self.reconciler.record_config(self.loader.path(), &config)?;
+        let generation = self.reconciler.datapath.record_config(self.loader.path(), config.to_toml())?;
         self.loader.store_last_good();
         Ok(generation)
     }

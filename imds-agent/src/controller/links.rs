@@ -45,13 +45,6 @@ impl Reconciler {
         }
     }
 
-    /// Attaches the sendmsg programs while the programs of interfaces do not see all packets, and detaches them otherwise.
-    pub(super) fn reconcile_sendmsg(&mut self) -> Result<(), DatapathError> {
-        let changes = self.datapath.set_enforced(self.node.is_enforced())?;
-        self.report_cgroups(changes);
-        Ok(())
-    }
-
     pub(super) async fn reconcile_link(&mut self, link: Link) {
         let is_new = self.node.links.insert(link.index, link.clone()).is_none();
         if is_new {

@@ -2,14 +2,12 @@
 
 mod attach_queue;
 mod attach_turns;
-mod cgroup_changes;
+mod cgroups;
 mod change_log;
 pub mod event_loop;
 pub mod exemption_rules;
 mod exemptions;
-mod host_network;
 mod links;
-mod local_service;
 mod node_allow_sync;
 mod observed_node;
 mod other_agents;
@@ -22,7 +20,7 @@ mod resync;
 pub mod start_config;
 pub mod startup_taint;
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
 use imds_ebpf_common::{AttachMode, Hook, Role, TcHook};
 
@@ -36,9 +34,9 @@ use self::{
 };
 
 use crate::{
-    config::{Config, Interfaces},
+    config::Interfaces,
     controller::{resolved_config::ResolvedConfig, start_config::StartConfig},
-    datapath::{Datapath, DatapathError, pin::dir::PinDir},
+    datapath::{Datapath, DatapathError},
     node::{
         interface_role::Uplinks, kubepods::Kubepods, link_event::Event, netlink::Netlink,
         node_processes::NodeProcesses, sender_resolver::SenderResolver,
@@ -101,24 +99,6 @@ impl Reconciler {
         self
     }
 
-    /// Returns the numbers of map updates since the agent started.
-    #[must_use]
-    pub fn map_updates(&self) -> MapUpdates {
-        self.map_updates
-    }
-
-    /// Returns the directory in which programs, maps and links are pinned.
-    #[must_use]
-    pub fn pins(&self) -> &PinDir {
-        self.datapath.pins()
-    }
-
-    /// Returns the reason why nothing is pinned; `None` if a bpffs is mounted.
-    #[must_use]
-    pub fn pin_failure(&self) -> Option<&str> {
-        self.datapath.pin_failure()
-    }
-
     /// Returns the numbers of drift corrections since the agent started.
     #[must_use]
     pub fn corrections(&self) -> DriftCorrections {
@@ -129,10 +109,10 @@ impl Reconciler {
     pub async fn start(&mut self, start: &StartConfig) -> Result<(), DatapathError> {
         let StartConfig { config, resolved, path, rejected } = start;
         self.exemptions.retain_previous_exemptions = self.datapath.was_effective(config.to_toml())?;
-        self.record_config(path.as_deref(), config)?;
+        self.datapath.record_config(path.as_deref(), config.to_toml())?;
         // Before the agent is ready, so that `status` never shows the fallback without its reason.
         if let Some(error) = rejected {
-            self.record_rejected_config(error)?;
+            self.datapath.record_rejected_config(error)?;
         }
         self.changes.begin(Pass::InitialSync);
         self.resync().await?;
@@ -192,30 +172,23 @@ impl Reconciler {
         self.reconcile_exemptions().await
     }
 
-    /// Records the configuration that is effective from now on, for `status` and `config show`. Returns its generation.
-    pub fn record_config(&mut self, path: Option<&Path>, config: &Config) -> Result<u64, DatapathError> {
-        self.datapath.record_config(path, config.to_toml())
-    }
-
-    /// Records the reason why a configuration was rejected.
-    pub fn record_rejected_config(&mut self, error: &str) -> Result<(), DatapathError> {
-        self.datapath.record_rejected_config(error)
-    }
-
     /// Returns one line that sums up mode, attachments and endpoints.
     #[must_use]
     pub fn summary(&self, ResolvedConfig { datapath_config, endpoint_set, .. }: &ResolvedConfig) -> String {
         let [pods, nodes] = self.count_interfaces();
         let pins = self.datapath.pins().root().display();
-        let pins =
-            if self.pin_failure().is_none() { format!("pins in {pins}") } else { "no pins".to_owned() };
+        let pins = if self.datapath.pin_failure().is_none() {
+            format!("pins in {pins}")
+        } else {
+            "no pins".to_owned()
+        };
         format!(
             "mode {}: {} pod and {} node interfaces, attach mode {}, socket hook {}, provider {}, {} endpoint{}, {pins}",
             datapath_config.mode.name(),
             pods,
             nodes,
             datapath_config.backend.name(),
-            if datapath_config.cgroup.is_some() { "on" } else { "off" },
+            if datapath_config.cgroup_of(Hook::Socket).is_some() { "on" } else { "off" },
             endpoint_set.provider(),
             endpoint_set.endpoints().len(),
             if endpoint_set.endpoints().len() == 1 { "" } else { "s" },
@@ -226,7 +199,7 @@ impl Reconciler {
     #[must_use]
     pub fn state(&self, ResolvedConfig { datapath_config, .. }: &ResolvedConfig) -> String {
         let [pods, nodes] = self.count_interfaces();
-        let sockets = if datapath_config.cgroup.is_some() { "on" } else { "off" };
+        let sockets = if datapath_config.cgroup_of(Hook::Socket).is_some() { "on" } else { "off" };
         let mode = datapath_config.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces, socket hook {sockets}");
         let others = self.other_agents().map(|agent| ("node".to_owned(), agent.to_string()));
@@ -267,7 +240,7 @@ impl Reconciler {
         let of_hosts = self.no_kubepods.iter().map(|error| ("hostNetwork pods", error.as_str()));
         let of_cgroups = self.datapath.cgroup_failures().map(|error| ("cgroup", error));
         let of_programs = self.datapath.rejections().map(|error| ("node", error));
-        let of_pins = self.pin_failure().map(|error| ("node", error));
+        let of_pins = self.datapath.pin_failure().map(|error| ("node", error));
         of_pins
             .into_iter()
             .chain(of_programs)
@@ -329,12 +302,6 @@ impl Reconciler {
         for link in self.node.links.values().cloned().collect::<Vec<_>>() {
             self.reconcile_link(link).await;
         }
-    }
-
-    fn reconcile_sockets(&mut self) -> Result<(), DatapathError> {
-        let changes = self.datapath.restore_sockets()?;
-        self.report_cgroups(changes);
-        Ok(())
     }
 }
 

@@ -71,11 +71,9 @@ impl RunOptions {
             on_deny: config.on_deny,
             on_deny_errno: config.on_deny_errno,
             hooks: config.hooks,
-            local_service: cgroup.clone().filter(|_| config.hooks.contains(Hook::LocalService)),
             sendmsg: config.sendmsg,
             backend: self.backend,
-            cgroup: cgroup.clone().filter(|_| config.hooks.contains(Hook::Socket) && identity.is_some()),
-            node_allow: cgroup.clone().filter(|_| config.hooks.contains(Hook::NodeAllow)),
+            cgroup: cgroup.clone(),
             identity,
             mark: config.mark,
         };
@@ -98,15 +96,12 @@ impl RunOptions {
 
     /// Returns the cgroup for the hooks that need one, or `None` if they are off or no cgroup v2 hierarchy is mounted.
     fn cgroup(&self, hooks: Hooks) -> anyhow::Result<Option<PathBuf>> {
-        if !has_process_hooks(hooks) && !hooks.contains(Hook::LocalService) {
+        let of_cgroups = [Hook::Socket, Hook::HostNetwork, Hook::LocalService, Hook::NodeAllow];
+        if !of_cgroups.into_iter().any(|hook| hooks.contains(hook)) {
             return Ok(None);
         }
         // The other hooks do not need a hierarchy.
         let root = || cgroup::root().context("failed to read the mounts").transpose();
         self.cgroup.clone().map(Ok).or_else(root).transpose()
     }
-}
-
-fn has_process_hooks(hooks: Hooks) -> bool {
-    hooks.contains(Hook::Socket) || hooks.contains(Hook::HostNetwork) || hooks.contains(Hook::NodeAllow)
 }

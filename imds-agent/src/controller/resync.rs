@@ -69,11 +69,6 @@ impl Reconciler {
         self.reconcile_local_service().await
     }
 
-    /// Waits until a full resync is due that lost events or an error made necessary.
-    pub async fn requested_resync_due(&self) {
-        self.progress.requested.due().await;
-    }
-
     /// Does the requested full resync. If it fails, it is requested again.
     pub async fn run_requested_resync(&mut self) -> Result<(), DatapathError> {
         let result = self.resync().await;

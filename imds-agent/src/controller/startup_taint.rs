@@ -7,7 +7,7 @@ use tokio::time::sleep;
 
 use crate::{
     datapath::pin::dir::PinDir,
-    kube::{Attempts, Backoff, NodeTaints, TaintError, cluster::ApiConfig},
+    kube::{Attempts, Backoff, cluster::ApiConfig, remove_taint},
     node::netlink::Netlink,
     telemetry::status,
 };
@@ -23,7 +23,7 @@ pub async fn remove_startup_taint(api: ApiConfig, key: String, pins: PinDir, net
     }
     let mut attempts = Attempts::new(Backoff::default());
     loop {
-        let error = match try_remove_startup_taint(&api, &key).await {
+        let error = match remove_taint(&api.access, &api.node, &key).await {
             Ok(true) => return log::info!("removed the taint {key} from node {}", api.node),
             Ok(false) => return log::info!("node {} has no taint {key}", api.node),
             Err(error) => error,
@@ -40,10 +40,4 @@ pub async fn remove_startup_taint(api: ApiConfig, key: String, pins: PinDir, net
 
 async fn is_ready(pins: &PinDir, netlink: &Netlink) -> bool {
     status::gather(pins, netlink).await.is_ok_and(|report| report.not_enforced().is_empty())
-}
-
-/// Removes the taint. Returns whether the node had it.
-async fn try_remove_startup_taint(api: &ApiConfig, key: &str) -> Result<bool, TaintError> {
-    let node = NodeTaints::new(&api.access, &api.node).await?;
-    node.remove(key).await
 }

@@ -35,16 +35,6 @@ pub enum DatapathError {
     /// An obstacle that no retry removes.
     #[error(transparent)]
     Obstacle(#[from] ObstacleError),
-    /// A call on the link of a cgroup failed.
-    #[error("failed to {operation} {}", path.display())]
-    Cgroup {
-        /// Operation, for the message: a phrase that ends before the path.
-        operation: &'static str,
-        /// Path of the cgroup, or of the pinned link.
-        path: PathBuf,
-        /// Error of the kernel.
-        source: io::Error,
-    },
     /// The pins belong to another network namespace.
     #[error("{} belongs to another network namespace ({netns}); use another --pin-dir, or run this command in that namespace with `nsenter --net=`", path.display())]
     WrongNetns {
@@ -78,7 +68,6 @@ impl DatapathError {
             Self::Object(_)
             | Self::Pin(_)
             | Self::Obstacle(_)
-            | Self::Cgroup { .. }
             | Self::WrongNetns { .. }
             | Self::Map { .. } => None,
         }

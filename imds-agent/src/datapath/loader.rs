@@ -21,18 +21,17 @@ use aya_obj::{
 use thiserror::Error;
 
 use super::sys::bpf;
+use crate::encode::name_field;
 
 /// Sizes in bytes of the buffer for the verifier's log, tried in this order until the log fits.
 const LOG_SIZES: [usize; 3] = [1 << 20, 1 << 23, 1 << 26];
 /// Number of lines at the end of the verifier's log that the agent's log shows.
 const LOG_LINES: usize = 20;
-/// Maximum length of the name of a program (`BPF_OBJ_NAME_LEN` without the zero byte at the end).
-const NAME_LEN: usize = 15;
 
 /// Error of a program that the kernel rejected.
 #[derive(Debug, Error)]
 #[error("{source}{}{log}", if log.is_empty() { "" } else { "; verifier log:\n" })]
-pub struct RejectedProgram {
+pub(super) struct RejectedProgram {
     source: io::Error,
     log: String,
 }
@@ -111,49 +110,39 @@ impl LoadedObject {
     pub(super) fn load(&self, name: &str) -> Option<Result<OwnedFd, RejectedProgram>> {
         let (program, function) = self.programs.get(name)?;
         let (prog_type, attach_type) = types(&program.section)?;
-        Some(self.load_as(name, program, function, prog_type, attach_type))
-    }
-
-    fn load_as(
-        &self,
-        name: &str,
-        program: &Program,
-        function: &Function,
-        prog_type: bpf_prog_type,
-        attach_type: Option<bpf_attach_type>,
-    ) -> Result<OwnedFd, RejectedProgram> {
         let func_info = function.func_info.func_info_bytes();
         let line_info = function.line_info.line_info_bytes();
-        let mut prog_name = [0; NAME_LEN + 1];
-        let name_bytes = name.bytes().take(NAME_LEN);
-        prog_name.iter_mut().zip(name_bytes).for_each(|(to, byte)| *to = byte);
-        let request = bpf::ProgLoad {
+        Some(load_with_log(&bpf::ProgLoad {
             prog_type: prog_type as u32,
             instructions: &function.instructions,
             license: &program.license,
-            name: prog_name,
+            name: name_field(name),
             attach_type: attach_type.map_or(0, |attach_type| attach_type as u32),
             btf: self.btf.as_ref(),
             func_info: (&func_info, function.func_info_rec_size),
             line_info: (&line_info, function.line_info_rec_size),
-        };
-        let source = match bpf::prog_load(&request, &mut []) {
+        }))
+    }
+}
+
+/// Loads a program. If the kernel rejects it, loads it again for the verifier's log.
+fn load_with_log(request: &bpf::ProgLoad<'_>) -> Result<OwnedFd, RejectedProgram> {
+    let source = match bpf::prog_load(request, &mut []) {
+        Ok(program) => return Ok(program),
+        Err(error) => error,
+    };
+    for size in LOG_SIZES {
+        let mut log = vec![0; size];
+        match bpf::prog_load(request, &mut log) {
             Ok(program) => return Ok(program),
-            Err(error) => error,
-        };
-        for size in LOG_SIZES {
-            let mut log = vec![0; size];
-            match bpf::prog_load(&request, &mut log) {
-                Ok(program) => return Ok(program),
-                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {}
-                Err(_) => {
-                    let text = log.split(|&byte| byte == 0).next().unwrap_or_default();
-                    return Err(RejectedProgram { source, log: String::from_utf8_lossy(text).into_owned() });
-                }
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {}
+            Err(_) => {
+                let text = log.split(|&byte| byte == 0).next().unwrap_or_default();
+                return Err(RejectedProgram { source, log: String::from_utf8_lossy(text).into_owned() });
             }
         }
-        Err(RejectedProgram { source, log: String::new() })
     }
+    Err(RejectedProgram { source, log: String::new() })
 }
 
 /// Returns the type of the programs in a section, and their expected attach type.

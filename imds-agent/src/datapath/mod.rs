@@ -13,17 +13,17 @@ mod programs;
 pub mod sys;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    collections::BTreeSet,
+    path::{Path, PathBuf},
 };
 
 use imds_ebpf_common::{
-    AttachMode, DenyAction, DenyErrno, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
+    AttachMode, DenyAction, DenyErrno, Hook, Mode, Subject, SubjectKind, TcHook, TcHookSet,
 };
 
 use self::{
-    attach::{cgroup_hooks::Cgroups, mprog::Links},
-    maps::interface_records::LinkState,
+    attach::{cgroup_hooks::Cgroups, mprog::Links, netns_identity::hooks_without_identity},
+    maps::pod_names::WrittenNames,
     object::{Maps, Programs},
     pin::{
         dir::{AttachPoint, PinDir},
@@ -41,8 +41,6 @@ use crate::{
         exemption_set::ExemptionSet,
         pin::rollback::Rollback,
     },
-    encode::name_field,
-    kube::pod_ref::{PodContainer, PodWatchStatus},
     memory,
     node::{link::Link, netlink::Netlink, netns::OwnNetns},
 };
@@ -54,8 +52,10 @@ pub struct Datapath {
     maps: Maps,
     links: Links,
     cgroups: Cgroups,
-    written_names: maps::pod_names::WrittenNames,
-    exemption_cache: maps::exemption_maps::ExemptionCache,
+    /// Cache of the pod names in the map; `None` until they are read.
+    written_names: Option<WrittenNames>,
+    /// Cache of the exemptions in the maps; `None` until they are read.
+    known_exemptions: Option<ExemptionSet>,
     netlink: Netlink,
     backend: AttachMode,
     /// Indices of interfaces on which the kernel rejected a netkit link.
@@ -74,21 +74,26 @@ pub struct DatapathConfig {
     pub on_deny_errno: DenyErrno,
     /// Hooks that the configuration enables.
     pub hooks: Hooks,
-    /// Cgroup of the `local_service` hook, if that hook is on.
-    pub local_service: Option<PathBuf>,
     /// Setting of the sendmsg programs of the `socket` hook.
     pub sendmsg: Sendmsg,
     /// Attach mode of interfaces, except netkit devices.
     pub backend: AttachMode,
-    /// Cgroup of the `socket` hook, if that hook is on.
+    /// Cgroup of the hooks that have one; `None` if they are off or no cgroup v2 hierarchy is mounted.
     pub cgroup: Option<PathBuf>,
-    /// Cgroup of the `node_allow` hook, if that hook is on.
-    pub node_allow: Option<PathBuf>,
     /// Network namespace of the node, as the programs identify it. `None` if they can't: the hooks that compare it are then
     /// not attached.
     pub identity: Option<OwnNetns>,
     /// Bit of the packet mark by which `from_pod` passes exemptions of pods behind a bridge to `node_egress`.
     pub mark: u32,
+}
+
+impl DatapathConfig {
+    /// Returns the cgroup to which the programs of a hook are attached; `None` if the hook is off or can't be attached.
+    #[must_use]
+    pub fn cgroup_of(&self, hook: Hook) -> Option<&Path> {
+        let lacks_identity = hooks_without_identity(self.hooks, self.identity).contains(&hook);
+        self.cgroup.as_deref().filter(|_| self.hooks.contains(hook) && !lacks_identity)
+    }
 }
 
 impl Datapath {
@@ -104,30 +109,29 @@ impl Datapath {
         netlink: Netlink,
     ) -> Result<Self, DatapathError> {
         let DatapathConfig { backend, hooks, .. } = *datapath_config;
-        match Self::load(pin_lock.dir(), datapath_config, endpoint_set) {
-            Ok((programs, maps, links, cgroups)) => {
-                let datapath = Self {
-                    pin_lock,
-                    programs,
-                    maps,
-                    links,
-                    cgroups,
-                    written_names: maps::pod_names::WrittenNames::default(),
-                    exemption_cache: maps::exemption_maps::ExemptionCache::default(),
-                    netlink,
-                    backend,
-                    rejected_netkit: BTreeSet::new(),
-                    hooks,
-                };
-                Ok(datapath)
-            }
+        let (programs, maps, links, cgroups) = match Self::load(pin_lock.dir(), datapath_config, endpoint_set)
+        {
+            Ok(loaded) => loaded,
             Err(error) => {
                 if pin_lock.is_new() {
                     pin_lock.remove()?;
                 }
-                Err(error)
+                return Err(error);
             }
-        }
+        };
+        Ok(Self {
+            pin_lock,
+            programs,
+            maps,
+            links,
+            cgroups,
+            written_names: None,
+            known_exemptions: None,
+            netlink,
+            backend,
+            rejected_netkit: BTreeSet::new(),
+            hooks,
+        })
     }
 
     fn load(
@@ -138,23 +142,16 @@ impl Datapath {
         pin::netns_owner::ensure_not_in_use(pins)?;
         let reasons = object::incompatible_maps(pins)?;
         let rollback = Rollback::new(pins, reasons.is_empty())?;
-        match Self::load_all(pins, datapath_config, endpoint_set, &rollback, reasons.is_empty()) {
-            Ok(loaded) => {
-                for reason in reasons {
-                    log::warn!("starting with new maps and counters: {reason}");
-                }
-                Ok(loaded)
+        let loaded = Self::load_all(pins, datapath_config, endpoint_set, &rollback, reasons.is_empty());
+        if loaded.is_ok() {
+            for reason in reasons {
+                log::warn!("starting with new maps and counters: {reason}");
             }
-            Err(error) => {
-                if let Err(error) = rollback.restore() {
-                    log::error!(
-                        "failed to restore the state before the failed start: {:#}",
-                        anyhow::Error::from(error)
-                    );
-                }
-                Err(error)
-            }
+        } else if let Err(error) = rollback.restore() {
+            let error = anyhow::Error::from(error);
+            log::error!("failed to restore the state before the failed start: {error:#}");
         }
+        loaded
     }
 
     /// Creates or opens everything first, then replaces the pins. Writes the policy last, because attached programs of an
@@ -229,43 +226,6 @@ impl Datapath {
         ifindexes
     }
 
-    /// Records the state of an interface, for `status` and for the agent after a restart.
-    pub fn record(&mut self, link: &Link, state: LinkState) -> Result<(), DatapathError> {
-        maps::interface_records::update(&mut self.maps, link, state)
-    }
-
-    /// Updates the record of an interface after its master or its veth peer was reconciled.
-    pub fn update_dependent(&mut self, link: &Link) -> Result<(), DatapathError> {
-        maps::interface_records::update_dependent(&mut self.maps, link)
-    }
-
-    /// Reports whether the record of the interface has a program at this hook.
-    #[must_use]
-    pub fn was_attached(&self, link: &Link, hook: TcHook) -> bool {
-        maps::interface_records::get(&self.maps, link.index).is_some_and(|record| record.is_attached(hook))
-    }
-
-    /// Reports whether the record of the interface has a pending attachment.
-    #[must_use]
-    pub fn was_pending(&self, link: &Link) -> bool {
-        maps::interface_records::get(&self.maps, link.index)
-            .is_some_and(|record| record.pending == 1 && record.name == name_field(&link.name))
-    }
-
-    /// Removes the state of a deleted interface whose index `link` has now.
-    pub fn claim_ifindex(&mut self, link: &Link) -> Result<(), DatapathError> {
-        let owns_qdisc = maps::interface_records::get(&self.maps, link.index)
-            .is_some_and(|record| record.owns_qdisc == 1 && record.name == name_field(&link.name));
-        self.remove_interface(link.index)?;
-        // The name has not changed, so it is probably the same interface, and another program has removed the filter. The
-        // qdisc still belongs to the agent.
-        if owns_qdisc {
-            maps::interface_records::set_owns_qdisc(&mut self.maps, link, TcHook::FromPod)
-        } else {
-            Ok(())
-        }
-    }
-
     /// Removes all state of a deleted interface. Adds its counters to those of deleted interfaces.
     pub fn remove_interface(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         // Removes the exemptions first, because a new interface may already have the index.
@@ -276,51 +236,12 @@ impl Datapath {
         }
         let subject = Subject::new(SubjectKind::Interface, ifindex.into());
         // Events of the next interface with this index must not name the pod.
-        maps::pod_names::remove(&mut self.maps, &mut self.written_names, subject)?;
+        self.remove_pod_name(subject)?;
         // A killed `verify` may have left its probe.
         let _no_probe = self.maps.probes.remove(&subject);
         maps::counters::retire(&mut self.maps, ifindex)?;
         maps::interface_records::remove(&mut self.maps, ifindex);
         Ok(())
-    }
-
-    /// Replaces all exemptions. Returns the number of map updates.
-    pub fn sync_exemptions(&mut self, desired: &ExemptionSet) -> Result<usize, DatapathError> {
-        maps::exemption_maps::write(&mut self.maps, &mut self.exemption_cache, desired)
-    }
-
-    /// Drops the cached exemptions, so that the next [`Datapath::sync_exemptions`] reads the map and corrects changes of
-    /// other programs.
-    pub fn invalidate_exemptions(&mut self) {
-        self.exemption_cache.clear();
-    }
-
-    /// Removes the exemptions of an interface.
-    pub fn remove_exemptions(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-        maps::exemption_maps::remove_subject(&mut self.maps, &mut self.exemption_cache, subject)
-    }
-
-    /// Replaces the pod names in the map. Returns the number of map updates.
-    pub fn sync_pod_names(
-        &mut self,
-        names: &BTreeMap<Subject, PodContainer<'_>>,
-    ) -> Result<usize, DatapathError> {
-        maps::pod_names::write(&mut self.maps, &mut self.written_names, names)
-    }
-
-    /// Records the status of the pod watch; `None` means that it is off.
-    pub fn record_watch_status(
-        &mut self,
-        watch_status: Option<&PodWatchStatus>,
-    ) -> Result<(), DatapathError> {
-        maps::pod_names::write_watch_status(&mut self.maps, watch_status)
-    }
-
-    /// Reads all exemptions from the map.
-    pub fn exemptions(&self) -> Result<ExemptionSet, DatapathError> {
-        maps::exemption_maps::read(&self.maps)
-            .map_err(|source| DatapathError::Map { map: MAP_EXEMPT, source })
     }
 
     /// Marks the agent as ready: `status` then reports that every interface was reconciled.

@@ -1,22 +1,20 @@
 //! The embedded BPF object, its errors, and the creation of its maps.
 
-use std::{io, ptr, slice};
+use std::{error::Error, ptr, slice};
 
-use aya::{EbpfError, maps::MapError, programs::ProgramError};
+use super::{
+    loader::LoadedObject,
+    pin::dir::{PinDir, PinError},
+};
+use aya::{EbpfError, maps::MapError};
 use imds_ebpf_common::{
     PolicyFilter,
     names::{MAPS, SYMBOL_FILTER, in_object},
 };
-use thiserror::Error;
-
-use super::{
-    loader::{LoadedObject, RejectedProgram},
-    pin::dir::{PinDir, PinError},
-};
 
 pub(super) use super::{maps::pinned_maps::incompatible_maps, program_features::tc_has_cookie};
 pub use super::{
-    maps::pinned_maps::{Maps, is_loaded, open_events, present, rejected_programs, removed},
+    maps::pinned_maps::{Maps, is_loaded, open_events, open_map, present, rejected_programs, removed},
     program_features::{can_choose_errno, cgroup_has_cookie, kernel_features},
     programs::{Programs, pinned_program},
 };
@@ -25,43 +23,20 @@ pub use super::{
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("IMDS_EBPF_OBJECT"));
 
 /// Error of the BPF object, its programs or its maps.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ObjectError {
     /// Parsing the object or creating a map failed.
     #[error("failed to load the BPF object")]
     Load(#[from] EbpfError),
-    /// The kernel has rejected all programs, or one of them for another reason than the program itself. The source contains
-    /// the verifier's log.
-    #[error("failed to load BPF program {name}")]
-    Rejected {
-        /// Name of the program.
-        name: &'static str,
-        /// Error of the kernel.
-        source: RejectedProgram,
-    },
-    /// A program is not loaded, because the kernel rejected it.
-    #[error("failed to load BPF program {name}")]
-    NotLoaded {
-        /// Name of the program that is missing.
-        name: &'static str,
-        /// Error of bpf(2) when the program was loaded.
-        source: io::Error,
-    },
-    /// Inspecting a loaded program failed.
-    #[error("failed to inspect BPF program {name}")]
-    Inspect {
-        /// Name of the program.
-        name: &'static str,
-        /// Error of the kernel.
-        source: io::Error,
-    },
-    /// Opening a pinned program failed.
-    #[error("failed to open BPF program {name}")]
+    /// A call on a program failed. If the kernel has rejected the program, the source contains the verifier's log.
+    #[error("failed to {operation} BPF program {name}")]
     Program {
+        /// Operation, for the message: a verb.
+        operation: &'static str,
         /// Name of the program.
         name: &'static str,
         /// Error of the kernel.
-        source: Box<ProgramError>,
+        source: Box<dyn Error + Send + Sync>,
     },
     /// Opening or reading a map failed, or it has another type.
     #[error("failed to open or read map {name}")]
@@ -83,6 +58,16 @@ pub enum ObjectError {
     /// Reading or writing a pin failed.
     #[error(transparent)]
     Pin(#[from] PinError),
+}
+
+impl ObjectError {
+    pub(super) fn program(
+        operation: &'static str,
+        name: &'static str,
+        source: impl Into<Box<dyn Error + Send + Sync>>,
+    ) -> Self {
+        Self::Program { operation, name, source: source.into() }
+    }
 }
 
 /// Creates the maps of the object, or opens those that are pinned in `pins`.

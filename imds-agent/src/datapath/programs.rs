@@ -57,7 +57,9 @@ impl Programs {
             first = first.or(rejection.map(|source| (name, source)));
         }
         match first {
-            Some((name, source)) if programs.loaded.is_empty() => Err(ObjectError::Rejected { name, source }),
+            Some((name, source)) if programs.loaded.is_empty() => {
+                Err(ObjectError::program("load", name, source))
+            }
             Some(_) | None => Ok(programs),
         }
     }
@@ -84,7 +86,7 @@ impl Programs {
     /// Loads a copy of a program, which uses the maps of the original.
     pub(super) fn load_copy(&self, name: &'static str) -> Result<OwnedFd, ObjectError> {
         let copy = self.object.load(name).ok_or(ObjectError::Missing(name))?;
-        copy.map_err(|source| ObjectError::Rejected { name, source })
+        copy.map_err(|source| ObjectError::program("load", name, source))
     }
 
     /// Loads a program, or adopts the one of an earlier agent. Returns the error if the kernel rejects the program.
@@ -95,7 +97,8 @@ impl Programs {
     ) -> Result<Option<RejectedProgram>, ObjectError> {
         let source = match self.object.load(name).ok_or(ObjectError::Missing(name))? {
             Ok(fd) => {
-                let id = bpf::program_id(&fd).map_err(|source| ObjectError::Inspect { name, source })?;
+                let id =
+                    bpf::program_id(&fd).map_err(|error| ObjectError::program("inspect", name, error))?;
                 self.loaded.insert(name, LoadedProgram { id, fd });
                 if self.rejected.remove(name).is_some() {
                     log::info!("loaded the BPF program {name}, which the kernel rejected before");
@@ -103,7 +106,7 @@ impl Programs {
                 return Ok(None);
             }
             Err(source) if source.is_out_of_descriptors() => {
-                return Err(ObjectError::Rejected { name, source });
+                return Err(ObjectError::program("load", name, source));
             }
             Err(source) => source,
         };
@@ -157,7 +160,7 @@ impl Programs {
         match (self.loaded.get(name), self.rejected.get(name)) {
             (Some(program), _) => Ok(program.fd.as_fd()),
             (None, Some(&Rejection { errno, .. })) => {
-                Err(ObjectError::NotLoaded { name, source: io::Error::from_raw_os_error(errno) })
+                Err(ObjectError::program("load", name, io::Error::from_raw_os_error(errno)))
             }
             (None, None) => Err(ObjectError::Missing(name)),
         }
@@ -223,6 +226,6 @@ fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
 
 /// Returns the id of the program that is pinned under this name.
 pub fn pinned_program(pins: &PinDir, name: &'static str) -> Result<u32, ObjectError> {
-    let failed = |source| ObjectError::Program { name, source: Box::new(source) };
-    Ok(ProgramInfo::from_pin(pins.program(name)).map_err(failed)?.id())
+    let info = ProgramInfo::from_pin(pins.program(name));
+    Ok(info.map_err(|error| ObjectError::program("open", name, error))?.id())
 }

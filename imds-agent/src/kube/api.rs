@@ -31,6 +31,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Client of the API server for the pods of one node.
+#[derive(Clone)]
 pub(super) struct Api {
     client: Client,
     /// URL of the server, without a trailing slash.

@@ -23,6 +23,6 @@ pub use self::{
     reflector::{Options, PodEvent, PodWatcher},
     store::Index,
     string_map::StringMap,
-    taint::{NodeTaints, TaintError},
+    taint::{TaintError, remove_taint},
     watch_state::{Failure, WatchState},
 };

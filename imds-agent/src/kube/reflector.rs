@@ -2,12 +2,12 @@
 //!
 //! While the server is unreachable, the last known pods stay. Pods that the server has not reported are unknown.
 
-use std::time::Duration;
+use std::{future::pending, time::Duration};
 
 use jiff::Timestamp;
 use tokio::{
     sync::{mpsc, watch},
-    task::JoinHandle,
+    task::JoinSet,
     time::{Instant, sleep, timeout, timeout_at},
 };
 
@@ -92,7 +92,8 @@ impl PodEvent {
 pub struct PodWatcher {
     events: mpsc::Receiver<PodEvent>,
     state: watch::Receiver<WatchState>,
-    task: JoinHandle<()>,
+    /// The task of the watch, which ends when this is dropped.
+    _task: JoinSet<()>,
 }
 
 impl PodWatcher {
@@ -114,7 +115,7 @@ impl PodWatcher {
             state: to_state,
             last_logged: None,
         };
-        Self { events, state, task: tokio::spawn(reflector.run()) }
+        Self { events, state, _task: JoinSet::from_iter([reflector.run()]) }
     }
 
     /// Waits for the next event. Cancel safe.
@@ -126,33 +127,6 @@ impl PodWatcher {
     #[must_use]
     pub fn state(&self) -> watch::Receiver<WatchState> {
         self.state.clone()
-    }
-}
-
-impl Drop for PodWatcher {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-/// The receiver of the events was dropped.
-struct ReceiverDropped;
-
-/// Reason why the watch stopped.
-enum StopReason {
-    Failed(ApiError),
-    ReceiverDropped,
-}
-
-impl From<ApiError> for StopReason {
-    fn from(error: ApiError) -> Self {
-        Self::Failed(error)
-    }
-}
-
-impl From<ReceiverDropped> for StopReason {
-    fn from(ReceiverDropped: ReceiverDropped) -> Self {
-        Self::ReceiverDropped
     }
 }
 
@@ -173,32 +147,23 @@ struct Reflector {
 impl Reflector {
     async fn run(mut self) {
         loop {
-            let error = match self.list_and_watch().await {
-                Ok(()) => continue,
-                Err(StopReason::ReceiverDropped) => return,
-                Err(StopReason::Failed(error)) => error,
-            };
-            let pause = self.attempts.failed(error.retry_after());
-            self.on_error(&error, pause);
-            sleep(pause).await;
+            if let Err(error) = self.list_and_watch().await {
+                let pause = self.attempts.failed(error.retry_after());
+                self.on_error(&error, pause);
+                sleep(pause).await;
+            }
         }
     }
 
     /// Lists all pods if necessary, then watches them until the server ends the watch.
-    async fn list_and_watch(&mut self) -> Result<(), StopReason> {
-        let api = match self.api.take() {
-            Some(api) => api,
-            None => Api::new(&self.access, &self.options.node).await?,
+    async fn list_and_watch(&mut self) -> Result<(), ApiError> {
+        let api = match &self.api {
+            Some(api) => api.clone(),
+            None => self.api.insert(Api::new(&self.access, &self.options.node).await?).clone(),
         };
-        let result = self.list_and_watch_with(&api).await;
-        self.api = Some(api);
-        result
-    }
-
-    async fn list_and_watch_with(&mut self, api: &Api) -> Result<(), StopReason> {
         let version = match &self.version {
             Some(version) => version.clone(),
-            None => self.relist(api).await?,
+            None => self.relist(&api).await?,
         };
         let start = Instant::now();
         let response_timeout = self.options.response_timeout;
@@ -208,22 +173,21 @@ impl Reflector {
         let deadline = start + self.options.watch + response_timeout;
         let mut is_silent = true;
         loop {
-            let Ok(event) = timeout_at(deadline, lines.next()).await else {
-                return Err(ApiError::Timeout { after: start.elapsed() }.into());
-            };
+            let event = timeout_at(deadline, lines.next()).await;
+            let event = event.map_err(|_| ApiError::Timeout { after: start.elapsed() })?;
             let Some(event) = event? else { break };
             self.apply_event(event).await?;
             is_silent = false;
             self.attempts.succeeded();
         }
         if is_silent && start.elapsed() < MIN_LIVENESS {
-            return Err(ApiError::ConnectionClosed { source: None }.into());
+            return Err(ApiError::ConnectionClosed { source: None });
         }
         self.attempts.succeeded();
         Ok(())
     }
 
-    async fn relist(&mut self, api: &Api) -> Result<String, StopReason> {
+    async fn relist(&mut self, api: &Api) -> Result<String, ApiError> {
         let (mut pods, mut next, mut pages) = (Vec::new(), None::<String>, 0);
         let version = loop {
             let response_timeout = self.options.response_timeout;
@@ -243,11 +207,11 @@ impl Reflector {
                 break version;
             }
             if pods.len() > MAX_PODS || pages >= self.options.max_pages {
-                return Err(ApiError::ListTooLong { pages, pods: pods.len() }.into());
+                return Err(ApiError::ListTooLong { pages, pods: pods.len() });
             }
         };
         log::debug!("{} pods on this node at resource version {version}", pods.len());
-        self.send(PodEvent::Relist(pods)).await?;
+        self.send(PodEvent::Relist(pods)).await;
         self.state.send_modify(|state| {
             state.relists += 1;
             state.last_sync = Some(Timestamp::now());
@@ -256,11 +220,11 @@ impl Reflector {
         Ok(version)
     }
 
-    async fn apply_event(&mut self, event: WatchEvent) -> Result<(), StopReason> {
+    async fn apply_event(&mut self, event: WatchEvent) -> Result<(), ApiError> {
         let (event, version) = event.into_event(&self.options.node)?;
         let is_of_pod = event.is_some();
         if let Some(event) = event {
-            self.send(event).await?;
+            self.send(event).await;
         }
         self.set_resource_version(version);
         self.state.send_modify(|state| {
@@ -270,8 +234,11 @@ impl Reflector {
         Ok(())
     }
 
-    async fn send(&self, event: PodEvent) -> Result<(), ReceiverDropped> {
-        self.events.send(event).await.map_err(|_| ReceiverDropped)
+    async fn send(&self, event: PodEvent) {
+        if self.events.send(event).await.is_err() {
+            // The watcher was dropped, which ends this task.
+            pending::<()>().await;
+        }
     }
 
     fn set_resource_version(&mut self, version: String) {

@@ -5,7 +5,10 @@ use std::time::Duration;
 use http::Method;
 use serde_json::{Value, json};
 
-use super::{api::Api, api_error::with_causes};
+use super::{
+    api::Api,
+    api_error::{ApiError, with_causes},
+};
 use crate::config::Access;
 
 /// Reason why a taint could not be removed.
@@ -24,40 +27,25 @@ impl TaintError {
     }
 }
 
-/// Client for the taints of one node.
-pub struct NodeTaints {
-    api: Api,
-    target: String,
-}
-
-impl NodeTaints {
-    /// Creates a client for the node with this name.
-    pub async fn new(access: &Access, node: &str) -> Result<Self, TaintError> {
-        // Node names need no escaping (RFC 1123).
-        let api = Api::new(access, node).await;
-        let api = api.map_err(|error| TaintError { text: with_causes(&error), retry_after: None })?;
-        Ok(Self { api, target: format!("/api/v1/nodes/{node}") })
-    }
-
-    /// Removes all taints with this key. Returns whether there was one.
-    ///
-    /// # Errors
-    ///
-    /// Fails if another client changed the taints concurrently. The taints then stay as they are.
-    pub async fn remove(&self, key: &str) -> Result<bool, TaintError> {
-        let node = self.request(Method::GET, None).await?;
-        let patch = node.pointer("/spec/taints").and_then(|taints| patch(taints, key));
-        let Some(patch) = patch else { return Ok(false) };
-        self.request(Method::PATCH, Some(&patch)).await?;
-        Ok(true)
-    }
-
-    async fn request(&self, method: Method, patch: Option<&Value>) -> Result<Value, TaintError> {
-        self.api.request(method, &self.target, patch).await.map_err(|error| TaintError {
-            text: self.api.describe(&self.target, &error),
-            retry_after: error.retry_after(),
-        })
-    }
+/// Removes all taints with this key from a node. Returns whether there was one.
+///
+/// # Errors
+///
+/// Fails if another client changed the taints concurrently. The taints then stay as they are.
+pub async fn remove_taint(access: &Access, node: &str, key: &str) -> Result<bool, TaintError> {
+    let api = Api::new(access, node).await;
+    let api = api.map_err(|error| TaintError { text: with_causes(&error), retry_after: None })?;
+    // Node names need no escaping (RFC 1123).
+    let target = format!("/api/v1/nodes/{node}");
+    let failed = |error: ApiError| TaintError {
+        text: api.describe(&target, &error),
+        retry_after: error.retry_after(),
+    };
+    let node = api.request(Method::GET, &target, None).await.map_err(failed)?;
+    let patch = node.pointer("/spec/taints").and_then(|taints| patch(taints, key));
+    let Some(patch) = patch else { return Ok(false) };
+    api.request(Method::PATCH, &target, Some(&patch)).await.map_err(failed)?;
+    Ok(true)
 }
 
 /// Returns the patch (RFC 6902) that removes the taints with `key`. The patch fails if the taints changed in the

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::api_error::ErrorKind;
 
 /// State of the pod watch. The JSON form only ever gains fields.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
 pub struct WatchState {
     /// True while the API server answers the watch.
     pub connected: bool,
@@ -41,16 +41,7 @@ pub struct Failure {
 
 impl WatchState {
     pub(super) fn new() -> Self {
-        Self {
-            connected: false,
-            since: Timestamp::now(),
-            last_sync: None,
-            last_error: None,
-            next_attempt: None,
-            relists: 0,
-            events: 0,
-            errors: BTreeMap::new(),
-        }
+        Self { since: Timestamp::now(), ..Self::default() }
     }
 
     pub(super) fn connect(&mut self) {

@@ -142,15 +142,6 @@ impl Netlink {
         route.header.kind == RouteType::Unicast && self.may_lead_to_endpoint(Destination::of(route))
     }
 
-    /// Returns the indices of the interfaces through which the kernel sends to `endpoint`; empty if it is unreachable.
-    async fn way_to(&self, endpoint: IpAddr) -> Result<Vec<u32>, NetlinkError> {
-        Ok(self
-            .route_to(endpoint)
-            .await?
-            .filter(|route| route.header.kind == RouteType::Unicast)
-            .map_or_else(Vec::new, |route| outgoing(&route)))
-    }
-
     /// Reports whether a protected address is local to the node, so that the node's own sockets receive packets for it.
     /// Checks the routes of every table, because rules can choose the table by mark or interface, as for transparent
     /// proxies.
@@ -194,8 +185,8 @@ impl Netlink {
         Ok(routes)
     }
 
-    /// Returns the route that the kernel chooses for the node's packets to `endpoint`, if there is one.
-    async fn route_to(&self, endpoint: IpAddr) -> Result<Option<RouteMessage>, NetlinkError> {
+    /// Returns the indices of the interfaces through which the kernel sends to `endpoint`; empty if it is unreachable.
+    async fn way_to(&self, endpoint: IpAddr) -> Result<Vec<u32>, NetlinkError> {
         let request = match endpoint {
             IpAddr::V4(address) => {
                 RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).build()
@@ -205,24 +196,24 @@ impl Netlink {
             }
         };
         let mut route = std::pin::pin!(self.handle.route().get(request).execute());
-        match route.try_next().await {
-            Ok(route) => Ok(route),
-            Err(error) => {
-                let error =
-                    NetlinkError::from_rtnetlink(format!("failed to look up the route to {endpoint}"), error);
-                match error.errno() {
-                    Some(
-                        libc::ENETUNREACH
-                        | libc::EHOSTUNREACH
-                        | libc::EACCES
-                        | libc::EINVAL
-                        | libc::EAFNOSUPPORT
-                        | libc::EOPNOTSUPP,
-                    ) => Ok(None),
-                    _ => Err(error),
-                }
-            }
-        }
+        let error = match route.try_next().await {
+            Ok(Some(route)) if route.header.kind == RouteType::Unicast => return Ok(outgoing(&route)),
+            Ok(_) => return Ok(Vec::new()),
+            Err(error) => error,
+        };
+        let error = NetlinkError::from_rtnetlink(format!("failed to look up the route to {endpoint}"), error);
+        let is_unreachable = matches!(
+            error.errno(),
+            Some(
+                libc::ENETUNREACH
+                    | libc::EHOSTUNREACH
+                    | libc::EACCES
+                    | libc::EINVAL
+                    | libc::EAFNOSUPPORT
+                    | libc::EOPNOTSUPP
+            )
+        );
+        if is_unreachable { Ok(Vec::new()) } else { Err(error) }
     }
 
     /// Returns the ID that this namespace assigns to the network namespace of the file `namespace`, as in

@@ -1,12 +1,15 @@
 //! Reconciles the programs of the cgroup hooks: `socket`, `host_network`, `local_service` and `node_allow`.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use imds_ebpf_common::{CgroupRecord, Hook, cgroup::SENDMSG_OFF, names::MAP_CGROUP};
 
 use super::{
     cgroup_link::{CgroupChange, CgroupChangeKind},
-    cgroup_programs::{self, CgroupHookLinks, LOCAL_SERVICE, NODE_ALLOW, SOCKETS},
+    cgroup_programs::{self, CgroupHookLinks, CgroupProgramKind, LOCAL_SERVICE, ON_ONE_CGROUP},
     host_cgroups::{self, HostNetworkLinks},
     netns_identity::{hooks_without_identity, no_cookie, no_cookie_remedy, runs_earlier_programs},
     sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
@@ -31,13 +34,18 @@ pub const NO_CGROUP_FOR_NODE_REMEDY: &str =
 /// Remedy for [`NO_CGROUP`].
 pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), set `run --cgroup`, or set hooks.socket = false";
 
+/// Hooks that are not attached on a node without cgroup v2, each with the failure and its remedy.
+const NEEDING_CGROUP: [(Hook, &str, &str); 2] = [
+    (Hook::Socket, NO_CGROUP, NO_CGROUP_REMEDY),
+    (Hook::NodeAllow, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY),
+];
+
 /// Programs on cgroups, and the inputs that decide which of them are attached.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
-    sockets: Option<CgroupHookLinks>,
+    /// Links of the hooks of [`ON_ONE_CGROUP`].
+    links: BTreeMap<Hook, CgroupHookLinks>,
     hosts: HostNetworkLinks,
-    local_service: Option<CgroupHookLinks>,
-    node_allow: Option<CgroupHookLinks>,
     /// True if the kernel reports the network namespace of packets at cgroups, which the packet program of `node_allow` needs.
     has_cgroup_cookie: bool,
     /// Network namespace of the node, if the programs can identify it.
@@ -59,10 +67,8 @@ impl Cgroups {
     /// Opens the links that earlier agents pinned for the cgroup of `datapath_config`.
     pub(crate) fn adopt(pins: &PinDir, datapath_config: &DatapathConfig) -> Result<Self, DatapathError> {
         let mut cgroups = Self {
-            sockets: None,
+            links: BTreeMap::new(),
             hosts: HostNetworkLinks::default(),
-            local_service: None,
-            node_allow: None,
             has_cgroup_cookie: object::cgroup_has_cookie(),
             identity: datapath_config.identity,
             identity_problems: Vec::new(),
@@ -74,14 +80,11 @@ impl Cgroups {
             sendmsg: None,
             recorded: None,
         };
-        cgroups.sendmsg = cgroups.sendmsg_reason();
-        cgroups.check_identity(pins)?;
-        cgroups.adopt_missing(pins, datapath_config)?;
-        if cgroups.lacks_cgroup() {
-            log::error!("{NO_CGROUP}; {NO_CGROUP_REMEDY}");
-        }
-        if cgroups.lacks_node_cgroup() {
-            log::error!("{NO_CGROUP_FOR_NODE}; {NO_CGROUP_FOR_NODE_REMEDY}");
+        cgroups.prepare(pins, datapath_config)?;
+        for (_, failure, remedy) in
+            NEEDING_CGROUP.into_iter().filter(|(hook, ..)| cgroups.lacks_cgroup(*hook))
+        {
+            log::error!("{failure}; {remedy}");
         }
         Ok(cgroups)
     }
@@ -91,18 +94,18 @@ impl Cgroups {
         pins: &PinDir,
         datapath_config: &DatapathConfig,
     ) -> Result<(), DatapathError> {
-        let has_identity = self.identity.is_some();
-        if let (None, Some(cgroup), true) = (&self.sockets, &datapath_config.cgroup, has_identity) {
-            self.sockets = Some(CgroupHookLinks::adopt(pins, cgroup, SOCKETS)?);
-        }
-        if let (None, Some(cgroup), true) = (&self.node_allow, &datapath_config.node_allow, has_identity) {
-            self.node_allow = Some(CgroupHookLinks::adopt(pins, cgroup, NODE_ALLOW)?);
-        }
-        if let (None, Some(cgroup)) = (&self.local_service, &datapath_config.local_service) {
-            // The agent starts without this hook, because most nodes never need it.
-            match CgroupHookLinks::adopt(pins, cgroup, LOCAL_SERVICE) {
-                Ok(local_service) => self.local_service = Some(local_service),
-                Err(error) => log::warn!("local_service is not attached: {:#}", anyhow::Error::from(error)),
+        for kind in ON_ONE_CGROUP {
+            let Some(cgroup) = datapath_config.cgroup_of(kind.hook) else { continue };
+            if self.links.contains_key(&kind.hook) {
+                continue;
+            }
+            match CgroupHookLinks::adopt(pins, cgroup, kind) {
+                Ok(links) => drop(self.links.insert(kind.hook, links)),
+                // The agent starts without this hook, because most nodes never need it.
+                Err(error) if kind.hook == Hook::LocalService => {
+                    log::warn!("local_service is not attached: {:#}", anyhow::Error::from(error));
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(())
@@ -114,14 +117,12 @@ impl Cgroups {
         hooks_without_identity(self.hooks, self.identity).contains(&hook)
     }
 
-    /// Reports whether the `socket` hook is on but has no cgroup.
-    fn lacks_cgroup(&self) -> bool {
-        self.sockets.is_none() && self.hooks.contains(Hook::Socket) && self.identity.is_some()
-    }
-
-    /// Reports whether the `node_allow` hook is on and has no cgroup.
-    fn lacks_node_cgroup(&self) -> bool {
-        self.node_allow.is_none() && self.hooks.contains(Hook::NodeAllow) && self.identity.is_some()
+    /// Reports whether the hook is one of [`NEEDING_CGROUP`], and on, but has no cgroup.
+    fn lacks_cgroup(&self, hook: Hook) -> bool {
+        NEEDING_CGROUP.into_iter().any(|(needing, ..)| needing == hook)
+            && !self.links.contains_key(&hook)
+            && self.hooks.contains(hook)
+            && self.identity.is_some()
     }
 
     /// Finds the hooks that can't be attached because the programs can't identify the node's network namespace. Logs those that
@@ -166,17 +167,9 @@ impl Cgroups {
     ) -> Result<(), DatapathError> {
         (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason();
-        if !datapath_config.hooks.contains(Hook::Socket) {
-            self.sockets = None;
-        }
+        self.links.retain(|hook, _| datapath_config.hooks.contains(*hook));
         if !datapath_config.hooks.contains(Hook::HostNetwork) {
             self.hosts = HostNetworkLinks::default();
-        }
-        if !datapath_config.hooks.contains(Hook::LocalService) {
-            self.local_service = None;
-        }
-        if !datapath_config.hooks.contains(Hook::NodeAllow) {
-            self.node_allow = None;
         }
         self.check_identity(pins)
     }
@@ -189,10 +182,7 @@ impl Cgroups {
     /// Writes the desired state for `status`, if it has changed.
     fn record(&mut self, maps: &mut Maps) -> Result<(), DatapathError> {
         let record = CgroupRecord {
-            cgroup: [&self.sockets, &self.local_service, &self.node_allow]
-                .into_iter()
-                .find_map(|cgroup| cgroup.as_ref().map(CgroupHookLinks::id))
-                .unwrap_or_default(),
+            cgroup: self.links.values().next().map(CgroupHookLinks::id).unwrap_or_default(),
             sendmsg: match (self.sendmsg, self.setting) {
                 (Some(reason), _) => reason as u32,
                 (None, Sendmsg::Off) => SENDMSG_OFF,
@@ -218,14 +208,10 @@ impl Datapath {
 
     /// Describes the programs that are not attached to their cgroup, or not last there.
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
-        let Cgroups { sockets, hosts, local_service, node_allow, identity_problems, .. } = &self.cgroups;
-        let attached =
-            sockets.iter().chain(local_service).chain(node_allow).flat_map(CgroupHookLinks::failures);
-        let missing = [
-            (NO_CGROUP, self.cgroups.lacks_cgroup()),
-            (NO_CGROUP_FOR_NODE, self.cgroups.lacks_node_cgroup()),
-        ];
-        let missing = missing.into_iter().filter_map(|(failure, is_missing)| is_missing.then_some(failure));
+        let Cgroups { links, hosts, identity_problems, .. } = &self.cgroups;
+        let attached = links.values().flat_map(CgroupHookLinks::failures);
+        let missing = NEEDING_CGROUP.into_iter().filter(|(hook, ..)| self.cgroups.lacks_cgroup(*hook));
+        let missing = missing.map(|(_, failure, _)| failure);
         attached.chain(hosts.failures()).chain(missing).chain(identity_problems.iter().map(String::as_str))
     }
 
@@ -234,72 +220,45 @@ impl Datapath {
     pub fn restore_sockets(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
         // Continues after a failure: attaches programs even if writing the record fails, and each hook even if another fails.
         let recorded = self.cgroups.record(&mut self.maps);
-        let sockets = self.restore_socket_hook();
-        let local_service = self.restore_local_service_hook();
-        let node_allow = self.restore_node_allow_hook();
-        let mut changes = sockets?;
-        changes.extend(local_service?);
-        changes.extend(node_allow?);
-        recorded.map(|()| changes)
+        let restored = ON_ONE_CGROUP.map(|kind| self.restore_hook(kind));
+        let changes = restored.into_iter().collect::<Result<Vec<_>, _>>()?;
+        recorded.map(|()| changes.into_iter().flatten().collect())
     }
 
     /// Reports whether a hook of the whole node denies requests of a new pod until `from_pod` is attached to its interface.
     #[must_use]
     pub fn has_node_wide_hook(&self) -> bool {
-        let has_sockets =
-            self.cgroups.sockets.as_ref().is_some_and(|sockets| sockets.failures().next().is_none());
+        let sockets = self.cgroups.links.get(&Hook::Socket);
+        let has_sockets = sockets.is_some_and(|sockets| sockets.failures().next().is_none());
         let has_egress =
             self.hooks.contains(Hook::NodeEgress) && self.programs.has_programs_of(Hook::NodeEgress);
         has_egress || (self.hooks.contains(Hook::Socket) && has_sockets)
     }
 
-    fn restore_socket_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
-        if self.cgroups.lacks_cgroup() {
+    fn restore_hook(&mut self, kind: CgroupProgramKind) -> Result<Vec<CgroupChange>, DatapathError> {
+        let (pins, hook) = (self.pin_lock.dir(), kind.hook);
+        if self.cgroups.lacks_cgroup(hook) {
             // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
-            self.cgroups.sockets = Some(CgroupHookLinks::adopt(self.pin_lock.dir(), &root, SOCKETS)?);
+            self.cgroups.links.insert(hook, CgroupHookLinks::adopt(pins, &root, kind)?);
             log::info!("found a cgroup v2 hierarchy at {}", root.display());
         }
-        if self.cgroups.lacks_identity(Hook::Socket) {
+        if self.cgroups.lacks_identity(hook) {
             return Ok(Vec::new());
         }
-        let needs_sendmsg = self.cgroups.sendmsg.is_some();
-        if let Some(sockets) = &mut self.cgroups.sockets {
-            let is_desired = |attach_type| needs_sendmsg || !cgroup_programs::is_sendmsg(attach_type);
-            return sockets.restore(&self.programs, is_desired);
-        }
-        let detached = cgroup_programs::detach(self.pin_lock.dir(), SOCKETS)?;
-        Ok(detached_hook(detached, Hook::Socket))
-    }
-
-    fn restore_local_service_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
-        match (&mut self.cgroups.local_service, self.cgroups.is_local) {
+        let Cgroups { links, sendmsg, has_cgroup_cookie, is_local, .. } = &mut self.cgroups;
+        let is_desired = |attach_type| match hook {
+            Hook::Socket => sendmsg.is_some() || !cgroup_programs::is_sendmsg(attach_type),
+            Hook::LocalService => *is_local == Some(true),
+            Hook::NodeAllow => *has_cgroup_cookie || !cgroup_programs::is_packet(attach_type),
+            Hook::FromPod | Hook::NodeEgress | Hook::HostNetwork => true,
+        };
+        match links.get_mut(&hook) {
             // The program of an earlier agent stays until the routes are read.
-            (Some(_), None) => Ok(Vec::new()),
-            (Some(local_service), Some(is_local)) => local_service.restore(&self.programs, |_| is_local),
-            (None, _) => {
-                let detached = cgroup_programs::detach(self.pin_lock.dir(), LOCAL_SERVICE)?;
-                Ok(detached_hook(detached, Hook::LocalService))
-            }
+            Some(_) if hook == Hook::LocalService && is_local.is_none() => Ok(Vec::new()),
+            Some(links) => links.restore(&self.programs, is_desired),
+            None => Ok(detached_hook(cgroup_programs::detach(pins, kind)?, hook)),
         }
-    }
-
-    fn restore_node_allow_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
-        if self.cgroups.lacks_node_cgroup() {
-            // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
-            let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
-            self.cgroups.node_allow = Some(CgroupHookLinks::adopt(self.pin_lock.dir(), &root, NODE_ALLOW)?);
-        }
-        if self.cgroups.lacks_identity(Hook::NodeAllow) {
-            return Ok(Vec::new());
-        }
-        let has_packets = self.cgroups.has_cgroup_cookie;
-        if let Some(node_allow) = &mut self.cgroups.node_allow {
-            let is_desired = |attach_type| has_packets || !cgroup_programs::is_packet(attach_type);
-            return node_allow.restore(&self.programs, is_desired);
-        }
-        let detached = cgroup_programs::detach(self.pin_lock.dir(), NODE_ALLOW)?;
-        Ok(detached_hook(detached, Hook::NodeAllow))
     }
 
     /// Reconciles the program of the `local_service` hook, which is attached only while a protected address is local to the
@@ -307,7 +266,7 @@ impl Datapath {
     pub fn restore_local_service(&mut self, is_local: bool) -> Result<Vec<CgroupChange>, DatapathError> {
         self.cgroups.is_local = Some(is_local);
         let recorded = self.cgroups.record(&mut self.maps);
-        let changes = self.restore_local_service_hook()?;
+        let changes = self.restore_hook(LOCAL_SERVICE)?;
         recorded.map(|()| changes)
     }
 

@@ -18,7 +18,7 @@ use super::{
 use crate::datapath::{
     DatapathError,
     object::{ObjectError, Programs},
-    pin::dir,
+    pin::dir::{self, io_error},
     sys::bpf::{self, Target},
 };
 
@@ -142,7 +142,7 @@ impl CgroupLink {
         };
         let at = cgroup.path.display();
         if Some(link.program) != programs.id(name) {
-            bpf::link_update(link_fd, fd).map_err(failed("replace the program on", &cgroup.path))?;
+            bpf::link_update(link_fd, fd).map_err(io_error("replace the program on", &cgroup.path))?;
             (self.failure, self.reported) = (None, None);
             let text = format!("replaced {name} of an earlier agent on cgroup {at}");
             changes.push(CgroupChange::new(CgroupChangeKind::Replaced, text));
@@ -241,7 +241,7 @@ impl CgroupLink {
                 }
                 if let Some(earlier) = earlier {
                     bpf::link_detach(earlier)
-                        .map_err(failed("detach the earlier link from", &cgroup.path))?;
+                        .map_err(io_error("detach the earlier link from", &cgroup.path))?;
                 }
                 let text = format!(
                     "moved {} on cgroup {at} to the end of the programs: {later} ran after it",
@@ -268,10 +268,10 @@ impl CgroupLink {
         if let Some(fd) = self.fd.take()
             && self.attached(cgroup.id, &fd).is_some()
         {
-            bpf::link_detach(&fd).map_err(failed("detach a program from", &cgroup.path))?;
+            bpf::link_detach(&fd).map_err(io_error("detach a program from", &cgroup.path))?;
             was_attached = true;
         }
-        was_attached |= detach_pinned(&self.pin)?;
+        was_attached |= mprog::detach_pinned(&self.pin)?;
         if was_attached {
             let text = format!("detached {} from cgroup {}", self.program, cgroup.path.display());
             changes.push(CgroupChange::new(CgroupChangeKind::Detached, text));
@@ -293,19 +293,6 @@ impl CgroupLink {
         let desired = Target::Cgroup { id: cgroup, attach_type: self.attach_type as u32 };
         (link.target == desired).then_some(link)
     }
-}
-
-/// Detaches and unpins the link at `pin`. Returns `true` if it was attached to a cgroup.
-pub(crate) fn detach_pinned(pin: &Path) -> Result<bool, DatapathError> {
-    let mut was_attached = false;
-    if let Some((fd, link)) = dir::open_own_link(pin)
-        && link.cgroup().is_some()
-    {
-        bpf::link_detach(&fd).map_err(failed("detach from its cgroup the link at", pin))?;
-        was_attached = true;
-    }
-    dir::unpin(pin)?;
-    Ok(was_attached)
 }
 
 /// Describes a failure to attach a program, including the program that prevents it.
@@ -347,9 +334,4 @@ pub(crate) fn not_last(program: &str, cgroup: &Path, later: &OtherProgram) -> St
         "{program} on cgroup {} is not last: {later} runs after it and can change the destination",
         cgroup.display()
     )
-}
-
-fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DatapathError {
-    let path = path.to_owned();
-    move |source| DatapathError::Cgroup { operation, path, source }
 }

@@ -3,21 +3,25 @@
 use std::{
     fs::{self, File},
     os::unix::fs::MetadataExt as _,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use aya_obj::generated::bpf_attach_type::{
     self, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET4_CONNECT,
     BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
 };
-use imds_ebpf_common::names::{
-    HOST_LINKS, HOST_PROGRAMS, LOCAL_SERVICE_LINK, NODE_LINKS, NODE_PROGRAMS, PROG_LOCAL_SERVICE,
-    SOCKET_LINKS, SOCKET_PROGRAMS,
+use imds_ebpf_common::{
+    Hook,
+    names::{
+        HOST_LINKS, HOST_PROGRAMS, LOCAL_SERVICE_LINK, NODE_LINKS, NODE_PROGRAMS, PROG_LOCAL_SERVICE,
+        SOCKET_LINKS, SOCKET_PROGRAMS,
+    },
 };
 
 use super::{
     cgroup_link::{self, CgroupChange, CgroupLink, OpenCgroup},
     cgroup_order::{self, ExclusiveProgram, OtherProgram},
+    mprog,
 };
 use crate::{
     datapath::{
@@ -31,6 +35,7 @@ use crate::{
 /// Description of a cgroup hook: link names, programs and attach types, in the same order.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CgroupProgramKind {
+    pub(super) hook: Hook,
     links: &'static [&'static str],
     programs: &'static [&'static str],
     attach_types: &'static [bpf_attach_type],
@@ -39,6 +44,15 @@ pub(crate) struct CgroupProgramKind {
 }
 
 impl CgroupProgramKind {
+    /// Returns program, attach type and pin of each link on the cgroup with this id.
+    fn links(self, pins: &PinDir, id: u64) -> impl Iterator<Item = (&'static str, bpf_attach_type, PathBuf)> {
+        let kinds = self.links.iter().zip(self.programs).zip(self.attach_types);
+        kinds.map(move |((&name, &program), &attach_type)| {
+            let pin = if self.is_one_of_many { format!("{name}_{id}") } else { name.to_owned() };
+            (program, attach_type, pins.named_link(&pin))
+        })
+    }
+
     /// Reports whether a link of this hook is pinned, if one cgroup has its programs.
     pub(super) fn is_pinned(self, pins: &PinDir) -> bool {
         self.links.iter().any(|name| pins.named_link(name).exists())
@@ -56,6 +70,7 @@ pub(crate) const ATTACH_TYPES: [bpf_attach_type; 5] = [
 
 /// Description of the `socket` hook.
 pub(crate) const SOCKETS: CgroupProgramKind = CgroupProgramKind {
+    hook: Hook::Socket,
     links: &SOCKET_LINKS,
     programs: &SOCKET_PROGRAMS,
     attach_types: &ATTACH_TYPES,
@@ -64,6 +79,7 @@ pub(crate) const SOCKETS: CgroupProgramKind = CgroupProgramKind {
 
 /// Description of the `host_network` hook, on one of the cgroups of Kubernetes pods.
 pub(crate) const HOSTS: CgroupProgramKind = CgroupProgramKind {
+    hook: Hook::HostNetwork,
     links: &HOST_LINKS,
     programs: &HOST_PROGRAMS,
     attach_types: &ATTACH_TYPES,
@@ -72,6 +88,7 @@ pub(crate) const HOSTS: CgroupProgramKind = CgroupProgramKind {
 
 /// Description of the `local_service` hook.
 pub(crate) const LOCAL_SERVICE: CgroupProgramKind = CgroupProgramKind {
+    hook: Hook::LocalService,
     links: &[LOCAL_SERVICE_LINK],
     programs: &[PROG_LOCAL_SERVICE],
     attach_types: &[BPF_CGROUP_INET_INGRESS],
@@ -80,11 +97,15 @@ pub(crate) const LOCAL_SERVICE: CgroupProgramKind = CgroupProgramKind {
 
 /// Description of the `node_allow` hook.
 pub(crate) const NODE_ALLOW: CgroupProgramKind = CgroupProgramKind {
+    hook: Hook::NodeAllow,
     links: &NODE_LINKS,
     programs: &NODE_PROGRAMS,
     attach_types: &ATTACH_TYPES,
     is_one_of_many: false,
 };
+
+/// Hooks whose programs are on a single cgroup, in the order in which they are attached.
+pub(crate) const ON_ONE_CGROUP: [CgroupProgramKind; 3] = [SOCKETS, LOCAL_SERVICE, NODE_ALLOW];
 
 /// Cgroup with the links of one hook.
 #[derive(Debug)]
@@ -98,12 +119,10 @@ impl CgroupHookLinks {
     pub(crate) fn adopt(pins: &PinDir, path: &Path, kind: CgroupProgramKind) -> Result<Self, DatapathError> {
         let file = File::open(path).map_err(dir::io_error("open the cgroup", path))?;
         let id = file.metadata().map_err(dir::io_error("inspect the cgroup", path))?.ino();
-        let kinds = kind.links.iter().zip(kind.programs).zip(kind.attach_types);
-        let links = kinds.map(|((&name, &program), &attach_type)| {
-            let pin = if kind.is_one_of_many { format!("{name}_{id}") } else { name.to_owned() };
-            CgroupLink::adopt(program, attach_type, pins.named_link(&pin), id)
-        });
-        let links = links.collect::<Result<_, _>>()?;
+        let links = kind
+            .links(pins, id)
+            .map(|(program, attach_type, pin)| CgroupLink::adopt(program, attach_type, pin, id))
+            .collect::<Result<_, _>>()?;
         Ok(Self { cgroup: OpenCgroup { path: path.to_owned(), file, id }, links })
     }
 
@@ -160,7 +179,7 @@ pub(crate) fn is_packet(attach_type: bpf_attach_type) -> bool {
 pub(crate) fn detach(pins: &PinDir, kind: CgroupProgramKind) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     for name in kind.links {
-        was_attached |= cgroup_link::detach_pinned(&pins.named_link(name))?;
+        was_attached |= mprog::detach_pinned(&pins.named_link(name))?;
     }
     Ok(was_attached)
 }
@@ -183,10 +202,8 @@ pub struct ProgramState {
 /// Inspects the programs of a hook on the cgroup with this id.
 pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<ProgramState> {
     let path = cgroup::path_of(id).ok().flatten();
-    let kinds = kind.links.iter().zip(kind.programs).zip(kind.attach_types);
-    let states = kinds.map(|((name, &program), &attach_type)| {
-        let pin = if kind.is_one_of_many { format!("{name}_{id}") } else { (*name).to_owned() };
-        let link = dir::link_at(&pins.named_link(&pin)).filter(|link| link.cgroup() == Some(id));
+    let states = kind.links(pins, id).map(|(program, attach_type, pin)| {
+        let link = dir::link_at(&pin).filter(|link| link.cgroup() == Some(id));
         let problem = match (link, &path) {
             (Some(_), None) => None,
             (Some(link), Some(path)) => find_later(path, attach_type, link.program)

@@ -109,7 +109,7 @@ pub async fn attachment(
         current: ours.program == Some(program),
         pinned: true,
         // TCX programs run before all filters (tcx_run in net/core/dev.c). Kernels without TCX return an error.
-        order: match bpf::tcx_entries(point.ifindex, point.direction()) {
+        order: match bpf::entries(point.ifindex, point.tcx_hook()) {
             Ok(entries) if !entries.is_empty() => Order::Blocked,
             Ok(_) | Err(_) => order(&filters, ours),
         },

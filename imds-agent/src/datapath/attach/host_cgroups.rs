@@ -8,8 +8,9 @@ use std::{
 use imds_ebpf_common::names::HOST_LINKS;
 
 use super::{
-    cgroup_link::{self, CgroupChange, CgroupChangeKind},
+    cgroup_link::{CgroupChange, CgroupChangeKind},
     cgroup_programs::{self, CgroupHookLinks, HOSTS, ProgramState},
+    mprog,
 };
 use crate::datapath::{
     DatapathError,
@@ -46,10 +47,7 @@ impl HostNetworkLinks {
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
-        match failed {
-            Some(error) => Err(error),
-            None => Ok(changes),
-        }
+        failed.map_or(Ok(changes), Err)
     }
 
     /// Describes the programs that are not attached, or not last.
@@ -74,7 +72,7 @@ impl HostNetworkLinks {
         let open_ids: BTreeSet<u64> = self.cgroups.values().map(CgroupHookLinks::id).collect();
         let mut changes = Vec::new();
         for (id, path) in pinned_links(pins)? {
-            if !open_ids.contains(&id) && cgroup_link::detach_pinned(&path)? {
+            if !open_ids.contains(&id) && mprog::detach_pinned(&path)? {
                 let text = format!("detached the link at {}, which is no longer in use", path.display());
                 changes.push(CgroupChange {
                     is_new: true,
@@ -90,7 +88,7 @@ impl HostNetworkLinks {
 pub(crate) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     for (_, path) in pinned_links(pins)? {
-        was_attached |= cgroup_link::detach_pinned(&path)?;
+        was_attached |= mprog::detach_pinned(&path)?;
     }
     Ok(was_attached)
 }

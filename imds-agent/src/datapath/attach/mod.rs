@@ -110,7 +110,7 @@ impl Datapath {
                 // at the head of the hook, then updates the link to the original.
                 let copy = self.programs.load_copy(name)?;
                 self.links
-                    .reorder(self.pin_lock.dir(), point, mode, copy.as_fd())
+                    .attach(self.pin_lock.dir(), point, mode, copy.as_fd())
                     .map_err(|error| with_obstacle(error, link, hook))?;
                 self.links.replace(point, mode, self.programs.fd(name)?)
             }
@@ -189,7 +189,8 @@ impl Datapath {
 
     /// Fails if the qdisc of the interface cannot take a filter at `hook`.
     async fn check_qdisc(&self, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
-        match qdisc::obstacle(&self.netlink, link.index, hook).await? {
+        let qdisc = qdisc::read(&self.netlink, link.index).await?;
+        match qdisc.and_then(|qdisc| qdisc.obstacle(hook, bpf::has_tcx())) {
             Some(obstacle) => Err(ObstacleError { hook, interface: link.name.clone(), obstacle }.into()),
             None => Ok(()),
         }

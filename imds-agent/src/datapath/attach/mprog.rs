@@ -16,7 +16,7 @@ use crate::datapath::{
     DatapathError,
     attach::attachment::{Attachment, Order},
     pin::dir::{self, AttachPoint, PinDir, PinError, io_error},
-    sys::bpf::{self, Direction, MprogHook, Target},
+    sys::bpf::{self, MprogHook, Target},
 };
 
 /// Attach modes that use links, in the order in which their programs run.
@@ -28,7 +28,7 @@ const MODES: [AttachMode; 2] = [AttachMode::Netkit, AttachMode::Tcx];
 /// drivers/net/netkit.c). This function then searches the programs of the primary device for the link.
 fn is_link_at(point: AttachPoint, id: u32, ifindex: u32, hook: MprogHook) -> bool {
     match hook {
-        MprogHook::Tcx(_) | MprogHook::NetkitPrimary => ifindex == point.ifindex,
+        MprogHook::TcxIngress | MprogHook::TcxEgress | MprogHook::NetkitPrimary => ifindex == point.ifindex,
         MprogHook::NetkitPeer => {
             let entries = bpf::entries(point.ifindex, hook).unwrap_or_default();
             entries.iter().any(|entry| entry.link == id)
@@ -116,7 +116,7 @@ impl Links {
         Ok(attachments)
     }
 
-    /// Attaches `program` at the head of the hook.
+    /// Attaches `program` at the head of the hook with a new link, and detaches the previous link of this mode.
     pub(crate) fn attach(
         &mut self,
         pins: &PinDir,
@@ -124,8 +124,17 @@ impl Links {
         mode: AttachMode,
         program: BorrowedFd<'_>,
     ) -> Result<(), DatapathError> {
-        let fd = create_first(point, mode, program)?;
-        self.insert(pins, point, mode, fd)
+        let hook = required_hook(point, mode)?;
+        let fd = bpf::link_create_first(program, point.ifindex, hook);
+        let fd = fd.map_err(failed("attach a", point, mode))?;
+        let id = bpf::link(&fd).map_err(failed("describe the", point, mode))?.map_or(0, |link| link.id);
+        // Stores the descriptor before pinning: if pinning fails, the link stays attached while this process lives.
+        let before = self.links.insert((point, mode), OpenLink { fd, id, pin: None });
+        self.pin(pins, point, mode)?;
+        match before {
+            Some(link) => bpf::link_detach(&link.fd).map_err(failed("detach the", point, mode)),
+            None => Ok(()),
+        }
     }
 
     /// Replaces the program of the link atomically.
@@ -148,23 +157,6 @@ impl Links {
     ) -> Result<(), DatapathError> {
         let link = self.get(point, mode)?;
         Ok(dir::replace_pin(&link.fd, &pins.link(point))?)
-    }
-
-    /// Attaches `copy` at the head of the hook with a new link, and detaches the previous link.
-    pub(crate) fn reorder(
-        &mut self,
-        pins: &PinDir,
-        point: AttachPoint,
-        mode: AttachMode,
-        copy: BorrowedFd<'_>,
-    ) -> Result<(), DatapathError> {
-        let fd = create_first(point, mode, copy)?;
-        let before = self.links.remove(&(point, mode));
-        self.insert(pins, point, mode, fd)?;
-        match before {
-            Some(link) => bpf::link_detach(&link.fd).map_err(failed("detach the", point, mode)),
-            None => Ok(()),
-        }
     }
 
     /// Detaches, closes and unpins the link.
@@ -194,20 +186,6 @@ impl Links {
         let is_pin = |link: &OpenLink| is_pinned(link.id, &path);
         let has_successor = MODES.into_iter().filter_map(|mode| self.links.get(&(point, mode))).any(is_pin);
         if has_successor { Ok(()) } else { dir::unpin(&path) }
-    }
-
-    fn insert(
-        &mut self,
-        pins: &PinDir,
-        point: AttachPoint,
-        mode: AttachMode,
-        fd: OwnedFd,
-    ) -> Result<(), DatapathError> {
-        let link = bpf::link(&fd).map_err(failed("describe the", point, mode))?;
-        let id = link.map_or(0, |link| link.id);
-        // Stores the descriptor before pinning: if pinning fails, the link stays attached while this process lives.
-        let link = self.links.entry((point, mode)).insert_entry(OpenLink { fd, id, pin: None });
-        Ok(dir::replace_pin(&link.get().fd, &pins.link(point))?)
     }
 
     fn get(&self, point: AttachPoint, mode: AttachMode) -> Result<&OpenLink, DatapathError> {
@@ -265,15 +243,13 @@ pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<At
     Ok(None)
 }
 
-/// Detaches and unpins the agent's link at `path`. Returns `true` if it was attached to an interface.
-pub(crate) fn detach_pinned(path: &Path) -> Result<bool, DatapathError> {
+/// Detaches and unpins the agent's link at `path`. Returns `true` if it was attached to an interface or a cgroup.
+pub(crate) fn detach_pinned(path: &Path) -> Result<bool, PinError> {
     let mut was_attached = false;
     if let Some((fd, link)) = dir::open_own_link(path)
-        && let Target::Interface { ifindex: ifindex @ 1.., .. } = link.target
+        && link.is_attached()
     {
-        let failed =
-            |source| DatapathError::Link { operation: "detach the", mode: "pinned", ifindex, source };
-        bpf::link_detach(&fd).map_err(failed)?;
+        bpf::link_detach(&fd).map_err(io_error("detach the link at", path))?;
         was_attached = true;
     }
     dir::unpin(path)?;
@@ -289,8 +265,8 @@ pub(crate) fn is_pinned(id: u32, path: &Path) -> bool {
 #[must_use]
 pub fn mprog_hook(hook: TcHook, mode: AttachMode) -> Option<MprogHook> {
     match (hook, mode) {
-        (TcHook::FromPod, AttachMode::Tcx) => Some(MprogHook::Tcx(Direction::Ingress)),
-        (TcHook::NodeEgress, AttachMode::Tcx) => Some(MprogHook::Tcx(Direction::Egress)),
+        (TcHook::FromPod, AttachMode::Tcx) => Some(MprogHook::TcxIngress),
+        (TcHook::NodeEgress, AttachMode::Tcx) => Some(MprogHook::TcxEgress),
         (TcHook::FromPod, AttachMode::Netkit) => Some(MprogHook::NetkitPeer),
         // The primary device of a netkit pair sends packets to the pod, so it is no egress of the node.
         (TcHook::NodeEgress, AttachMode::Netkit)
@@ -299,23 +275,14 @@ pub fn mprog_hook(hook: TcHook, mode: AttachMode) -> Option<MprogHook> {
 }
 
 impl AttachPoint {
-    /// Returns the direction of the packets at this point, as seen from the node.
+    /// Returns the TCX hook at this point.
     #[must_use]
-    pub fn direction(self) -> Direction {
+    pub const fn tcx_hook(self) -> MprogHook {
         match self.hook {
-            TcHook::FromPod => Direction::Ingress,
-            TcHook::NodeEgress => Direction::Egress,
+            TcHook::FromPod => MprogHook::TcxIngress,
+            TcHook::NodeEgress => MprogHook::TcxEgress,
         }
     }
-}
-
-fn create_first(
-    point: AttachPoint,
-    mode: AttachMode,
-    program: BorrowedFd<'_>,
-) -> Result<OwnedFd, DatapathError> {
-    let hook = required_hook(point, mode)?;
-    bpf::link_create_first(program, point.ifindex, hook).map_err(failed("attach a", point, mode))
 }
 
 fn required_hook(point: AttachPoint, mode: AttachMode) -> Result<MprogHook, DatapathError> {

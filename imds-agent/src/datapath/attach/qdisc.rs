@@ -12,10 +12,7 @@ use rtnetlink::{
 };
 
 use super::obstacle::Obstacle;
-use crate::{
-    datapath::sys::bpf,
-    node::netlink::{Netlink, NetlinkError},
-};
+use crate::node::netlink::{Netlink, NetlinkError};
 
 /// Attribute of the ingress block (`include/uapi/linux/rtnetlink.h`), which the netlink library does not define.
 const TCA_INGRESS_BLOCK: u16 = 13;
@@ -92,15 +89,6 @@ pub(crate) async fn list(netlink: &Netlink) -> Result<BTreeMap<u32, Qdisc>, Netl
         _ => None,
     });
     Ok(qdiscs.collect())
-}
-
-/// Reads the qdisc of an interface and returns the obstacle to a filter at `hook`.
-pub(crate) async fn obstacle(
-    netlink: &Netlink,
-    ifindex: u32,
-    hook: TcHook,
-) -> Result<Option<Obstacle>, NetlinkError> {
-    Ok(read(netlink, ifindex).await?.and_then(|qdisc| qdisc.obstacle(hook, bpf::has_tcx())))
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use crate::{
     datapath::{
-        DatapathError,
+        Datapath, DatapathError,
         object::Maps,
         pin::{dir::PinDir, netns_owner},
     },
@@ -78,28 +78,35 @@ impl EffectiveConfig {
     }
 }
 
-/// Records a new effective configuration. Returns its generation.
-pub(crate) fn write(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
-    let before = read_consistent(&maps.config).map_err(failed)?;
-    let generation = before.generation.saturating_add(1);
-    let path = path.map(|path| path.to_string_lossy()).unwrap_or_default();
-    let record = ConfigRecord {
-        generation,
-        loaded_at: now(),
-        failed_at: 0,
-        path: text_field(&path),
-        error: text_field(""),
-        text: text_field(text),
-    };
-    maps.config.set(0, record, 0).map_err(failed)?;
-    Ok(generation)
-}
+impl Datapath {
+    /// Reports whether `text` is the last effective configuration, possibly of an earlier agent.
+    pub fn was_effective(&self, text: &str) -> Result<bool, DatapathError> {
+        Ok(read(&self.maps).map_err(failed)?.is_some_and(|record| record.text == text))
+    }
 
-/// Records that a configuration was rejected. The previous one stays effective.
-pub(crate) fn write_rejected_config(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
-    let before = read_consistent(&maps.config).map_err(failed)?;
-    let record = ConfigRecord { failed_at: now(), error: text_field(error), ..before };
-    maps.config.set(0, record, 0).map_err(failed)
+    /// Records the effective configuration for `status` and `config show`. Returns its generation.
+    pub fn record_config(&mut self, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
+        let before = read_consistent(&self.maps.config).map_err(failed)?;
+        let generation = before.generation.saturating_add(1);
+        let path = path.map(|path| path.to_string_lossy()).unwrap_or_default();
+        let record = ConfigRecord {
+            generation,
+            loaded_at: now(),
+            failed_at: 0,
+            path: text_field(&path),
+            error: text_field(""),
+            text: text_field(text),
+        };
+        self.maps.config.set(0, record, 0).map_err(failed)?;
+        Ok(generation)
+    }
+
+    /// Records the error of a rejected configuration. The previous one stays effective.
+    pub fn record_rejected_config(&mut self, error: &str) -> Result<(), DatapathError> {
+        let before = read_consistent(&self.maps.config).map_err(failed)?;
+        let record = ConfigRecord { failed_at: now(), error: text_field(error), ..before };
+        self.maps.config.set(0, record, 0).map_err(failed)
+    }
 }
 
 fn read_consistent(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, MapError> {

@@ -62,9 +62,7 @@ impl Counts {
             }
         })
     }
-}
 
-impl Counts {
     /// Returns each count with the name of its verdict.
     #[must_use]
     pub fn named(self) -> [(&'static str, Count); 4] {

@@ -23,9 +23,7 @@ pub struct Denials(HashMap<MapData, DenialKey, DenialRecord>);
 impl Denials {
     /// Opens the pinned map of denials.
     pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
-        let failed = |source| ObjectError::Map { name: MAP_DENIALS, source };
-        let map = MapData::from_pin(pins.map(MAP_DENIALS)).map_err(failed)?;
-        Map::HashMap(map).try_into().map(Self).map_err(failed)
+        object::open_map(pins, MAP_DENIALS, Map::HashMap).map(Self)
     }
 
     /// Iterates over all records. Reads one record at a time, because all records together need much memory.

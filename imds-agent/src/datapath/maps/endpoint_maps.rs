@@ -12,6 +12,7 @@ use crate::{
     config::endpoint_set::EndpointSet,
     datapath::{
         DatapathError,
+        maps::pinned_maps,
         object::{self, Maps},
         sys::bpf,
     },
@@ -63,7 +64,9 @@ fn by_address(entries: &BTreeMap<Address, Endpoint>) -> impl Iterator<Item = (Ad
 pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), DatapathError> {
     let desired: BTreeMap<_, _> = endpoint_set.entries().collect();
     write_filter(maps, &desired)?;
-    write_records(maps, &desired)?;
+    // `status` and `bpftool` read the records.
+    let written = pinned_maps::sync(&mut maps.endpoints, &desired);
+    written.map_err(|source| DatapathError::Map { map: MAP_ENDPOINTS, source })?;
     let (configured, effective) =
         (name_field(endpoint_set.configured()), name_field(endpoint_set.provider()));
     let record = ProviderRecord { configured, effective };
@@ -86,19 +89,4 @@ fn write_filter(maps: &mut Maps, desired: &BTreeMap<Address, Endpoint>) -> Resul
     // The next change overwrites the previous table, which running programs may still read.
     bpf::wait_for_programs();
     set_filter(maps, &after)
-}
-
-/// Writes the map of endpoint records, which `status` and `bpftool` read.
-fn write_records(maps: &mut Maps, desired: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
-    let failed = |source| DatapathError::Map { map: MAP_ENDPOINTS, source };
-    let before = read(maps).map_err(failed)?;
-    for address in before.keys().filter(|address| !desired.contains_key(address)) {
-        maps.endpoints.remove(address).map_err(failed)?;
-    }
-    for (address, endpoint) in desired {
-        if before.get(address) != Some(endpoint) {
-            maps.endpoints.insert(address, endpoint, 0).map_err(failed)?;
-        }
-    }
-    Ok(())
 }

@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    ExemptionKey, Subject,
+    ExemptionKey, Subject, SubjectKind,
     names::{MAP_EXEMPT, MAP_EXEMPT_SOURCES},
 };
 
 use super::endpoint_maps;
 use crate::datapath::{
-    DatapathError,
+    Datapath, DatapathError,
     exemption_set::ExemptionSet,
     object::{self, Maps},
 };
@@ -22,64 +22,77 @@ pub fn read(maps: &Maps) -> Result<ExemptionSet, MapError> {
     Ok(ExemptionSet { entries, sources })
 }
 
-/// Cache of the content of the maps, because reading a map is slow and each link event needs the content.
-#[derive(Debug, Default)]
-pub(crate) struct ExemptionCache(Option<ExemptionSet>);
-
-impl ExemptionCache {
-    /// Discards the cache, because another process may have written the maps.
-    pub(crate) fn clear(&mut self) {
-        self.0 = None;
+impl Datapath {
+    /// Reads all exemptions from the map.
+    pub fn exemptions(&self) -> Result<ExemptionSet, DatapathError> {
+        read(&self.maps).map_err(map_error)
     }
 
-    fn get_or_read(&mut self, maps: &Maps) -> Result<&mut ExemptionSet, DatapathError> {
-        match &mut self.0 {
-            Some(known) => Ok(known),
-            none => Ok(none.insert(read(maps).map_err(map_error)?)),
+    /// Drops the cached exemptions, so that the next [`Datapath::sync_exemptions`] reads the map and corrects changes of
+    /// other programs.
+    pub fn invalidate_exemptions(&mut self) {
+        self.known_exemptions = None;
+    }
+
+    /// Replaces all exemptions. Obsolete ones are removed first. Returns the number of map updates.
+    pub fn sync_exemptions(&mut self, desired: &ExemptionSet) -> Result<usize, DatapathError> {
+        let Self { maps, known_exemptions, .. } = self;
+        let known = get_or_read(known_exemptions, maps)?;
+        if known == desired {
+            // Fast path: most link events change no exemption.
+            return Ok(0);
         }
+        let is_obsolete = |exemption: &&ExemptionKey| !desired.entries.contains_key(exemption);
+        let obsolete: Vec<_> = known.entries.keys().filter(is_obsolete).copied().collect();
+        let mut writes = obsolete.len();
+        for exemption in obsolete {
+            remove(maps, known, &exemption)?;
+        }
+        // If the map of source addresses is full, still writes exemptions to the map that has room.
+        let failed_sources = write_sources(maps, known, &desired.sources, &mut writes).err();
+        let mut failed = failed_sources.map(|source| DatapathError::Map { map: MAP_EXEMPT_SOURCES, source });
+        for (exemption, record) in &desired.entries {
+            if known.entries.get(exemption) != Some(record) {
+                match maps.exempt.insert(exemption, record, 0) {
+                    Ok(()) => {
+                        known.entries.insert(*exemption, *record);
+                        writes += 1;
+                    }
+                    Err(error) => failed = Some(map_error(error)),
+                }
+            }
+        }
+        // One write replaces the bitmap, so that subjects that stay exempt are always in it.
+        let effective = endpoint_maps::filter(maps)?;
+        let mut filter = effective;
+        filter.set_subjects(desired.entries.keys().map(|exemption| exemption.subject));
+        if filter.subjects != effective.subjects {
+            endpoint_maps::set_filter(maps, &filter)?;
+            writes += 1;
+        }
+        failed.map_or(Ok(writes), Err)
+    }
+
+    /// Removes the exemptions of an interface.
+    pub fn remove_exemptions(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        let subject = Subject::new(SubjectKind::Interface, ifindex.into());
+        let Self { maps, known_exemptions, .. } = self;
+        let known = get_or_read(known_exemptions, maps)?;
+        let is_of_subject = |exemption: &&ExemptionKey| exemption.subject == subject;
+        let of_subject: Vec<_> = known.entries.keys().filter(is_of_subject).copied().collect();
+        of_subject.iter().try_for_each(|exemption| remove(maps, known, exemption))
     }
 }
 
-/// Writes the `desired` exemptions. Obsolete ones are removed first. Returns the number of map updates.
-pub(crate) fn write(
-    maps: &mut Maps,
-    cache: &mut ExemptionCache,
-    desired: &ExemptionSet,
-) -> Result<usize, DatapathError> {
-    let known = cache.get_or_read(maps)?;
-    if known == desired {
-        // Fast path: most link events change no exemption.
-        return Ok(0);
+/// Returns the cached content of the maps, because reading a map is slow and each link event needs the content.
+fn get_or_read<'k>(
+    known: &'k mut Option<ExemptionSet>,
+    maps: &Maps,
+) -> Result<&'k mut ExemptionSet, DatapathError> {
+    match known {
+        Some(known) => Ok(known),
+        none => Ok(none.insert(read(maps).map_err(map_error)?)),
     }
-    let obsolete: Vec<_> =
-        known.entries.keys().filter(|exemption| !desired.entries.contains_key(exemption)).copied().collect();
-    let mut writes = obsolete.len();
-    for exemption in obsolete {
-        remove(maps, known, &exemption)?;
-    }
-    // If the map of source addresses is full, still writes exemptions to the map that has room.
-    let failed_sources = write_sources(maps, known, &desired.sources, &mut writes).err();
-    let mut failed = failed_sources.map(|source| DatapathError::Map { map: MAP_EXEMPT_SOURCES, source });
-    for (exemption, record) in &desired.entries {
-        if known.entries.get(exemption) != Some(record) {
-            match maps.exempt.insert(exemption, record, 0) {
-                Ok(()) => {
-                    known.entries.insert(*exemption, *record);
-                    writes += 1;
-                }
-                Err(error) => failed = Some(map_error(error)),
-            }
-        }
-    }
-    // One write replaces the bitmap, so that subjects that stay exempt are always in it.
-    let effective = endpoint_maps::filter(maps)?;
-    let mut filter = effective;
-    filter.set_subjects(desired.entries.keys().map(|exemption| exemption.subject));
-    if filter.subjects != effective.subjects {
-        endpoint_maps::set_filter(maps, &filter)?;
-        writes += 1;
-    }
-    failed.map_or(Ok(writes), Err)
 }
 
 /// Writes the source addresses of exempt subjects. Removes obsolete ones first. Continues after a failed insertion.
@@ -108,18 +121,6 @@ fn write_sources(
         }
     }
     written
-}
-
-/// Removes all exemptions of `subject`.
-pub(crate) fn remove_subject(
-    maps: &mut Maps,
-    cache: &mut ExemptionCache,
-    subject: Subject,
-) -> Result<(), DatapathError> {
-    let known = cache.get_or_read(maps)?;
-    let is_of_subject = |exemption: &&ExemptionKey| exemption.subject == subject;
-    let of_subject: Vec<_> = known.entries.keys().filter(is_of_subject).copied().collect();
-    of_subject.iter().try_for_each(|exemption| remove(maps, known, exemption))
 }
 
 fn remove(maps: &mut Maps, known: &mut ExemptionSet, exemption: &ExemptionKey) -> Result<(), DatapathError> {

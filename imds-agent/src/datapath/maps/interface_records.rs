@@ -7,7 +7,7 @@ use imds_ebpf_common::{AttachMode, InterfaceRecord, OwnPackets, Role, TcHook, na
 
 use crate::{
     datapath::{
-        DatapathError,
+        Datapath, DatapathError,
         object::{self, Maps},
     },
     encode::{field_text, name_field},
@@ -54,28 +54,54 @@ impl LinkState {
     }
 }
 
-/// Writes the state of an interface. Keeps `owns_qdisc` until the interface has no filter of the agent.
-pub(crate) fn update(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), DatapathError> {
-    let old = get(maps, link.index).unwrap_or_default();
-    let LinkState { assignment, attach_modes, is_pending } = state;
-    let has_filter = attach_modes.contains(&AttachMode::Clsact);
-    let new = InterfaceRecord {
-        name: name_field(&link.name),
-        role: assignment.role as u8,
-        hooks: assignment.hooks.bits(),
-        attach_modes: attach_modes.map(|mode| mode as u8),
-        owns_qdisc: if has_filter { old.owns_qdisc } else { 0 },
-        pending: u8::from(is_pending),
-        ..old
-    };
-    write_change(maps, link, assignment.role, old, new)
-}
+impl Datapath {
+    /// Records the state of an interface, for `status` and for the agent after a restart. Keeps `owns_qdisc` until the interface
+    /// has no filter of the agent.
+    pub fn record(&mut self, link: &Link, state: LinkState) -> Result<(), DatapathError> {
+        let old = get(&self.maps, link.index).unwrap_or_default();
+        let LinkState { assignment, attach_modes, is_pending } = state;
+        let has_filter = attach_modes.contains(&AttachMode::Clsact);
+        let new = InterfaceRecord {
+            name: name_field(&link.name),
+            role: assignment.role as u8,
+            hooks: assignment.hooks.bits(),
+            attach_modes: attach_modes.map(|mode| mode as u8),
+            owns_qdisc: if has_filter { old.owns_qdisc } else { 0 },
+            pending: u8::from(is_pending),
+            ..old
+        };
+        write_change(&mut self.maps, link, assignment.role, old, new)
+    }
 
-/// Updates the record of an interface after its master or its veth peer was reconciled.
-pub(crate) fn update_dependent(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
-    let Some(old) = get(maps, link.index) else { return Ok(()) };
-    let Some(role) = Role::from_u8(old.role) else { return Ok(()) };
-    write_change(maps, link, role, old, old)
+    /// Updates the record of an interface after its master or its veth peer was reconciled.
+    pub fn update_dependent(&mut self, link: &Link) -> Result<(), DatapathError> {
+        let Some(old) = get(&self.maps, link.index) else { return Ok(()) };
+        let Some(role) = Role::from_u8(old.role) else { return Ok(()) };
+        write_change(&mut self.maps, link, role, old, old)
+    }
+
+    /// Reports whether the record of the interface has a program at this hook.
+    #[must_use]
+    pub fn was_attached(&self, link: &Link, hook: TcHook) -> bool {
+        get(&self.maps, link.index).is_some_and(|record| record.is_attached(hook))
+    }
+
+    /// Reports whether the record of the interface has a pending attachment.
+    #[must_use]
+    pub fn was_pending(&self, link: &Link) -> bool {
+        get(&self.maps, link.index)
+            .is_some_and(|record| record.pending == 1 && record.name == name_field(&link.name))
+    }
+
+    /// Removes the state of a deleted interface whose index `link` has now.
+    pub fn claim_ifindex(&mut self, link: &Link) -> Result<(), DatapathError> {
+        let owns_qdisc = get(&self.maps, link.index)
+            .is_some_and(|record| record.owns_qdisc == 1 && record.name == name_field(&link.name));
+        self.remove_interface(link.index)?;
+        // The name has not changed, so it is probably the same interface, and another program has removed the filter. The
+        // qdisc still belongs to the agent.
+        if owns_qdisc { set_owns_qdisc(&mut self.maps, link, TcHook::FromPod) } else { Ok(()) }
+    }
 }
 
 /// Writes a record if it changes. Sets the fields that depend on the records of other interfaces.

@@ -1,6 +1,6 @@
 //! Typed handles of the pinned maps, and their compatibility with this version.
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuHashMap, RingBuf};
 use aya_obj::Object;
@@ -78,34 +78,24 @@ impl Maps {
     pub(in crate::datapath) fn new(
         open: impl Fn(&'static str) -> Result<MapData, ObjectError>,
     ) -> Result<Self, ObjectError> {
-        let typed = |name| {
-            move |source| match source {
-                MapError::InvalidKeySize { .. } | MapError::InvalidValueSize { .. } => {
-                    ObjectError::OtherVersion(format!("{name} has an {source}"))
-                }
-                source => ObjectError::Map { name, source },
-            }
-        };
         Ok(Self {
-            policy: Map::Array(open(MAP_POLICY)?).try_into().map_err(typed(MAP_POLICY))?,
-            counters: Map::PerCpuHashMap(open(MAP_COUNTERS)?).try_into().map_err(typed(MAP_COUNTERS))?,
-            interfaces: Map::HashMap(open(MAP_INTERFACES)?).try_into().map_err(typed(MAP_INTERFACES))?,
-            filter: Map::Array(open(MAP_FILTER)?).try_into().map_err(typed(MAP_FILTER))?,
-            endpoints: Map::HashMap(open(MAP_ENDPOINTS)?).try_into().map_err(typed(MAP_ENDPOINTS))?,
-            exempt: Map::HashMap(open(MAP_EXEMPT)?).try_into().map_err(typed(MAP_EXEMPT))?,
-            exempt_sources: Map::HashMap(open(MAP_EXEMPT_SOURCES)?)
-                .try_into()
-                .map_err(typed(MAP_EXEMPT_SOURCES))?,
-            probes: Map::HashMap(open(MAP_PROBES)?).try_into().map_err(typed(MAP_PROBES))?,
-            probing: Map::Array(open(MAP_PROBING)?).try_into().map_err(typed(MAP_PROBING))?,
-            node_allow: Map::HashMap(open(MAP_NODE_ALLOW)?).try_into().map_err(typed(MAP_NODE_ALLOW))?,
-            provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
-            config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
-            cgroup: Map::Array(open(MAP_CGROUP)?).try_into().map_err(typed(MAP_CGROUP))?,
-            rejected: Map::Array(open(MAP_REJECTED)?).try_into().map_err(typed(MAP_REJECTED))?,
-            kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,
-            pods: Map::HashMap(open(MAP_PODS)?).try_into().map_err(typed(MAP_PODS))?,
-            sources: Map::PerCpuLruHashMap(open(MAP_RATELIMIT)?).try_into().map_err(typed(MAP_RATELIMIT))?,
+            policy: typed(&open, MAP_POLICY, Map::Array)?,
+            counters: typed(&open, MAP_COUNTERS, Map::PerCpuHashMap)?,
+            interfaces: typed(&open, MAP_INTERFACES, Map::HashMap)?,
+            filter: typed(&open, MAP_FILTER, Map::Array)?,
+            endpoints: typed(&open, MAP_ENDPOINTS, Map::HashMap)?,
+            exempt: typed(&open, MAP_EXEMPT, Map::HashMap)?,
+            exempt_sources: typed(&open, MAP_EXEMPT_SOURCES, Map::HashMap)?,
+            probes: typed(&open, MAP_PROBES, Map::HashMap)?,
+            probing: typed(&open, MAP_PROBING, Map::Array)?,
+            node_allow: typed(&open, MAP_NODE_ALLOW, Map::HashMap)?,
+            provider: typed(&open, MAP_PROVIDER, Map::Array)?,
+            config: typed(&open, MAP_CONFIG, Map::Array)?,
+            cgroup: typed(&open, MAP_CGROUP, Map::Array)?,
+            rejected: typed(&open, MAP_REJECTED, Map::Array)?,
+            kubernetes: typed(&open, MAP_KUBERNETES, Map::Array)?,
+            pods: typed(&open, MAP_PODS, Map::HashMap)?,
+            sources: typed(&open, MAP_RATELIMIT, Map::PerCpuLruHashMap)?,
             all: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
         })
     }
@@ -124,6 +114,20 @@ impl Maps {
         }
         Ok(restored)
     }
+}
+
+/// Opens a map of the type that `kind` stands for. A map of another version has keys or values of another size.
+fn typed<M: TryFrom<Map, Error = MapError>>(
+    open: impl Fn(&'static str) -> Result<MapData, ObjectError>,
+    name: &'static str,
+    kind: fn(MapData) -> Map,
+) -> Result<M, ObjectError> {
+    kind(open(name)?).try_into().map_err(|source| match source {
+        MapError::InvalidKeySize { .. } | MapError::InvalidValueSize { .. } => {
+            ObjectError::OtherVersion(format!("{name} has an {source}"))
+        }
+        source => ObjectError::Map { name, source },
+    })
 }
 
 /// Returns a reason for each pinned map that this version would misread. Returns no reason if all pinned maps are usable.
@@ -168,10 +172,41 @@ fn mismatch(path: &Path, compiled: [u32; 5]) -> Option<String> {
 /// Returns the layout of the pinned maps if it differs from this version's. Maps that were created but never written (layout 0)
 /// count as this version's.
 fn schema_mismatch(pins: &PinDir) -> Option<u32> {
-    let map = MapData::from_pin(pins.map(MAP_POLICY)).ok()?;
-    let policy: Array<MapData, Policy> = Map::Array(map).try_into().ok()?;
-    let layout = policy.get(&0, 0).ok()?.layout;
+    let layout = pinned_policy(pins)?.layout;
     (layout != MAP_SCHEMA_VERSION && layout != 0).then_some(layout)
+}
+
+/// Returns the pinned policy, or `None` if it is unreadable. Its layout may be that of another version.
+pub(in crate::datapath) fn pinned_policy(pins: &PinDir) -> Option<Policy> {
+    open_map::<Array<_, Policy>>(pins, MAP_POLICY, Map::Array).ok()?.get(&0, 0).ok()
+}
+
+/// Opens a pinned map of the type that `kind` stands for.
+pub fn open_map<M: TryFrom<Map, Error = MapError>>(
+    pins: &PinDir,
+    name: &'static str,
+    kind: fn(MapData) -> Map,
+) -> Result<M, ObjectError> {
+    let map = MapData::from_pin(pins.map(name)).and_then(|map| kind(map).try_into());
+    map.map_err(|source| ObjectError::Map { name, source })
+}
+
+/// Replaces the entries of a map. Removes obsolete ones first, to make room. Returns the number of map updates.
+pub(in crate::datapath) fn sync<K: aya::Pod + Ord, V: aya::Pod + PartialEq>(
+    map: &mut HashMap<MapData, K, V>,
+    desired: &BTreeMap<K, V>,
+) -> Result<usize, MapError> {
+    let before = present(map.iter()).collect::<Result<BTreeMap<_, _>, _>>()?;
+    let mut writes = 0;
+    for key in before.keys().filter(|key| !desired.contains_key(key)) {
+        removed(map.remove(key))?;
+        writes += 1;
+    }
+    for (key, value) in desired.iter().filter(|(key, value)| before.get(key) != Some(value)) {
+        map.insert(key, value, 0)?;
+        writes += 1;
+    }
+    Ok(writes)
 }
 
 /// Skips entries that are removed during the iteration over a map.
@@ -191,9 +226,7 @@ pub fn removed(result: Result<(), MapError>) -> Result<(), MapError> {
 
 /// Opens the pinned ring buffer of events.
 pub fn open_events(pins: &PinDir) -> Result<RingBuf<MapData>, ObjectError> {
-    let failed = |source| ObjectError::Map { name: MAP_EVENTS, source };
-    let map = MapData::from_pin(pins.map(MAP_EVENTS)).map_err(failed)?;
-    Map::RingBuf(map).try_into().map_err(failed)
+    open_map(pins, MAP_EVENTS, Map::RingBuf)
 }
 
 /// Reports whether maps of an agent are pinned, which implies that programs are loaded.

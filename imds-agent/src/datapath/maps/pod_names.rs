@@ -12,7 +12,7 @@ use jiff::Timestamp;
 
 use crate::{
     datapath::{
-        DatapathError,
+        Datapath, DatapathError,
         object::{self, Maps, ObjectError},
         pin::dir::PinDir,
     },
@@ -26,9 +26,8 @@ use crate::{
 /// Labels that identify the application of a pod, in order of preference.
 const LABELS: [&str; 5] = ["app.kubernetes.io/name", "k8s-app", "app", "component", "name"];
 
-/// Cache of the keys of the map, each with pod uid and container name, which determine the rest of the entry.
-#[derive(Debug, Default)]
-pub(crate) struct WrittenNames(Option<BTreeMap<Subject, (String, String)>>);
+/// Keys of the map, each with pod uid and container name, which determine the rest of the entry.
+pub(crate) type WrittenNames = BTreeMap<Subject, (String, String)>;
 
 /// Reads the pod metadata of all subjects.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, PodRef>, MapError> {
@@ -43,9 +42,7 @@ pub struct Names(HashMap<MapData, Subject, PodRecord>);
 impl Names {
     /// Opens the pinned map of pod metadata.
     pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
-        let failed = |source| ObjectError::Map { name: MAP_PODS, source };
-        let map = MapData::from_pin(pins.map(MAP_PODS)).map_err(failed)?;
-        Map::HashMap(map).try_into().map(Self).map_err(failed)
+        object::open_map(pins, MAP_PODS, Map::HashMap).map(Self)
     }
 
     /// Returns the pod metadata of `subject`, or `None` if it is unknown.
@@ -55,51 +52,74 @@ impl Names {
     }
 }
 
-/// Replaces the content of the map by `names`. Returns the number of map updates.
-pub(crate) fn write(
-    maps: &mut Maps,
-    written: &mut WrittenNames,
-    names: &BTreeMap<Subject, PodContainer<'_>>,
-) -> Result<usize, DatapathError> {
-    let failed = |source| DatapathError::Map { map: MAP_PODS, source };
-    let written = match &mut written.0 {
-        Some(written) => written,
-        none => {
-            let before = read(maps).map_err(failed)?;
-            let key = |identity: PodRef| (identity.uid, identity.container.unwrap_or_default());
-            none.insert(before.into_iter().map(|(subject, identity)| (subject, key(identity))).collect())
-        }
-    };
-    let mut writes = 0;
-    let gone: Vec<_> = written.keys().filter(|subject| !names.contains_key(subject)).copied().collect();
-    for subject in gone {
-        object::removed(maps.pods.remove(&subject)).map_err(failed)?;
-        written.remove(&subject);
-        writes += 1;
-    }
-    for (subject, PodContainer { pod, container }) in names {
-        let container = container.unwrap_or_default();
-        if !written.get(subject).is_some_and(|(uid, written)| *uid == pod.uid && written == container) {
-            maps.pods.insert(subject, record(pod, container), 0).map_err(failed)?;
-            written.insert(*subject, (pod.uid.clone(), container.to_owned()));
+impl Datapath {
+    /// Replaces the pod names in the map. Returns the number of map updates.
+    pub fn sync_pod_names(
+        &mut self,
+        names: &BTreeMap<Subject, PodContainer<'_>>,
+    ) -> Result<usize, DatapathError> {
+        let Self { maps, written_names, .. } = self;
+        let written = match written_names {
+            Some(written) => written,
+            none => {
+                let key = |identity: PodRef| (identity.uid, identity.container.unwrap_or_default());
+                let before = read(maps).map_err(failed)?.into_iter();
+                none.insert(before.map(|(subject, identity)| (subject, key(identity))).collect())
+            }
+        };
+        let mut writes = 0;
+        let gone: Vec<_> = written.keys().filter(|subject| !names.contains_key(subject)).copied().collect();
+        for subject in gone {
+            object::removed(maps.pods.remove(&subject)).map_err(failed)?;
+            written.remove(&subject);
             writes += 1;
         }
+        for (subject, PodContainer { pod, container }) in names {
+            let container = container.unwrap_or_default();
+            if !written.get(subject).is_some_and(|(uid, written)| *uid == pod.uid && written == container) {
+                maps.pods.insert(subject, record(pod, container), 0).map_err(failed)?;
+                written.insert(*subject, (pod.uid.clone(), container.to_owned()));
+                writes += 1;
+            }
+        }
+        Ok(writes)
     }
-    Ok(writes)
+
+    /// Removes the metadata of one subject.
+    pub(in crate::datapath) fn remove_pod_name(&mut self, subject: Subject) -> Result<(), DatapathError> {
+        object::removed(self.maps.pods.remove(&subject)).map_err(failed)?;
+        if let Some(written) = &mut self.written_names {
+            written.remove(&subject);
+        }
+        Ok(())
+    }
+
+    /// Records the status of the pod watch; `None` means that it is off.
+    pub fn record_watch_status(
+        &mut self,
+        watch_status: Option<&PodWatchStatus>,
+    ) -> Result<(), DatapathError> {
+        let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
+        let error = watch_status.and_then(|watch_status| watch_status.error.as_deref());
+        let record = KubernetesRecord {
+            since: moment(watch_status.map(|watch_status| watch_status.since)),
+            synced_at: moment(watch_status.and_then(|watch_status| watch_status.synced_at)),
+            failed_at: moment(watch_status.and_then(|watch_status| watch_status.failed_at)),
+            enabled: watch_status.is_some().into(),
+            connected: watch_status.is_some_and(|watch_status| watch_status.connected).into(),
+            pods: watch_status.map_or(0, |watch_status| watch_status.pods),
+            unresolved: watch_status.map_or(0, |watch_status| watch_status.unresolved),
+            disputed: watch_status.map_or(0, |watch_status| watch_status.disputed.into()),
+            node: text_field(watch_status.map_or("", |watch_status| &watch_status.node)),
+            error: text_field(error.unwrap_or_default()),
+        };
+        let recorded = self.maps.kubernetes.set(0, record, 0);
+        recorded.map_err(|source| DatapathError::Map { map: MAP_KUBERNETES, source })
+    }
 }
 
-/// Removes the metadata of one subject.
-pub(crate) fn remove(
-    maps: &mut Maps,
-    written: &mut WrittenNames,
-    subject: Subject,
-) -> Result<(), DatapathError> {
-    object::removed(maps.pods.remove(&subject))
-        .map_err(|source| DatapathError::Map { map: MAP_PODS, source })?;
-    if let Some(written) = &mut written.0 {
-        written.remove(&subject);
-    }
-    Ok(())
+fn failed(source: MapError) -> DatapathError {
+    DatapathError::Map { map: MAP_PODS, source }
 }
 
 fn record(pod: &Pod, container: &str) -> PodRecord {
@@ -151,27 +171,4 @@ impl PodWatchStatus {
             disputed: u32::try_from(record.disputed).unwrap_or(u32::MAX),
         })
     }
-}
-
-/// Records the status of the pod watch; `None` means that it is off.
-pub(crate) fn write_watch_status(
-    maps: &mut Maps,
-    watch_status: Option<&PodWatchStatus>,
-) -> Result<(), DatapathError> {
-    let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
-    let record = KubernetesRecord {
-        since: moment(watch_status.map(|watch_status| watch_status.since)),
-        synced_at: moment(watch_status.and_then(|watch_status| watch_status.synced_at)),
-        failed_at: moment(watch_status.and_then(|watch_status| watch_status.failed_at)),
-        enabled: watch_status.is_some().into(),
-        connected: watch_status.is_some_and(|watch_status| watch_status.connected).into(),
-        pods: watch_status.map_or(0, |watch_status| watch_status.pods),
-        unresolved: watch_status.map_or(0, |watch_status| watch_status.unresolved),
-        disputed: watch_status.map_or(0, |watch_status| watch_status.disputed.into()),
-        node: text_field(watch_status.map_or("", |watch_status| &watch_status.node)),
-        error: text_field(
-            watch_status.and_then(|watch_status| watch_status.error.as_deref()).unwrap_or_default(),
-        ),
-    };
-    maps.kubernetes.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_KUBERNETES, source })
 }

@@ -1,14 +1,8 @@
 //! Changes of the effective policy: mode, hooks and endpoints.
 
-use std::path::Path;
+use imds_ebpf_common::{Mode, Policy, maps::MAP_SCHEMA_VERSION, names::MAP_POLICY};
 
-use imds_ebpf_common::{
-    Mode, Policy,
-    maps::MAP_SCHEMA_VERSION,
-    names::{MAP_CONFIG, MAP_POLICY},
-};
-
-use super::{config_record, endpoint_maps};
+use super::endpoint_maps;
 use crate::{
     config::{Hooks, endpoint_set::EndpointSet},
     datapath::{
@@ -58,23 +52,6 @@ impl Datapath {
         self.programs.retain_hooks(datapath_config.hooks);
         self.programs.record_rejected(&mut self.maps)?;
         Ok(self.programs.pin(self.pin_lock.dir())?)
-    }
-
-    /// Reports whether `text` is the last effective configuration, possibly of an earlier agent.
-    pub fn was_effective(&self, text: &str) -> Result<bool, DatapathError> {
-        let record = config_record::read(&self.maps)
-            .map_err(|source| DatapathError::Map { map: MAP_CONFIG, source })?;
-        Ok(record.is_some_and(|record| record.text == text))
-    }
-
-    /// Records the effective configuration for `status` and `config show`. Returns its generation.
-    pub fn record_config(&mut self, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
-        config_record::write(&mut self.maps, path, text)
-    }
-
-    /// Records the error of a rejected configuration.
-    pub fn record_rejected_config(&mut self, error: &str) -> Result<(), DatapathError> {
-        config_record::write_rejected_config(&mut self.maps, error)
     }
 }
 

@@ -8,7 +8,10 @@ use imds_ebpf_common::{
     names::{MAP_RECENT, MAP_RECENT_IDX},
 };
 
-use crate::datapath::{object::ObjectError, pin::dir::PinDir};
+use crate::datapath::{
+    object::{self, ObjectError},
+    pin::dir::PinDir,
+};
 
 /// Maps of the recent events and of their positions.
 pub struct Recent {
@@ -19,11 +22,9 @@ pub struct Recent {
 impl Recent {
     /// Opens the pinned maps of recent events.
     pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
-        let failed = |name| move |source| ObjectError::Map { name, source };
-        let open = |name| MapData::from_pin(pins.map(name)).map(Map::Array).map_err(failed(name));
         Ok(Self {
-            events: open(MAP_RECENT)?.try_into().map_err(failed(MAP_RECENT))?,
-            head: open(MAP_RECENT_IDX)?.try_into().map_err(failed(MAP_RECENT_IDX))?,
+            events: object::open_map(pins, MAP_RECENT, Map::Array)?,
+            head: object::open_map(pins, MAP_RECENT_IDX, Map::Array)?,
         })
     }
 

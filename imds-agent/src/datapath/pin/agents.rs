@@ -6,11 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::maps::{Array, Map, MapData};
 use imds_ebpf_common::{Policy, maps::MAP_SCHEMA_VERSION, names::MAP_POLICY};
 
 use super::{dir::PinDir, netns_owner};
-use crate::node::mounts::mount_points;
+use crate::{datapath::maps::pinned_maps::pinned_policy, node::mounts::mount_points};
 
 /// File system type of a bpffs.
 const BPFFS: &str = "bpf";
@@ -66,8 +65,9 @@ pub fn find(own: &PinDir) -> Vec<OtherAgent> {
         }
         seen.push(key);
         let Ok(pins) = PinDir::new(&root) else { continue };
+        let is_here = |policy: Policy| policy.layout == MAP_SCHEMA_VERSION && policy.netns == netns;
         // Checks the lock last, because the check takes the lock for a moment.
-        if read_netns(&pins) == Some(netns)
+        if pinned_policy(&pins).is_some_and(is_here)
             && let Ok(Some(holder)) = pins.lock_owner()
         {
             found.push(OtherAgent { pid: holder.pid, pin_dir: root });
@@ -75,14 +75,6 @@ pub fn find(own: &PinDir) -> Vec<OtherAgent> {
     }
     found.sort_by(|one, other| one.pin_dir.cmp(&other.pin_dir));
     found
-}
-
-/// Returns the network namespace of the agent that wrote the pinned policy, or `None` for another layout.
-fn read_netns(pins: &PinDir) -> Option<u32> {
-    let map = MapData::from_pin(pins.map(MAP_POLICY)).ok()?;
-    let policy: Array<MapData, Policy> = Map::Array(map).try_into().ok()?;
-    let Policy { layout, netns, .. } = policy.get(&0, 0).ok()?;
-    (layout == MAP_SCHEMA_VERSION).then_some(netns)
 }
 
 /// Returns the directories with a pinned policy map.

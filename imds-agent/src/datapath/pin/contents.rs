@@ -160,7 +160,7 @@ impl PinDir {
 
     /// Reports whether the directory contains a pin of an agent's map, program or link, under a name that agents use.
     fn has_agent_pin(&self) -> Result<bool, PinError> {
-        for kind in [PinKind::Map, PinKind::Program, PinKind::Link] {
+        for kind in PinKind::ALL {
             let directory = self.root().join(kind.directory());
             if fs::symlink_metadata(&directory).is_ok_and(|metadata| metadata.is_symlink()) {
                 continue;

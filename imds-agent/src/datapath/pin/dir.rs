@@ -1,7 +1,7 @@
 //! The pin directory: paths of the pins, creation of the directory, and operations on single pins.
 
 use std::{
-    fs::{self, DirBuilder, Permissions},
+    fs::{self, DirBuilder, File, Permissions},
     io, iter,
     os::{
         fd::{AsFd, OwnedFd},
@@ -19,7 +19,10 @@ use nix::{
 use thiserror::Error;
 
 use crate::datapath::{
-    pin::mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
+    pin::{
+        contents::entries,
+        mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
+    },
     sys::bpf,
 };
 
@@ -169,11 +172,7 @@ impl PinDir {
 
     /// Returns the paths of all pinned links, of interfaces and cgroups.
     pub fn all_links(&self) -> Result<Vec<PathBuf>, PinError> {
-        let links = self.links();
-        match fs::read_dir(&links).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            listed => listed.map_err(io_error("list", &links)),
-        }
+        entries(&self.links())
     }
 
     pub(crate) fn maps(&self) -> PathBuf {
@@ -304,9 +303,22 @@ pub fn unpin(path: &Path) -> Result<(), PinError> {
         Err(_) if path.is_dir() => fs::remove_dir_all(path),
         removed => removed,
     };
+    ignore_missing(removed).map_err(io_error("unpin", path))
+}
+
+/// Returns the result of a removal. A file or directory that is missing counts as removed.
+pub(crate) fn ignore_missing(removed: io::Result<()>) -> io::Result<()> {
     match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("unpin", path)(error)),
-        _ => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+/// Opens a file or directory. Returns `None` if the path does not exist.
+pub(crate) fn open_existing(path: &Path) -> Result<Option<File>, PinError> {
+    match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some).map_err(io_error("open", path)),
     }
 }
 

@@ -3,7 +3,6 @@
 
 use std::{
     fs::{self, File},
-    io,
     os::unix::fs::MetadataExt as _,
     path::Path,
     thread,
@@ -12,7 +11,7 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::dir::{PinDir, PinError, io_error};
+use super::dir::{PinDir, PinError, io_error, open_existing};
 use crate::datapath::sys::rcu;
 
 /// Time limit for taking the lock. `status` holds it for a moment to check whether another process does.
@@ -34,8 +33,7 @@ impl PinDir {
         self.ensure_usable()?;
         let is_new = !self.exists();
         self.make_directories()?;
-        let lock = self.lock_path(self.root())?;
-        let lock = PinLock { dir: self.clone(), lock, ready: None, is_new, failure: None };
+        let lock = self.locked_by(self.lock_path(self.root())?, is_new);
         // A killed `unload` may have left the setting changed, and its request in place.
         rcu::restore_if_recorded(self);
         self.withdraw_unload_request()?;
@@ -47,8 +45,7 @@ impl PinDir {
     pub fn lock_or_run_unpinned(&self) -> Result<PinLock, PinError> {
         match self.lock() {
             Err(error @ PinError::Mount(_)) => {
-                let lock = self.lock_path(NETNS.as_ref())?;
-                let mut lock = PinLock { dir: self.clone(), lock, ready: None, is_new: false, failure: None };
+                let mut lock = self.locked_by(self.lock_path(NETNS.as_ref())?, false);
                 lock.record_failure(error);
                 Ok(lock)
             }
@@ -58,16 +55,15 @@ impl PinDir {
 
     /// Locks the directory for this process, if it exists and no other process holds the lock.
     pub(crate) fn try_lock_existing(&self) -> Result<Option<PinLock>, PinError> {
-        let directory = match File::open(self.root()) {
-            Ok(directory) => directory,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(io_error("open", self.root())(error)),
-        };
+        let Some(directory) = open_existing(self.root())? else { return Ok(None) };
         let inode = directory.metadata().map_err(io_error("inspect", self.root()))?.ino();
         let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok();
         let lock = lock.filter(|_| has_inode(self.root(), inode));
-        let (ready, is_new, failure) = (None, false, None);
-        Ok(lock.map(|lock| PinLock { dir: self.clone(), lock, ready, is_new, failure }))
+        Ok(lock.map(|lock| self.locked_by(lock, false)))
+    }
+
+    fn locked_by(&self, lock: Flock<File>, is_new: bool) -> PinLock {
+        PinLock { dir: self.clone(), lock, ready: None, is_new, failure: None }
     }
 
     /// Locks the event ring buffer for this process until the result is dropped. Returns `None` if another process holds the
@@ -218,11 +214,7 @@ fn has_inode(path: &Path, inode: u64) -> bool {
 
 /// Reports whether a process holds the lock of the directory at `path`. Returns `false` if the directory does not exist.
 fn is_locked(path: &Path) -> Result<bool, PinError> {
-    let directory = match File::open(path) {
-        Ok(directory) => directory,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(io_error("open", path)(error)),
-    };
+    let Some(directory) = open_existing(path)? else { return Ok(false) };
     Ok(Flock::lock(directory, FlockArg::LockSharedNonblock).is_err())
 }
 

@@ -36,7 +36,7 @@ pub(crate) fn ensure_not_in_use(pins: &PinDir) -> Result<(), DatapathError> {
         let Some(fd) = dir::open(&path)? else { continue };
         let link = bpf::link(fd).map_err(io_error("read the link at", &path))?;
         if link.is_some_and(|link| matches!(link.target, Target::Interface { ifindex: 1.., .. })) {
-            return Err(DatapathError::WrongNetns { path: pins.root().to_owned(), netns });
+            return Err(wrong_netns(pins, netns));
         }
     }
     log::warn!(
@@ -48,10 +48,7 @@ pub(crate) fn ensure_not_in_use(pins: &PinDir) -> Result<(), DatapathError> {
 
 /// Fails if the pins belong to another network namespace, even if they are not in use.
 pub fn ensure_own_netns(pins: &PinDir) -> Result<(), DatapathError> {
-    match other_netns(pins)? {
-        Some(netns) => Err(DatapathError::WrongNetns { path: pins.root().to_owned(), netns }),
-        None => Ok(()),
-    }
+    other_netns(pins)?.map_or(Ok(()), |netns| Err(wrong_netns(pins, netns)))
 }
 
 /// Fails if another network namespace may have filters of the agent. This process can't remove those; it can detach links in
@@ -60,7 +57,11 @@ pub(crate) fn ensure_no_filters_elsewhere(pins: &PinDir) -> Result<(), DatapathE
     let Some(netns) = other_netns(pins)? else { return Ok(()) };
     let maps = Maps::open(pins)?;
     if maps.interfaces.keys().flatten().any(|ifindex| interface_records::has_filter(&maps, ifindex)) {
-        return Err(DatapathError::WrongNetns { path: pins.root().to_owned(), netns });
+        return Err(wrong_netns(pins, netns));
     }
     Ok(())
+}
+
+fn wrong_netns(pins: &PinDir, netns: u32) -> DatapathError {
+    DatapathError::WrongNetns { path: pins.root().to_owned(), netns }
 }

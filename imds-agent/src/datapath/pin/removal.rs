@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     contents::{PinKind, entries, is_directory},
-    dir::{PinDir, PinError, io_error},
+    dir::{PinDir, PinError, ignore_missing, io_error},
     unload_request::REQUEST,
 };
 use crate::datapath::sys::rcu::RECORD;
@@ -44,18 +44,14 @@ fn remove_entry(path: &Path) -> Result<bool, PinError> {
     if is_directory(path) {
         return remove_empty(path);
     }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("unpin", path)(error)),
-        _ => Ok(true),
-    }
+    ignore_missing(fs::remove_file(path)).map_err(io_error("unpin", path))?;
+    Ok(true)
 }
 
 /// Removes a directory if it is empty. Returns `true` if it does not exist afterwards.
 fn remove_empty(path: &Path) -> Result<bool, PinError> {
-    match fs::remove_dir(path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+    match ignore_missing(fs::remove_dir(path)) {
         Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
-        Err(error) => Err(io_error("remove", path)(error)),
+        removed => removed.map(|()| true).map_err(io_error("remove", path)),
     }
 }

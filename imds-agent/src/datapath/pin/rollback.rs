@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use aya::maps::{Array, HashMap, Map, MapData};
 use imds_ebpf_common::{
     Address, Endpoint, Policy, PolicyFilter, ProviderRecord,
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_POLICY, MAP_PROVIDER, MAPS, programs},
@@ -15,6 +15,7 @@ use imds_ebpf_common::{
 
 use crate::datapath::{
     DatapathError,
+    maps::pinned_maps,
     object::{self, ObjectError},
     pin::dir::{self, PinDir, PinError, io_error},
     sys::bpf,
@@ -26,6 +27,7 @@ type ArrayContent<V> = (Array<MapData, V>, V);
 type EndpointContent = (HashMap<MapData, Address, Endpoint>, BTreeMap<Address, Endpoint>);
 
 /// Pins of maps and programs, and the content of the maps that a start writes before it attaches programs.
+#[derive(Default)]
 pub(crate) struct Rollback {
     /// Object at each path; `None` if nothing was pinned there.
     pins: Vec<(PathBuf, Option<OwnedFd>)>,
@@ -40,16 +42,8 @@ impl Rollback {
     pub(crate) fn new(pins: &PinDir, is_compatible: bool) -> Result<Self, DatapathError> {
         let maps = MAPS.into_iter().map(|name| pins.map(name));
         let programs = programs().map(|name| pins.program(name));
-        let mut rollback = Self {
-            pins: maps
-                .chain(programs)
-                .map(|path| Ok((path.clone(), open(&path)?)))
-                .collect::<Result<_, PinError>>()?,
-            policy: None,
-            filter: None,
-            provider: None,
-            endpoints: None,
-        };
+        let pinned = maps.chain(programs).map(|path| Ok((path.clone(), open(&path)?)));
+        let mut rollback = Self { pins: pinned.collect::<Result<_, PinError>>()?, ..Self::default() };
         if is_compatible {
             rollback.policy = read_array(pins, MAP_POLICY)?;
             rollback.filter = read_array(pins, MAP_FILTER)?;
@@ -94,31 +88,25 @@ fn is_out_of_resources(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
-fn open_map(pins: &PinDir, name: &'static str) -> Result<Option<MapData>, ObjectError> {
-    let path = pins.map(name);
-    if !path.exists() {
-        return Ok(None);
-    }
-    MapData::from_pin(path).map(Some).map_err(|source| ObjectError::Map { name, source })
-}
-
 fn read_array<V: aya::Pod>(
     pins: &PinDir,
     name: &'static str,
 ) -> Result<Option<ArrayContent<V>>, ObjectError> {
-    let failed = |source| ObjectError::Map { name, source };
-    let Some(map) = open_map(pins, name)? else { return Ok(None) };
-    let array: Array<MapData, V> = Map::Array(map).try_into().map_err(failed)?;
-    let value = array.get(&0, 0).map_err(failed)?;
+    if !pins.map(name).exists() {
+        return Ok(None);
+    }
+    let array: Array<MapData, V> = object::open_map(pins, name, Map::Array)?;
+    let value = array.get(&0, 0).map_err(|source| ObjectError::Map { name, source })?;
     Ok(Some((array, value)))
 }
 
 fn read_endpoints(pins: &PinDir) -> Result<Option<EndpointContent>, ObjectError> {
-    let failed = |source| ObjectError::Map { name: MAP_ENDPOINTS, source };
-    let Some(map) = open_map(pins, MAP_ENDPOINTS)? else { return Ok(None) };
-    let map: HashMap<MapData, Address, Endpoint> = Map::HashMap(map).try_into().map_err(failed)?;
-    let entries = object::present(map.iter()).collect::<Result<_, _>>().map_err(failed)?;
-    Ok(Some((map, entries)))
+    if !pins.map(MAP_ENDPOINTS).exists() {
+        return Ok(None);
+    }
+    let map: HashMap<MapData, Address, Endpoint> = object::open_map(pins, MAP_ENDPOINTS, Map::HashMap)?;
+    let entries = object::present(map.iter()).collect::<Result<_, _>>();
+    Ok(Some((map, entries.map_err(|source| ObjectError::Map { name: MAP_ENDPOINTS, source })?)))
 }
 
 fn restore_array<V: aya::Pod>(
@@ -130,13 +118,6 @@ fn restore_array<V: aya::Pod>(
 }
 
 fn restore_endpoints((mut map, before): EndpointContent) -> Result<(), DatapathError> {
-    let failed = |source: MapError| DatapathError::Map { map: MAP_ENDPOINTS, source };
-    let now: Vec<_> = object::present(map.keys()).collect::<Result<_, _>>().map_err(failed)?;
-    for address in now.iter().filter(|address| !before.contains_key(address)) {
-        map.remove(address).map_err(failed)?;
-    }
-    for (address, endpoint) in &before {
-        map.insert(address, endpoint, 0).map_err(failed)?;
-    }
-    Ok(())
+    let restored = pinned_maps::sync(&mut map, &before).map(drop);
+    restored.map_err(|source| DatapathError::Map { map: MAP_ENDPOINTS, source })
 }

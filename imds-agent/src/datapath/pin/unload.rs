@@ -137,9 +137,10 @@ async fn detach(
     removed: &mut Removed,
     mut progress: impl FnMut(Progress),
 ) -> Result<(), DatapathError> {
-    removed.sockets =
-        cgroup_programs::detach(pins, cgroup_programs::SOCKETS)? | host_cgroups::detach_all(pins)?;
-    removed.sockets |= cgroup_programs::detach(pins, cgroup_programs::LOCAL_SERVICE)?;
+    removed.sockets = host_cgroups::detach_all(pins)?;
+    for kind in cgroup_programs::ON_ONE_CGROUP {
+        removed.sockets |= cgroup_programs::detach(pins, kind)?;
+    }
     let pinned = pins.pinned_links()?;
     let expedited = if pinned.len() >= MANY_LINKS { expedite(pins) } else { None };
     for (done, (point, path)) in (1..).zip(&pinned) {

@@ -7,7 +7,7 @@ use std::{fs, io, path::PathBuf};
 
 use super::{
     contents::is_directory,
-    dir::{PinDir, PinError, io_error},
+    dir::{PinDir, PinError, ignore_missing, io_error},
 };
 use crate::node::file_watch::FileWatcher;
 
@@ -33,10 +33,7 @@ impl PinDir {
     /// Withdraws the request, so that it does not reach an agent that starts later.
     pub(crate) fn withdraw_unload_request(&self) -> Result<(), PinError> {
         let request = self.unload_request();
-        match fs::remove_dir(&request) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &request)(error)),
-            _ => Ok(()),
-        }
+        ignore_missing(fs::remove_dir(&request)).map_err(io_error("remove", &request))
     }
 
     /// Reports whether `unload` has asked the agent to release the directory.

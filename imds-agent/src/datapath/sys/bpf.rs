@@ -10,7 +10,7 @@ mod sink;
 
 use std::{
     ffi::{CString, c_long},
-    io,
+    io, mem,
     os::{
         fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
@@ -21,29 +21,32 @@ use std::{
 };
 
 use aya_obj::generated::{
-    BPF_F_BEFORE,
-    bpf_attach_type::{self},
+    BPF_F_AFTER, BPF_F_BEFORE, BPF_F_ID, BPF_F_LINK,
+    bpf_attach_type::{self, BPF_TCX_EGRESS},
+    bpf_attr,
     bpf_cmd::{
         self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_MAP_FREEZE, BPF_MAP_UPDATE_ELEM,
         BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD, BPF_OBJ_PIN, BPF_PROG_QUERY,
     },
+    bpf_link_info,
     bpf_link_type::BPF_LINK_TYPE_CGROUP,
 };
 
 pub use self::{
     cgroup::{CgroupPrograms, cgroup_programs, effective_programs},
-    link_target::{Direction, HookEntry, Link, MprogHook, Target},
+    link_target::{HookEntry, Link, MprogHook, Target},
     program::{
         ProgLoad, btf_load, is_agent_program, is_compiled, is_foreign, load_noop_program, load_redirect,
         object_name, prog_load, program_id, program_name,
     },
-    sink::{MAX_SINK_IDS, link_create_after, load_sink},
+    sink::{MAX_SINK_IDS, load_sink},
 };
 
-/// Capacity of the list of programs of one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
-const MPROG_MAX: u32 = 64;
+/// Capacity of the list of programs of one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`), and for cgroups
+/// `BPF_CGROUP_MAX_PROGS` (`include/linux/bpf-cgroup.h`).
+const MPROG_MAX: usize = 64;
 /// Largest number of programs on one hook. The last entry of the list is always empty (`bpf_mprog_max`).
-pub const MAX_PROGRAMS: u32 = MPROG_MAX - 1;
+pub const MAX_PROGRAMS: usize = MPROG_MAX - 1;
 
 /// Index of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
 const LOOPBACK: u32 = 1;
@@ -51,18 +54,24 @@ const LOOPBACK: u32 = 1;
 /// Reports whether the kernel supports TCX (6.6, commit e420bed02507).
 #[must_use]
 pub fn has_tcx() -> bool {
-    tcx_entries(LOOPBACK, Direction::Ingress).is_ok()
+    entries(LOOPBACK, MprogHook::TcxIngress).is_ok()
 }
 
 /// Attaches a program to a TCX or netkit hook of an interface, before all others.
-pub fn link_create_first(
-    program: impl AsFd,
-    ifindex: u32,
-    hook: impl Into<MprogHook>,
-) -> io::Result<OwnedFd> {
+pub fn link_create_first(program: impl AsFd, ifindex: u32, hook: MprogHook) -> io::Result<OwnedFd> {
     // Without a relative program, BPF_F_BEFORE inserts at the head of the list.
-    let attach_type = hook.into().attach_type() as u32;
-    link_create(program.as_fd().as_raw_fd(), ifindex, attach_type, BPF_F_BEFORE)
+    link_create(program, ifindex, hook.attach_type(), BPF_F_BEFORE, 0)
+}
+
+/// Attaches a program to TCX egress of an interface, directly after the program of `agent`.
+///
+/// Directly after the agent's program, no other program can accept or redirect test packets so that they leave the node.
+pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: HookEntry) -> io::Result<OwnedFd> {
+    let (flags, relative_id) = match agent {
+        HookEntry { program, link: 0 } => (BPF_F_AFTER | BPF_F_ID, program),
+        HookEntry { link, .. } => (BPF_F_AFTER | BPF_F_ID | BPF_F_LINK, link),
+    };
+    link_create(program, ifindex, BPF_TCX_EGRESS, flags, relative_id)
 }
 
 /// Attaches a program to a cgroup. Other programs on the cgroup stay, because links always use `BPF_F_ALLOW_MULTI`.
@@ -71,185 +80,136 @@ pub fn link_create_cgroup(
     cgroup: impl AsFd,
     attach_type: bpf_attach_type,
 ) -> io::Result<OwnedFd> {
-    let cgroup = cgroup.as_fd().as_raw_fd().cast_unsigned();
-    link_create(program.as_fd().as_raw_fd(), cgroup, attach_type as u32, 0)
+    link_create(program, raw_fd(&cgroup), attach_type, 0, 0)
 }
 
-fn link_create(prog_fd: i32, target: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attr {
-        prog_fd: i32,
-        /// File descriptor of a cgroup, or interface index.
-        target: u32,
-        attach_type: u32,
-        flags: u32,
-        relative: u32,
-        pad: u32,
-        expected_revision: u64,
-    }
-    let attr = Attr { prog_fd, target, attach_type, flags, relative: 0, pad: 0, expected_revision: 0 };
-    bpf_fd(BPF_LINK_CREATE, attr)
+/// Creates a link to `target`, an interface index or the file descriptor of a cgroup.
+fn link_create(
+    program: impl AsFd,
+    target: u32,
+    attach_type: bpf_attach_type,
+    flags: u32,
+    relative_id: u32,
+) -> io::Result<OwnedFd> {
+    let mut attr = zeroed::<bpf_attr>();
+    attr.link_create.__bindgen_anon_1.prog_fd = raw_fd(&program);
+    attr.link_create.__bindgen_anon_2.target_fd = target;
+    attr.link_create.attach_type = attach_type as u32;
+    attr.link_create.flags = flags;
+    attr.link_create.__bindgen_anon_3.tcx.__bindgen_anon_1.relative_id = relative_id;
+    bpf_fd(BPF_LINK_CREATE, &mut attr)
 }
 
 /// Replaces the program of a link atomically.
 pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
-    #[repr(C)]
-    struct Attr {
-        link_fd: i32,
-        new_prog_fd: i32,
-        flags: u32,
-        old_prog_fd: u32,
-    }
-    let attr = Attr {
-        link_fd: link.as_fd().as_raw_fd(),
-        new_prog_fd: program.as_fd().as_raw_fd(),
-        flags: 0,
-        old_prog_fd: 0,
-    };
-    bpf(BPF_LINK_UPDATE, attr).map(drop)
+    let mut attr = zeroed::<bpf_attr>();
+    attr.link_update.link_fd = raw_fd(&link);
+    attr.link_update.__bindgen_anon_1.new_prog_fd = raw_fd(&program);
+    bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
 }
 
 /// Detaches a link at once, even if other processes have it open.
 pub fn link_detach(link: impl AsFd) -> io::Result<()> {
-    #[repr(C)]
-    struct Attr {
-        link_fd: i32,
-    }
-    bpf(BPF_LINK_DETACH, Attr { link_fd: link.as_fd().as_raw_fd() }).map(drop)
+    let mut attr = zeroed::<bpf_attr>();
+    attr.link_detach.link_fd = raw_fd(&link);
+    bpf(BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
 /// Returns the description of a link, or `None` if the object is not a link.
 pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
-    /// First fields of `struct bpf_link_info`, with those of interface and cgroup links.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Info {
-        kind: u32,
-        id: u32,
-        program: u32,
-        pad: u32,
-        // TCX and netkit links: interface index and attach type. cgroup links: 64-bit id and attach type.
-        target: [u32; 4],
-    }
     if !is_link(&link)? {
         return Ok(None);
     }
-    let info: Info = info(link)?;
-    let [first, second, third, _] = info.target;
-    let target = match (info.kind, MprogHook::from_link(info.kind, second)) {
-        (_, Some(hook)) => Target::Interface { ifindex: first, hook },
-        (kind, _) if kind == BPF_LINK_TYPE_CGROUP as u32 => {
-            // The two words in memory order are the 64-bit id.
-            let (first, second) = (first.to_ne_bytes(), second.to_ne_bytes());
-            let mut id = [0; 8];
-            id[..4].copy_from_slice(&first);
-            id[4..].copy_from_slice(&second);
-            Target::Cgroup { id: u64::from_ne_bytes(id), attach_type: third }
+    let info: bpf_link_info = info(link)?;
+    // SAFETY: the kernel or `info` has initialized all bytes, and every member of the union consists of integers.
+    let tcx = unsafe { info.__bindgen_anon_1.tcx };
+    // Netkit links have the fields of TCX links.
+    let target = match MprogHook::from_link(info.type_, tcx.attach_type) {
+        Some(hook) => Target::Interface { ifindex: tcx.ifindex, hook },
+        None if info.type_ == BPF_LINK_TYPE_CGROUP as u32 => {
+            // SAFETY: as above.
+            let cgroup = unsafe { info.__bindgen_anon_1.cgroup };
+            Target::Cgroup { id: cgroup.cgroup_id, attach_type: cgroup.attach_type }
         }
-        _ => Target::Other,
+        None => Target::Other,
     };
-    Ok(Some(Link { id: info.id, program: info.program, target }))
-}
-
-/// Lists the programs on a TCX hook of an interface, in the order in which they run.
-pub fn tcx_entries(ifindex: u32, direction: Direction) -> io::Result<Vec<HookEntry>> {
-    entries(ifindex, direction.into())
+    Ok(Some(Link { id: info.id, program: info.prog_id, target }))
 }
 
 /// Lists the programs on a TCX or netkit hook of an interface, in the order in which they run. Returns an error if the kernel
 /// or the interface does not have the hook.
 pub fn entries(ifindex: u32, hook: MprogHook) -> io::Result<Vec<HookEntry>> {
-    #[repr(C)]
-    struct Attr {
-        target_ifindex: u32,
-        attach_type: u32,
-        query_flags: u32,
-        attach_flags: u32,
-        prog_ids: u64,
-        count: u32,
-        pad: u32,
-        prog_attach_flags: u64,
-        link_ids: u64,
-        link_attach_flags: u64,
-        revision: u64,
-    }
-    let (mut programs, mut links) = ([0_u32; MPROG_MAX as usize], [0_u32; MPROG_MAX as usize]);
-    let mut attr = Attr {
-        target_ifindex: ifindex,
-        attach_type: hook.attach_type() as u32,
-        query_flags: 0,
-        attach_flags: 0,
-        prog_ids: programs.as_mut_ptr() as u64,
-        count: MPROG_MAX,
-        pad: 0,
-        prog_attach_flags: 0,
-        link_ids: links.as_mut_ptr() as u64,
-        link_attach_flags: 0,
-        revision: 0,
-    };
-    bpf_mut(BPF_PROG_QUERY, &mut attr)?;
-    let entries = programs.into_iter().zip(links).take(attr.count as usize);
-    Ok(entries.map(|(program, link)| HookEntry { program, link }).collect())
+    let mut links = [0; MPROG_MAX];
+    let (programs, _) = query(ifindex, hook.attach_type(), 0, Some(&mut links))?;
+    Ok(programs.into_iter().zip(links).map(|(program, link)| HookEntry { program, link }).collect())
+}
+
+/// Returns the ids of the programs at a hook of `target`, an interface index or the file descriptor of a cgroup, and their
+/// attach flags. Writes the ids of their links to `links`, which the kernel supports only for interfaces.
+fn query(
+    target: u32,
+    attach_type: bpf_attach_type,
+    query_flags: u32,
+    links: Option<&mut [u32; MPROG_MAX]>,
+) -> io::Result<(Vec<u32>, u32)> {
+    let mut programs = [0_u32; MPROG_MAX];
+    let mut attr = zeroed::<bpf_attr>();
+    attr.query.__bindgen_anon_1.target_fd = target;
+    attr.query.attach_type = attach_type as u32;
+    attr.query.query_flags = query_flags;
+    attr.query.prog_ids = programs.as_mut_ptr() as u64;
+    attr.query.__bindgen_anon_2.count = number(programs.len())?;
+    attr.query.link_ids = links.map_or(0, |links| links.as_mut_ptr() as u64);
+    bpf(BPF_PROG_QUERY, &mut attr)?;
+    // SAFETY: all bytes are initialized, and every field of this member consists of integers.
+    let answer = unsafe { attr.query };
+    // SAFETY: both members of the union are the same integer.
+    let count = unsafe { answer.__bindgen_anon_2.count };
+    Ok((programs.into_iter().take(count as usize).collect(), answer.attach_flags))
 }
 
 /// Opens the object that is pinned at `path`.
 pub fn get(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    bpf_fd(BPF_OBJ_GET, PinAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 })
+    let mut attr = zeroed::<bpf_attr>();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    bpf_fd(BPF_OBJ_GET, &mut attr)
 }
 
 /// Pins an object at `path`, which must not exist.
 pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let bpf_fd = object.as_fd().as_raw_fd();
-    bpf(BPF_OBJ_PIN, PinAttr { pathname: path.as_ptr() as u64, bpf_fd, file_flags: 0 }).map(drop)
+    let mut attr = zeroed::<bpf_attr>();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    attr.__bindgen_anon_4.bpf_fd = raw_fd(&object);
+    bpf(BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
 /// Writes the only element of an array map. The length of `value` must be the value size of the map.
 pub fn map_write(map: impl AsFd, value: &[u8]) -> io::Result<()> {
-    #[repr(C)]
-    struct Attr {
-        map_fd: i32,
-        reserved: u32,
-        key: u64,
-        value: u64,
-        flags: u64,
-    }
     let key = 0_u32;
-    let (key, value) = ((&raw const key) as u64, value.as_ptr() as u64);
-    bpf(BPF_MAP_UPDATE_ELEM, Attr { map_fd: map.as_fd().as_raw_fd(), reserved: 0, key, value, flags: 0 })
-        .map(drop)
+    let mut attr = zeroed::<bpf_attr>();
+    attr.__bindgen_anon_2.map_fd = raw_fd(&map);
+    attr.__bindgen_anon_2.key = (&raw const key) as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_ptr() as u64;
+    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
 }
 
 /// Makes a map read-only for all processes, so that the verifier treats its values as constants.
 pub fn map_freeze(map: impl AsFd) -> io::Result<()> {
-    #[repr(C)]
-    struct Attr {
-        map_fd: i32,
-        reserved: u32,
-    }
-    bpf(BPF_MAP_FREEZE, Attr { map_fd: map.as_fd().as_raw_fd(), reserved: 0 }).map(drop)
+    let mut attr = zeroed::<bpf_attr>();
+    attr.__bindgen_anon_2.map_fd = raw_fd(&map);
+    bpf(BPF_MAP_FREEZE, &mut attr).map(drop)
 }
 
-#[repr(C)]
-struct PinAttr {
-    pathname: u64,
-    bpf_fd: i32,
-    file_flags: u32,
-}
-
-/// Returns the description of a BPF object. `T` contains the first fields of the `struct bpf_…_info` of its type, as integers.
-fn info<T: Default>(object: impl AsFd) -> io::Result<T> {
-    #[repr(C)]
-    struct Attr {
-        bpf_fd: i32,
-        info_len: u32,
-        info: u64,
-    }
-    let mut info = T::default();
-    let info_len = u32::try_from(size_of::<T>()).map_err(io::Error::other)?;
-    let attr = Attr { bpf_fd: object.as_fd().as_raw_fd(), info_len, info: (&raw mut info) as u64 };
-    bpf(BPF_OBJ_GET_INFO_BY_FD, attr)?;
+/// Returns the description of a BPF object. `T` is the `struct bpf_…_info` of its type.
+fn info<T: Copy>(object: impl AsFd) -> io::Result<T> {
+    let mut info = zeroed::<T>();
+    let mut attr = zeroed::<bpf_attr>();
+    attr.info.bpf_fd = raw_fd(&object);
+    attr.info.info_len = number(size_of::<T>())?;
+    attr.info.info = (&raw mut info) as u64;
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
     Ok(info)
 }
 
@@ -267,22 +227,34 @@ fn kind_of(object: &impl AsFd) -> io::Result<String> {
     Ok(name.strip_prefix("anon_inode:").unwrap_or_default().to_owned())
 }
 
-fn bpf_fd<T>(command: bpf_cmd, attr: T) -> io::Result<OwnedFd> {
+/// Returns an object without any values. `T` is one of the C structures or unions of the kernel's interface.
+fn zeroed<T: Copy>() -> T {
+    // SAFETY: every T of this module and its children consists of integers, for which zero bytes are valid.
+    unsafe { mem::zeroed() }
+}
+
+/// Returns the number of a descriptor. Takes a reference, because a descriptor is closed where its owner is dropped.
+fn raw_fd(object: &impl AsFd) -> u32 {
+    object.as_fd().as_raw_fd().cast_unsigned()
+}
+
+fn number(number: usize) -> io::Result<u32> {
+    u32::try_from(number).map_err(io::Error::other)
+}
+
+fn bpf_fd(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
     let fd = bpf(command, attr)?;
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel has just created this descriptor for this process, and no other owner exists.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn bpf<T>(command: bpf_cmd, mut attr: T) -> io::Result<c_long> {
-    bpf_mut(command, &mut attr)
-}
-
-fn bpf_mut<T>(command: bpf_cmd, attr: &mut T) -> io::Result<c_long> {
-    // SAFETY: every T of this module and its children contains the first fields of the command's part of `union bpf_attr`,
-    // without implicit padding. Pointers in it refer to buffers of the given sizes, which outlive the call.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, ptr::from_mut(attr), size_of::<T>()) };
+/// Calls bpf(2). A kernel that does not know the last fields of `attr` accepts zeros in them.
+fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<c_long> {
+    // SAFETY: pointers in the attributes refer to buffers of the given sizes, which outlive the call.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command as libc::c_int, ptr::from_mut(attr), size_of::<bpf_attr>())
+    };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 

@@ -6,9 +6,12 @@
 //! The setting applies to the whole machine. A directory in the pin directory records that it must be restored, so that a
 //! killed `unload` does not leave it changed: the next `unload` or agent restores it. Both are gone after a reboot.
 
-use std::{fs, io, path::PathBuf};
+use std::{fs, path::PathBuf};
 
-use crate::datapath::pin::{contents::is_directory, dir::PinDir};
+use crate::datapath::pin::{
+    contents::is_directory,
+    dir::{PinDir, ignore_missing},
+};
 
 /// sysfs file of the machine-wide setting (kernel/ksysfs.c).
 const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
@@ -81,10 +84,7 @@ fn restore_setting() -> bool {
 }
 
 fn remove(record: &PathBuf) {
-    match fs::remove_dir(record) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            log::warn!("failed to remove {}: {error}", record.display());
-        }
-        _ => {}
+    if let Err(error) = ignore_missing(fs::remove_dir(record)) {
+        log::warn!("failed to remove {}: {error}", record.display());
     }
 }

@@ -18,7 +18,7 @@ use crate::{
         maps::interface_records,
         object::{self, Maps},
         pin::dir::{self, AttachPoint, PinDir},
-        sys::bpf::{self, Direction},
+        sys::bpf,
     },
     node::{
         interface_role::{self, Uplinks},
@@ -72,7 +72,7 @@ pub(crate) async fn check_interfaces(
                 checks.extend(check_programs(&link, "peer", &entries, mark));
             }
             // A kernel without TCX returns an error, and has no TCX programs.
-            let programs = bpf::entries(link.index, point.direction().into()).unwrap_or_default();
+            let programs = bpf::entries(link.index, point.tcx_hook()).unwrap_or_default();
             let mut entries = entries("tcx", programs, pins, point, &ours, &names);
             let mut filters = clsact::filters(netlink, point).await?;
             // A filter of another kind lists its inner parts too (the hash tables of u32). All filters of one priority are of
@@ -88,9 +88,9 @@ pub(crate) async fn check_interfaces(
                     kind: filter.kind,
                 });
             }
-            let hook = match point.direction() {
-                Direction::Ingress => "ingress",
-                Direction::Egress => "egress",
+            let hook = match point.hook {
+                TcHook::FromPod => "ingress",
+                TcHook::NodeEgress => "egress",
             };
             checks.extend(check_programs(&link, hook, &entries, mark));
         }

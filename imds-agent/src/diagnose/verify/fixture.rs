@@ -218,7 +218,7 @@ impl TestDevice for LoopbackTap {
 async fn send_back(netlink: &Netlink, ifindex: u32) -> Result<Option<OwnedFd>, VerifyError> {
     let program = bpf::load_redirect(ifindex).map_err(VerifyError::io("load", "a program"))?;
     if bpf::has_tcx() {
-        let link = bpf::link_create_first(&program, ifindex, bpf::Direction::Ingress);
+        let link = bpf::link_create_first(&program, ifindex, bpf::MprogHook::TcxIngress);
         return Ok(Some(link.map_err(VerifyError::io("attach", "a program"))?));
     }
     clsact::ensure_qdisc(netlink, ifindex).await?;

@@ -86,7 +86,7 @@ impl LastHook {
                 self.filters.push(filter.ok_or_else(|| VerifyError::Bypassed(device.name.clone()))?);
                 return Ok(());
             }
-            (None, None) => bpf::link_create_first(program, ifindex, bpf::Direction::Egress),
+            (None, None) => bpf::link_create_first(program, ifindex, bpf::MprogHook::TcxEgress),
         };
         let subject = format!("the packet sink to egress of interface {ifindex}");
         self.links.push(link.map_err(VerifyError::io("attach", &subject))?);
@@ -132,7 +132,7 @@ impl LastHook {
 fn agents_link(pins: &PinDir, ifindex: u32) -> Option<bpf::HookEntry> {
     let pin = pins.named_link(&format!("{}{ifindex}", link_prefix(TcHook::NodeEgress)));
     let pinned = dir::link_at(&pin)?;
-    let entries = bpf::tcx_entries(ifindex, bpf::Direction::Egress).ok()?;
+    let entries = bpf::entries(ifindex, bpf::MprogHook::TcxEgress).ok()?;
     entries.into_iter().find(|entry| entry.link == pinned.id)
 }
 

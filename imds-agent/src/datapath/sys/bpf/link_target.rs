@@ -38,6 +38,12 @@ pub struct Link {
 }
 
 impl Link {
+    /// Reports whether the link is attached to an interface or a cgroup.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        matches!(self.target, Target::Interface { ifindex: 1.., .. } | Target::Cgroup { id: 1.., .. })
+    }
+
     /// Returns the id of the cgroup that the link is attached to, or `None` for other and detached links.
     #[must_use]
     pub fn cgroup(&self) -> Option<u64> {
@@ -48,20 +54,13 @@ impl Link {
     }
 }
 
-/// Direction of packets at a TC hook, as seen from the node.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Direction {
-    /// Packets that enter the node.
-    Ingress,
-    /// Packets that leave the node.
-    Egress,
-}
-
 /// A hook of an interface that runs a list of programs in order (`bpf_mprog`, kernel 6.6).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum MprogHook {
-    /// TC ingress or egress, before the filters of qdiscs.
-    Tcx(Direction),
+    /// Packets that enter the node, before the filters of qdiscs.
+    TcxIngress,
+    /// Packets that leave the node, before the filters of qdiscs.
+    TcxEgress,
     /// Programs on packets that the primary device of a netkit pair sends (kernel 6.7).
     NetkitPrimary,
     /// Programs on packets that the peer device of a netkit pair sends. They are attached to the primary device.
@@ -69,13 +68,10 @@ pub enum MprogHook {
 }
 
 impl MprogHook {
-    pub(super) const ALL: [Self; 4] =
-        [Self::Tcx(Direction::Ingress), Self::Tcx(Direction::Egress), Self::NetkitPrimary, Self::NetkitPeer];
-
     pub(super) const fn attach_type(self) -> bpf_attach_type {
         match self {
-            Self::Tcx(Direction::Ingress) => BPF_TCX_INGRESS,
-            Self::Tcx(Direction::Egress) => BPF_TCX_EGRESS,
+            Self::TcxIngress => BPF_TCX_INGRESS,
+            Self::TcxEgress => BPF_TCX_EGRESS,
             Self::NetkitPrimary => BPF_NETKIT_PRIMARY,
             Self::NetkitPeer => BPF_NETKIT_PEER,
         }
@@ -83,18 +79,12 @@ impl MprogHook {
 
     /// Returns the hook of a link of this `bpf_link_type` and `bpf_attach_type`.
     pub(super) fn from_link(kind: u32, attach_type: u32) -> Option<Self> {
-        let hook = Self::ALL.into_iter().find(|hook| hook.attach_type() as u32 == attach_type)?;
-        let expected = match hook {
-            Self::Tcx(_) => BPF_LINK_TYPE_TCX,
-            Self::NetkitPrimary | Self::NetkitPeer => BPF_LINK_TYPE_NETKIT,
+        let hooks = match kind {
+            _ if kind == BPF_LINK_TYPE_TCX as u32 => [Self::TcxIngress, Self::TcxEgress],
+            _ if kind == BPF_LINK_TYPE_NETKIT as u32 => [Self::NetkitPrimary, Self::NetkitPeer],
+            _ => return None,
         };
-        (kind == expected as u32).then_some(hook)
-    }
-}
-
-impl From<Direction> for MprogHook {
-    fn from(direction: Direction) -> Self {
-        Self::Tcx(direction)
+        hooks.into_iter().find(|hook| hook.attach_type() as u32 == attach_type)
     }
 }
 
@@ -118,7 +108,7 @@ mod tests {
         let from_link = |kind, attach_type: bpf_attach_type| MprogHook::from_link(kind, attach_type as u32);
         assert_eq!(from_link(13, BPF_NETKIT_PEER), Some(MprogHook::NetkitPeer));
         assert_eq!(from_link(13, BPF_NETKIT_PRIMARY), Some(MprogHook::NetkitPrimary));
-        assert_eq!(from_link(11, BPF_TCX_EGRESS), Some(MprogHook::Tcx(Direction::Egress)));
+        assert_eq!(from_link(11, BPF_TCX_EGRESS), Some(MprogHook::TcxEgress));
         assert_eq!(from_link(11, BPF_NETKIT_PEER), None);
         assert_eq!(from_link(BPF_LINK_TYPE_CGROUP as u32, BPF_TCX_INGRESS), None);
     }

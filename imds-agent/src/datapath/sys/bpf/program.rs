@@ -1,21 +1,22 @@
 //! Loading of programs, small built-in programs, and names of programs.
 
 use std::{
-    ffi::CStr,
+    ffi::{CStr, c_char},
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     slice,
 };
 
 use aya_obj::generated::{
+    bpf_attr,
     bpf_cmd::{BPF_BTF_LOAD, BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD},
     bpf_func_id::BPF_FUNC_clone_redirect,
-    bpf_insn,
+    bpf_insn, bpf_map_info, bpf_prog_info,
     bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS,
 };
 use imds_ebpf_common::names::PREFIX;
 
-use super::{bpf_fd, info, kind_of, link};
+use super::{bpf_fd, info, kind_of, link, number, raw_fd, zeroed};
 
 pub(crate) const EXIT: u64 = 0x95;
 /// Level of the verifier's log: instructions (`BPF_LOG_LEVEL1`) and statistics (`BPF_LOG_STATS`).
@@ -53,23 +54,9 @@ pub fn program_name(id: u32) -> Option<String> {
 /// Returns the name of a map or a program, or the name of a link's program; `None` for other objects, and for links without
 /// `CAP_SYS_ADMIN`.
 pub fn object_name(object: impl AsFd) -> io::Result<Option<String>> {
-    /// First fields of `struct bpf_map_info`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct MapInfo {
-        before: [u32; 6],
-        name: [u8; 16],
-    }
-    /// First fields of `struct bpf_prog_info`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct ProgramInfo {
-        before: [u64; 8],
-        name: [u8; 16],
-    }
     let name = match kind_of(&object)?.as_str() {
-        "bpf-map" => info::<MapInfo>(object)?.name,
-        "bpf-prog" => info::<ProgramInfo>(object)?.name,
+        "bpf-map" => bytes(info::<bpf_map_info>(object)?.name),
+        "bpf-prog" => bytes(info::<bpf_prog_info>(object)?.name),
         "bpf_link" | "bpf-link" => return Ok(link(object)?.and_then(|link| program_name(link.program))),
         _ => return Ok(None),
     };
@@ -83,21 +70,15 @@ pub fn is_agent_program(id: u32) -> bool {
 }
 
 fn name(id: u32) -> io::Result<[u8; 16]> {
-    #[repr(C)]
-    struct Attr {
-        prog_id: u32,
-        next_id: u32,
-        open_flags: u32,
-    }
-    /// First fields of `struct bpf_prog_info`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Info {
-        before: [u64; 8],
-        name: [u8; 16],
-    }
-    let program = bpf_fd(BPF_PROG_GET_FD_BY_ID, Attr { prog_id: id, next_id: 0, open_flags: 0 })?;
-    Ok(info::<Info>(program)?.name)
+    let mut attr = zeroed::<bpf_attr>();
+    attr.__bindgen_anon_6.__bindgen_anon_1.prog_id = id;
+    let program = bpf_fd(BPF_PROG_GET_FD_BY_ID, &mut attr)?;
+    Ok(bytes(info::<bpf_prog_info>(program)?.name))
+}
+
+/// Returns the bytes of a name. `c_char` is signed on some architectures.
+fn bytes(name: [c_char; 16]) -> [u8; 16] {
+    name.map(|char| u8::from_ne_bytes(char.to_ne_bytes()))
 }
 
 /// Returns the instruction `register = value`, with a 32-bit value.
@@ -143,34 +124,8 @@ pub struct ProgLoad<'a> {
 
 /// Loads a program. The verifier writes its log to `log` unless that is empty. `ENOSPC` means that the log does not fit.
 pub fn prog_load(request: &ProgLoad<'_>, log: &mut [u8]) -> io::Result<OwnedFd> {
-    /// First fields of the part of `union bpf_attr` for `BPF_PROG_LOAD`.
-    #[repr(C)]
-    #[derive(Clone, Copy)]
-    struct Attr {
-        prog_type: u32,
-        insn_cnt: u32,
-        insns: u64,
-        license: u64,
-        log_level: u32,
-        log_size: u32,
-        log_buf: u64,
-        kern_version: u32,
-        prog_flags: u32,
-        prog_name: [u8; 16],
-        prog_ifindex: u32,
-        expected_attach_type: u32,
-        prog_btf_fd: i32,
-        func_info_rec_size: u32,
-        func_info: u64,
-        func_info_cnt: u32,
-        line_info_rec_size: u32,
-        line_info: u64,
-        line_info_cnt: u32,
-        attach_btf_id: u32,
-    }
     /// Largest number of attempts while the kernel returns `EAGAIN`, which means that a signal interrupted the verifier.
     const ATTEMPTS: u32 = 5;
-    let number = |number: usize| u32::try_from(number).map_err(io::Error::other);
     // The kernel rejects records without BTF.
     let records = |(bytes, size): (&[u8], usize)| match (request.btf, bytes.len().checked_div(size)) {
         (Some(_), Some(count)) => Ok((bytes.as_ptr() as u64, number(count)?, number(size)?)),
@@ -178,80 +133,49 @@ pub fn prog_load(request: &ProgLoad<'_>, log: &mut [u8]) -> io::Result<OwnedFd> 
     };
     let (func_info, func_info_cnt, func_info_rec_size) = records(request.func_info)?;
     let (line_info, line_info_cnt, line_info_rec_size) = records(request.line_info)?;
-    let attr = Attr {
-        prog_type: request.prog_type,
-        insn_cnt: number(request.instructions.len())?,
-        insns: request.instructions.as_ptr() as u64,
-        license: request.license.as_ptr() as u64,
-        log_level: if log.is_empty() { 0 } else { LOG_LEVEL },
-        log_size: number(log.len())?,
-        log_buf: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
-        kern_version: 0,
-        prog_flags: 0,
-        prog_name: request.name,
-        prog_ifindex: 0,
-        expected_attach_type: request.attach_type,
-        prog_btf_fd: request.btf.map_or(0, AsRawFd::as_raw_fd),
-        func_info_rec_size,
-        func_info,
-        func_info_cnt,
-        line_info_rec_size,
-        line_info,
-        line_info_cnt,
-        attach_btf_id: 0,
-    };
-    let mut loaded = bpf_fd(BPF_PROG_LOAD, attr);
+    let mut attr = zeroed::<bpf_attr>();
+    attr.__bindgen_anon_3.prog_type = request.prog_type;
+    attr.__bindgen_anon_3.insn_cnt = number(request.instructions.len())?;
+    attr.__bindgen_anon_3.insns = request.instructions.as_ptr() as u64;
+    attr.__bindgen_anon_3.license = request.license.as_ptr() as u64;
+    if !log.is_empty() {
+        attr.__bindgen_anon_3.log_level = LOG_LEVEL;
+        attr.__bindgen_anon_3.log_size = number(log.len())?;
+        attr.__bindgen_anon_3.log_buf = log.as_mut_ptr() as u64;
+    }
+    attr.__bindgen_anon_3.prog_name = request.name.map(|byte| c_char::from_ne_bytes([byte]));
+    attr.__bindgen_anon_3.expected_attach_type = request.attach_type;
+    attr.__bindgen_anon_3.prog_btf_fd = request.btf.map_or(0, raw_fd);
+    attr.__bindgen_anon_3.func_info_rec_size = func_info_rec_size;
+    attr.__bindgen_anon_3.func_info = func_info;
+    attr.__bindgen_anon_3.func_info_cnt = func_info_cnt;
+    attr.__bindgen_anon_3.line_info_rec_size = line_info_rec_size;
+    attr.__bindgen_anon_3.line_info = line_info;
+    attr.__bindgen_anon_3.line_info_cnt = line_info_cnt;
+    let mut loaded = bpf_fd(BPF_PROG_LOAD, &mut attr);
     for _ in 1..ATTEMPTS {
         if !loaded.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN)) {
             break;
         }
-        loaded = bpf_fd(BPF_PROG_LOAD, attr);
+        loaded = bpf_fd(BPF_PROG_LOAD, &mut attr);
     }
     loaded
 }
 
 /// Loads type information for maps and programs.
 pub fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
-    /// First fields of the part of `union bpf_attr` for `BPF_BTF_LOAD`.
-    #[repr(C)]
-    struct Attr {
-        btf: u64,
-        log_buf: u64,
-        size: u32,
-        log_size: u32,
-        log_level: u32,
-        reserved: u32,
-    }
-    let size = u32::try_from(btf.len()).map_err(io::Error::other)?;
-    let btf = btf.as_ptr() as u64;
-    bpf_fd(BPF_BTF_LOAD, Attr { btf, log_buf: 0, size, log_size: 0, log_level: 0, reserved: 0 })
+    let mut attr = zeroed::<bpf_attr>();
+    attr.__bindgen_anon_7.btf = btf.as_ptr() as u64;
+    attr.__bindgen_anon_7.btf_size = number(btf.len())?;
+    bpf_fd(BPF_BTF_LOAD, &mut attr)
 }
 
 /// Returns the id of a program.
 pub fn program_id(program: impl AsFd) -> io::Result<u32> {
-    /// First fields of `struct bpf_prog_info`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Info {
-        kind: u32,
-        id: u32,
-    }
-    Ok(info::<Info>(program)?.id)
+    Ok(info::<bpf_prog_info>(program)?.id)
 }
 
 /// Reports whether the kernel has compiled the program to native code (JIT).
 pub fn is_compiled(program: impl AsFd) -> io::Result<bool> {
-    /// First fields of `struct bpf_prog_info`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Info {
-        kind: u32,
-        id: u32,
-        tag: [u8; 8],
-        jited_len: u32,
-        xlated_len: u32,
-        jited: u64,
-        xlated: u64,
-    }
-    Ok(info::<Info>(program)?.jited_len != 0)
+    Ok(info::<bpf_prog_info>(program)?.jited_prog_len != 0)
 }

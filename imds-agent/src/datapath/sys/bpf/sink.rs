@@ -2,20 +2,15 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
 use aya_obj::generated::{
-    BPF_F_AFTER, BPF_F_ID, BPF_F_LINK, BPF_PSEUDO_MAP_FD,
-    bpf_attach_type::BPF_TCX_EGRESS,
-    bpf_cmd::BPF_LINK_CREATE,
+    BPF_PSEUDO_MAP_FD,
     bpf_func_id::{BPF_FUNC_get_socket_cookie, BPF_FUNC_map_lookup_elem, BPF_FUNC_skb_load_bytes_relative},
 };
 
-use super::{
-    HookEntry, bpf_fd,
-    program::{EXIT, load, set},
-};
+use super::program::{EXIT, load, set};
 
 /// Number of test packets that a sink can distinguish.
 pub const MAX_SINK_IDS: u32 = 256;
@@ -32,36 +27,6 @@ const KEY: i16 = -76;
 /// in `cookies`. The number of a test packet is the TCP window of a marked segment, or the value in `cookies`.
 pub fn load_sink(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     load(&instructions(marker, counts, cookies))
-}
-
-/// Attaches a program to TCX egress of an interface, directly after the program of `agent`.
-///
-/// Directly after the agent's program, no other program can accept or redirect test packets so that they leave the node.
-pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: HookEntry) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attr {
-        prog_fd: i32,
-        target_ifindex: u32,
-        attach_type: u32,
-        flags: u32,
-        relative_id: u32,
-        pad: u32,
-        expected_revision: u64,
-    }
-    let (flags, relative_id) = match agent {
-        HookEntry { program, link: 0 } => (BPF_F_AFTER | BPF_F_ID, program),
-        HookEntry { link, .. } => (BPF_F_AFTER | BPF_F_ID | BPF_F_LINK, link),
-    };
-    let attr = Attr {
-        prog_fd: program.as_fd().as_raw_fd(),
-        target_ifindex: ifindex,
-        attach_type: BPF_TCX_EGRESS as u32,
-        flags,
-        relative_id,
-        pad: 0,
-        expected_revision: 0,
-    };
-    bpf_fd(BPF_LINK_CREATE, attr)
 }
 
 /// One line of the assembler: an instruction or a label.
