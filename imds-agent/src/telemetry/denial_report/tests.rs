@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use imds_ebpf_common::Address;
+use imds_ebpf_common::{Address, Hook};
 
 use super::*;
 use crate::{
