@@ -21,7 +21,7 @@ use crate::{
         pin::dir::PinDir,
     },
     encode::ip_address,
-    telemetry::status::exemption_rules,
+    telemetry::status::{exemption_rules, rule_name},
 };
 
 /// Mode, hooks, endpoints and exemptions of the loaded configuration.
@@ -71,9 +71,7 @@ impl Enforcement {
             if record.flags == ExemptionRecord::BRIDGE {
                 continue;
             }
-            let number = record.rule as usize;
-            let name = number.checked_sub(1).and_then(|index| names.get(index));
-            let name = name.cloned().unwrap_or_else(|| number.to_string());
+            let name = rule_name(record.rule, &names);
             let covers = |address: &&IpAddr| {
                 exemption.address == Address::ANY || ip_address(exemption.address) == **address
             };

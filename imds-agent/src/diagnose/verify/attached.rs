@@ -95,9 +95,9 @@ pub(crate) fn check(hook: TcHook, status: &StatusReport, excluded: &[String]) ->
     .chain(excluded.iter().map(|name| format!("uplink {name} is excluded")))
     .collect();
     if wrong.is_empty() {
-        return VerifyCheck::new(hook, EXPECTED, format!("at {} of {0}", attachments.len()), Outcome::Pass);
+        return VerifyCheck::new(hook, EXPECTED, format!("at {} of {0}", attachments.len()), Outcome::Passed);
     }
-    VerifyCheck::new(hook, EXPECTED, wrong.join("; "), Outcome::Fail)
+    VerifyCheck::new(hook, EXPECTED, wrong.join("; "), Outcome::Failed)
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -185,9 +185,9 @@ impl Paths {
 fn skip_of_pods(node: Outcome, is_local: bool, is_restricted: bool) -> Option<Skip> {
     let reason = match node {
         _ if is_local => "an address of this node",
-        Outcome::Pass => return None,
+        Outcome::Passed => return None,
         _ if is_restricted => "not tested: needs the test of the path of the node, see the sender node",
-        Outcome::Fail | Outcome::Skipped => "the node itself does not reach it",
+        Outcome::Failed | Outcome::Skipped => "the node itself does not reach it",
     };
     Some(Skip::new(reason))
 }
@@ -262,10 +262,10 @@ mod tests {
             skip_of_pods(node, is_local, is_restricted).map(|skip| skip.reason)
         };
         let has = |reason: Option<String>, text: &str| reason.is_some_and(|reason| reason.contains(text));
-        assert_eq!(reason(Outcome::Pass, false, false), None);
-        assert!(has(reason(Outcome::Pass, true, false), "an address of this node"));
+        assert_eq!(reason(Outcome::Passed, false, false), None);
+        assert!(has(reason(Outcome::Passed, true, false), "an address of this node"));
         assert!(has(reason(Outcome::Skipped, false, false), "does not reach it"));
-        assert!(has(reason(Outcome::Fail, false, false), "does not reach it"));
+        assert!(has(reason(Outcome::Failed, false, false), "does not reach it"));
         // A process that is not in the allow list tells nothing about the node's routes.
         assert!(has(reason(Outcome::Skipped, false, true), "see the sender node"));
         assert!(has(reason(Outcome::Skipped, true, true), "an address of this node"));

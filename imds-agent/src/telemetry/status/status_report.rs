@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 use imds_ebpf_common::{Hook, Mode};
 use jiff::Timestamp;
 use serde::Serialize;
+use strum::Display;
 
 use crate::{
     datapath::{attach::attachment::Order, maps::counters::Counts},
@@ -138,8 +139,9 @@ pub struct RejectedProgram {
 }
 
 /// State of the node in one word.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Display, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum State {
     /// Mode `enforce` without problems: requests of pods are denied.
     Enforcing,

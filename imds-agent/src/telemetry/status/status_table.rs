@@ -26,7 +26,7 @@ impl StatusReport {
 
     fn write(&self, text: &mut String) -> std::fmt::Result {
         if self.state == State::Unloaded {
-            let (state, pins) = (self.state.name(), self.pin_dir.display());
+            let (state, pins) = (self.state, self.pin_dir.display());
             return writeln!(text, "state      {state}\npins       nothing is loaded at {pins}");
         }
         let word = if self.agent.ready { "running" } else { "not ready" };
@@ -35,7 +35,7 @@ impl StatusReport {
             (true, None) => word.to_owned(),
             (false, _) => "not running".to_owned(),
         };
-        writeln!(text, "state      {}", self.state.name())?;
+        writeln!(text, "state      {}", self.state)?;
         self.write_configuration(text)?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
         writeln!(text, "on_deny    {}", self.on_deny.unwrap_or("unknown"))?;
@@ -192,18 +192,6 @@ impl StatusReport {
         table.add_row(sum("(deleted)", &self.deleted));
         table.add_row(sum("total", &self.total));
         table
-    }
-}
-
-impl State {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Enforcing => "enforcing",
-            Self::Auditing => "auditing",
-            Self::Off => "off",
-            Self::Degraded => "degraded",
-            Self::Unloaded => "unloaded",
-        }
     }
 }
 
