@@ -193,7 +193,7 @@ impl Netlink {
     }
 
     /// Returns the route that the kernel chooses for the node's packets to `endpoint`, if there is one.
-    async fn route_to(&self, endpoint: IpAddr) -> Result<Option<RouteMessage>, NetlinkError> {
+    pub(crate) async fn route_to(&self, endpoint: IpAddr) -> Result<Option<RouteMessage>, NetlinkError> {
         let request = match endpoint {
             IpAddr::V4(address) => {
                 RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).build()
@@ -257,15 +257,6 @@ impl Netlink {
         Ok(())
     }
 
-    /// Sends a request and returns the first message of the reply.
-    pub(crate) async fn answer(
-        &self,
-        call: impl Into<String>,
-        message: RouteNetlinkMessage,
-    ) -> Result<Option<RouteNetlinkMessage>, NetlinkError> {
-        self.request(message, 0).try_next().await.map_err(|source| NetlinkError::new(call, source))
-    }
-
     /// Sends a dump request and returns all messages of the reply.
     pub(crate) async fn dump(
         &self,
@@ -300,7 +291,7 @@ impl Netlink {
 }
 
 /// Returns the indices of the interfaces through which a route leaves.
-fn outgoing(route: &RouteMessage) -> Vec<u32> {
+pub(crate) fn outgoing(route: &RouteMessage) -> Vec<u32> {
     let mut interfaces = Vec::new();
     for attribute in &route.attributes {
         match attribute {

@@ -1,16 +1,19 @@
 //! Firewall rules, TC actions and devices of other owners that change the bit of the packet mark with which `node_egress`
 //! identifies exempt pods behind a bridge.
 
-use imds_ebpf_common::{SubjectKind, maps::MARK};
+use imds_ebpf_common::{Subject, SubjectKind, maps::MARK};
 use serde_json::Value;
 
 use super::{
-    devices::{Device, MarkSource},
     doctor_report::{DoctorCheck, MarkWriter},
     mark_rules::{self, Effect},
     rulesets::Rulesets,
 };
-use crate::datapath::{maps::exemption_maps, object::Maps, pin::dir::PinDir};
+use crate::{
+    datapath::{maps::exemption_maps, object::Maps, pin::dir::PinDir},
+    diagnose::devices::{Device, MarkSource},
+    node::link::{Link, LinkKind},
+};
 
 const RULES: &str = "mark_rules";
 const TUNNELS: &str = "mark_tunnels";
@@ -40,16 +43,16 @@ impl MarkUse {
         let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
         let bit = policy.map(|policy| policy.mark).filter(|&mark| mark != 0).unwrap_or(MARK);
         let exemptions = maps.as_ref().and_then(|maps| exemption_maps::read(maps).ok()).unwrap_or_default();
-        let is_exempt = |device: &Device| {
-            let subjects = exemptions.entries.keys().map(|exemption| exemption.subject);
-            let mut links = subjects.filter(|subject| subject.kind == SubjectKind::Interface as u64);
-            links.any(|subject| subject.id == u64::from(device.index))
+        let is_exempt = |link: &Link| {
+            let subject = Subject::new(SubjectKind::Interface, link.index.into());
+            exemptions.entries.keys().any(|exemption| exemption.subject == subject)
         };
-        let has_exempt_port = |bridge: &&Device| {
-            let mut ports = devices.iter().filter(|device| device.master == Some(bridge.index));
-            bridge.is_bridge && ports.any(is_exempt)
+        let links = || devices.iter().map(|device| &device.link);
+        let has_exempt_port = |bridge: &&Link| {
+            let mut ports = links().filter(|link| link.master == Some(bridge.index));
+            bridge.kind == LinkKind::Bridge && ports.any(is_exempt)
         };
-        let bridges = devices.iter().filter(has_exempt_port);
+        let bridges = links().filter(has_exempt_port);
         Self { bit, bridges: bridges.map(|bridge| (bridge.index, bridge.name.clone())).collect() }
     }
 
@@ -152,7 +155,7 @@ pub(crate) fn tunnels(devices: &[Device], mark: &MarkUse) -> Vec<DoctorCheck> {
 }
 
 fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {
-    let (name, number) = (&device.name, mark.number());
+    let (name, number) = (&device.link.name, mark.number());
     let observed = match source {
         MarkSource::Gbp => format!("{name} is a VXLAN device with gbp: a packet's sender chooses its mark"),
         MarkSource::NetkitScrubNone => {
@@ -162,7 +165,7 @@ fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {
     if source == MarkSource::Gbp && mark.bit & GBP_BITS == 0 {
         return DoctorCheck::ok(TUNNELS, format!("{observed}; no effect: gbp can't set bit {number}"));
     }
-    if !mark.exempts_on_bridge(device.master) {
+    if !mark.exempts_on_bridge(device.link.master) {
         let note = "no effect: the device is no port of a bridge with an exempt pod";
         return DoctorCheck::ok(TUNNELS, format!("{observed}; {note}"));
     }
@@ -210,11 +213,9 @@ mod tests {
 
     #[test]
     fn tunnels_matter_as_bridge_ports() {
-        let device = |master, mark_source| Device {
-            name: "vx0".to_owned(),
-            master,
-            mark_source: Some(mark_source),
-            ..Device::default()
+        let device = |master, mark_source| {
+            let link = Link { name: "vx0".to_owned(), master, ..Link::with_index(7) };
+            Device { mark_source: Some(mark_source), ..Device::new(link) }
         };
         let state = |device: Device, mark: &MarkUse| {
             let [check] = &tunnels(&[device], mark)[..] else { panic!("one check") };

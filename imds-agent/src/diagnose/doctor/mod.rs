@@ -6,7 +6,6 @@ mod address_range;
 mod cgroup_programs;
 mod chains;
 mod coverage;
-mod devices;
 mod doctor_report;
 mod environment;
 mod firewall;
@@ -33,6 +32,7 @@ use imds_ebpf_common::Mode;
 use crate::{
     config::provider::Provider,
     datapath::{DatapathError, pin::dir::PinDir},
+    diagnose::devices,
     node::netlink::Netlink,
     version::VERSION,
 };

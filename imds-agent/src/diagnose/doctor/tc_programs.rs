@@ -6,7 +6,6 @@ use aya::programs::loaded_programs;
 use imds_ebpf_common::{InterfaceRecord, TcHook, TcHookSet, names::TC_PROGRAMS};
 
 use super::{
-    devices::Device,
     doctor_report::{DoctorCheck, Program},
     marks::MarkUse,
 };
@@ -20,6 +19,7 @@ use crate::{
         pin::dir::{self, AttachPoint, PinDir},
         sys::bpf::{self, Direction},
     },
+    diagnose::devices::Device,
     node::{
         interface_role::{self, Uplinks},
         link::{Link, LinkKind},
@@ -62,7 +62,7 @@ pub(crate) async fn check_interfaces(
             let point = AttachPoint { ifindex: link.index, hook };
             if hook == TcHook::FromPod {
                 pods += 1;
-                let device = devices.iter().find(|device| device.index == link.index);
+                let device = devices.iter().find(|device| device.link.index == link.index);
                 of_xdp.extend(device.iter().flat_map(|device| xdp(device, &names, maps.is_some())));
             }
             if hook == TcHook::FromPod && link.kind == LinkKind::Netkit {
@@ -127,7 +127,7 @@ fn xdp<'a>(
             name: names.get(&id).cloned(),
             id: Some(id),
             kind: "xdp".to_owned(),
-            at: device.name.clone(),
+            at: device.link.name.clone(),
             hook: "xdp",
             position: 1,
             count: 1,
@@ -137,7 +137,7 @@ fn xdp<'a>(
             "the program sees the pod's frames before from_pod: frames that it sends on with XDP_TX or XDP_REDIRECT pass neither \
              from_pod nor node_egress; the socket hook still denies ordinary calls; to remove the program: `ip link set dev {} xdp \
              off`",
-            device.name
+            device.link.name
         );
         DoctorCheck { program: Some(program.clone()), ..DoctorCheck::degraded(XDP, program.to_string(), remedy) }
     })

@@ -12,7 +12,6 @@ use imds_ebpf_common::{TcHook, names::link_prefix};
 
 use super::{
     VerifyError,
-    exits::NetDevice,
     sink_filter::{self, SinkFilter},
 };
 use crate::{
@@ -21,6 +20,7 @@ use crate::{
         pin::dir::{self, PinDir},
         sys::bpf,
     },
+    diagnose::devices::Device,
     node::netlink::Netlink,
 };
 
@@ -40,7 +40,7 @@ impl LastHook {
     pub(crate) async fn attach(
         pins: &PinDir,
         netlink: &Netlink,
-        exits: Vec<&NetDevice>,
+        exits: Vec<&Device>,
     ) -> Result<Self, VerifyError> {
         if exits.is_empty() {
             return Err(VerifyError::NoExit);
@@ -71,10 +71,10 @@ impl LastHook {
         &mut self,
         pins: &PinDir,
         netlink: &Netlink,
-        device: &NetDevice,
+        device: &Device,
         program: &OwnedFd,
     ) -> Result<(), VerifyError> {
-        let ifindex = device.index;
+        let ifindex = device.link.index;
         let filters = sink_filter::filters(netlink, ifindex).await?;
         sink_filter::remove_leftover(netlink, ifindex, &filters).await?;
         let agent = agents_link(pins, ifindex);
@@ -83,7 +83,7 @@ impl LastHook {
             (Some(agent), _) => bpf::link_create_after(program, ifindex, agent),
             (None, Some(filters)) => {
                 let filter = SinkFilter::add_after_agent(netlink, ifindex, filters, program.as_fd()).await?;
-                self.filters.push(filter.ok_or_else(|| VerifyError::Bypassed(device.name.clone()))?);
+                self.filters.push(filter.ok_or_else(|| VerifyError::Bypassed(device.link.name.clone()))?);
                 return Ok(());
             }
             (None, None) => bpf::link_create_first(program, ifindex, bpf::Direction::Egress),
