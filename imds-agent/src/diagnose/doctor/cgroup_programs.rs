@@ -18,7 +18,7 @@ use aya_obj::generated::{
 use imds_ebpf_common::names::SOCKET_LINKS;
 
 use super::{
-    doctor_report::{DoctorCheck, Program},
+    doctor_report::{DoctorCheck, Program, or_ok},
     tc_programs::{HookProgram, foreign, names},
 };
 use crate::{
@@ -73,10 +73,7 @@ pub(crate) fn programs(pins: &PinDir) -> Result<Vec<DoctorCheck>, DatapathError>
             }
         }
     }
-    if checks.is_empty() {
-        checks.push(DoctorCheck::ok(NAME, format!("no other programs at {}", escape_path(&cgroup.path))));
-    }
-    Ok(checks)
+    Ok(or_ok(checks, NAME, format!("no other programs at {}", escape_path(&cgroup.path))))
 }
 
 struct Cgroup {

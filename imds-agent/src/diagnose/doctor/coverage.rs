@@ -207,7 +207,7 @@ impl Enforcement {
         let Some(ranges) = &traffic.destinations else {
             return Some("all addresses except the protected ones".to_owned());
         };
-        let open = ranges.iter().filter(|range| !range.without(&protected).is_empty()).map(|range| {
+        let open = ranges.iter().filter(|range| !range.is_within(&protected)).map(|range| {
             let except: Vec<_> = protected
                 .iter()
                 .filter(|&&address| range.contains(address))

@@ -164,6 +164,19 @@ impl DoctorCheck {
     }
 }
 
+/// Returns the checks, or one that found no problem if there are none.
+pub(crate) fn or_ok(
+    checks: impl IntoIterator<Item = DoctorCheck>,
+    name: &'static str,
+    observed: impl Into<String>,
+) -> Vec<DoctorCheck> {
+    let mut checks: Vec<_> = checks.into_iter().collect();
+    if checks.is_empty() {
+        checks.push(DoctorCheck::ok(name, observed));
+    }
+    checks
+}
+
 impl DoctorReport {
     /// Returns the report as text that ends with a newline.
     #[must_use]

@@ -5,7 +5,7 @@ use imds_ebpf_common::{Subject, SubjectKind, maps::MARK};
 use serde_json::Value;
 
 use super::{
-    doctor_report::{DoctorCheck, MarkWriter},
+    doctor_report::{DoctorCheck, MarkWriter, or_ok},
     mark_rules::{self, Effect},
     rulesets::Rulesets,
 };
@@ -85,16 +85,8 @@ pub(crate) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<DoctorCheck> {
         let effect = mark_rules::action_effect(action, mark.bit);
         (effect != Effect::Unchanged).then(|| check(&action_text(action), None, effect, false, mark))
     });
-    let mut checks: Vec<_> = rules.chain(actions).collect();
-    if checks.is_empty() {
-        let observed = if rulesets.sources.is_empty() {
-            "unknown: neither iptables-save nor nft can be run here".to_owned()
-        } else {
-            format!("none writes bit {} of the packet mark ({})", mark.number(), rulesets.sources.join(", "))
-        };
-        checks.push(DoctorCheck::ok(RULES, observed));
-    }
-    checks
+    let none = rulesets.none(&format!("none writes bit {} of the packet mark", mark.number()));
+    or_ok(rules.chain(actions), RULES, none)
 }
 
 fn action_text(action: &Value) -> String {
@@ -147,11 +139,8 @@ fn consequence(effect: Effect, bridges: &str) -> String {
 /// Lists the devices that let a sender choose the mark of its packets.
 pub(crate) fn tunnels(devices: &[Device], mark: &MarkUse) -> Vec<DoctorCheck> {
     let sources = devices.iter().filter_map(|device| Some((device, device.mark_source?)));
-    let mut checks: Vec<_> = sources.map(|(device, source)| tunnel(device, source, mark)).collect();
-    if checks.is_empty() {
-        checks.push(DoctorCheck::ok(TUNNELS, "no VXLAN device with gbp, no netkit device with scrub none"));
-    }
-    checks
+    let checks = sources.map(|(device, source)| tunnel(device, source, mark));
+    or_ok(checks, TUNNELS, "no VXLAN device with gbp, no netkit device with scrub none")
 }
 
 fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {

@@ -9,6 +9,7 @@ mod coverage;
 mod doctor_report;
 mod environment;
 mod firewall;
+mod hooked_interfaces;
 mod iptables_rule;
 mod kernel_features;
 mod mark_rules;

@@ -30,7 +30,7 @@ const IPTABLES_TABLES: [&str; 5] = ["filter", "mangle", "nat", "raw", "security"
 #[derive(Debug, Default)]
 pub(crate) struct Rulesets {
     /// Names of the programs that ran successfully.
-    pub(crate) sources: Vec<&'static str>,
+    sources: Vec<&'static str>,
     pub(crate) rules: Vec<ListedRule>,
     /// TC actions, as `tc -json actions list` prints them.
     pub(crate) actions: Vec<Value>,
@@ -96,6 +96,14 @@ impl Rulesets {
             Err(_) => rulesets.add_iptables(listing, "iptables"),
         }
         rulesets
+    }
+
+    /// Describes that no rule was found, or that none could be listed.
+    pub(crate) fn none(&self, found: &str) -> String {
+        if self.sources.is_empty() {
+            return "unknown: neither iptables-save nor nft can be run here".to_owned();
+        }
+        format!("{found} ({})", self.sources.join(", "))
     }
 
     /// Returns the hooks from which packets reach each chain.
