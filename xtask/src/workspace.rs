@@ -5,10 +5,11 @@ use std::{
     fmt::Display,
     io::{self, Write as _},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::unistd::Uid;
 
 /// Returns the root directory of the workspace.
 pub(crate) fn root() -> &'static Path {
@@ -47,6 +48,31 @@ pub(crate) fn execute(command: &mut Command) -> Result<()> {
         bail!("{what} failed ({status})");
     }
     Ok(())
+}
+
+/// Runs a command without printing it, and returns its standard output. Fails if the command fails.
+pub(crate) fn output_of(command: &mut Command) -> Result<String> {
+    let name = command.get_program().display().to_string();
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("failed to start {name}"))?;
+    if !output.status.success() {
+        bail!("{name} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Fails with this message unless the user is root.
+pub(crate) fn ensure_root(message: &str) -> Result<()> {
+    ensure!(Uid::effective().is_root(), "{message}");
+    Ok(())
+}
+
+/// Returns the `pip install` of libraries to a plain directory, which can be moved, unlike a virtual environment.
+pub(crate) fn pip_install(dir: &Path) -> Command {
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "install", "--quiet", "--no-warn-conflicts", "--disable-pip-version-check"]);
+    pip.args(["--root-user-action", "ignore", "--target"]).arg(dir);
+    pip
 }
 
 /// Prints a line for the user. Ignores errors: standard error may be closed.

@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     build,
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute, print_status, root},
+    workspace::{artifacts, cargo, execute, output_of, print_status, root},
 };
 
 pub(crate) use image::Image;
@@ -147,9 +147,8 @@ fn manual(dir: &Path) -> Result<()> {
     let completions = dir.join("completions");
     fs::create_dir_all(&completions)?;
     for (shell, file) in [("bash", "imds-agent"), ("zsh", "_imds-agent"), ("fish", "imds-agent.fish")] {
-        let output = Command::new(&binary).args(["completions", shell]).output()?;
-        ensure!(output.status.success(), "imds-agent completions {shell} failed");
-        fs::write(completions.join(file), output.stdout)?;
+        let script = output_of(Command::new(&binary).args(["completions", shell]))?;
+        fs::write(completions.join(file), script)?;
     }
     Ok(())
 }

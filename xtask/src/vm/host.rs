@@ -7,17 +7,16 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, bail};
-use nix::{sys::utsname::uname, unistd::Uid};
+use anyhow::{Context as _, Result};
+use nix::sys::utsname::uname;
 
 use super::plan::{Plan, Planned};
+use crate::workspace::ensure_root;
 
 /// Runs the planned tests and writes the same output to `log` as a machine's console. Calls `tell` with the name of
 /// each finished executable.
 pub(super) fn run(plan: &Plan, log: &Path, mut tell: impl FnMut(&str)) -> Result<()> {
-    if !Uid::effective().is_root() {
-        bail!("the tests load BPF programs and create network namespaces: run them as root");
-    }
+    ensure_root("the tests load BPF programs and create network namespaces: run them as root")?;
     let release = uname().context("failed to get the kernel release")?;
     let brief = if plan.is_brief { "@brief\n" } else { "" };
     let start = format!("@kernel {}\n{brief}", release.release().display());
