@@ -1,11 +1,13 @@
 //! The effect of a rule or TC action on one bit of the packet mark.
 
 use serde_json::Value;
+use strum::IntoStaticStr;
 
 use super::rulesets::Body;
 
 /// The state of the bit after a rule, as far as the rule alone tells.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, IntoStaticStr, PartialEq)]
+#[strum(serialize_all = "lowercase")]
 pub(crate) enum Effect {
     /// The bit stays as it was.
     Unchanged,
@@ -16,16 +18,6 @@ pub(crate) enum Effect {
 }
 
 impl Effect {
-    /// Name of the effect in JSON.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Unchanged => "unchanged",
-            Self::Set => "set",
-            Self::Cleared => "cleared",
-            Self::Changed => "changed",
-        }
-    }
-
     /// Verb for sentences about a rule.
     pub(crate) const fn verb(self) -> &'static str {
         match self {

@@ -105,7 +105,7 @@ fn check(
     let (table, chain) = table_and_chain.unzip();
     let position = chain.as_ref().map(|chain| format!(" (chain {chain})")).unwrap_or_default();
     let observed = format!("{text}{position}: {} bit {number} of the packet mark", effect.verb());
-    let writer = MarkWriter { table, chain, text: text.to_owned(), effect: effect.name(), bit: number };
+    let writer = MarkWriter { table, chain, text: text.to_owned(), effect: effect.into(), bit: number };
     let check = if is_local {
         DoctorCheck::ok(RULES, format!("{observed}; no effect: this chain sees only the node's own packets"))
     } else if mark.bridges.is_empty() {

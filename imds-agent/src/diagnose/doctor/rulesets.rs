@@ -128,7 +128,7 @@ impl Rulesets {
                 table = name;
             } else if let Some(chain) = line.strip_prefix(':') {
                 let name = chain.split(' ').next().unwrap_or_default();
-                self.base_chains.extend(BaseHook::named(name).map(|hook| (id(name), hook)));
+                self.base_chains.extend(name.parse().map(|hook| (id(name), hook)));
             } else if let Some(rule) = line.strip_prefix("-A ") {
                 let words = words(rule);
                 self.rules.push(ListedRule {
@@ -151,7 +151,7 @@ impl Rulesets {
             table: text(&entry["table"]),
             name: text(&entry[name]),
         };
-        let base = |chain: &Value| Some((id(chain, "name"), BaseHook::named(chain["hook"].as_str()?)?));
+        let base = |chain: &Value| Some((id(chain, "name"), chain["hook"].as_str()?.parse().ok()?));
         self.base_chains.extend(entries().filter_map(|entry| base(entry.get("chain")?)));
         let sets = NamedSets::from_entries(entries());
         for rule in entries().filter_map(|entry| entry.get("rule")) {
