@@ -111,7 +111,7 @@ fn assert_protects(endpoints: &EndpointSet, table: &Table) {
     for expected in tables(table, "endpoint") {
         let name = expected["name"].as_str().expect("a name");
         let endpoint = endpoints
-            .endpoints()
+            .endpoints
             .iter()
             .find(|endpoint| endpoint.name == name)
             .expect("a protected endpoint");
@@ -127,7 +127,7 @@ fn assert_protects(endpoints: &EndpointSet, table: &Table) {
     }
     if table.get("provider").is_none_or(|provider| provider.as_str() != Some("none")) {
         let imds = IpAddr::from([169, 254, 169, 254]);
-        assert!(endpoints.endpoints().iter().any(|endpoint| endpoint.address == imds));
+        assert!(endpoints.endpoints.iter().any(|endpoint| endpoint.address == imds));
     }
 }
 
@@ -158,7 +158,7 @@ fn assert_exempts(endpoints: &EndpointSet, exempt: &[Exempt], table: &Table) {
             (EndpointSelector::Only(addresses), Some(names)) => {
                 assert_eq!(addresses.len(), names.len());
                 let is_named = |name: &str| names.iter().any(|named| named.as_str() == Some(name));
-                let of_address = |address| endpoints.endpoints().iter().find(|one| one.address == address);
+                let of_address = |address| endpoints.endpoints.iter().find(|one| one.address == address);
                 assert!(
                     addresses
                         .iter()

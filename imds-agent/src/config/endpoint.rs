@@ -104,7 +104,8 @@ impl Endpoints {
             errors.extend(add(endpoint.clone(), location, &mut endpoints).err());
         }
         ConfigErrors::check(errors)?;
-        Ok(EndpointSet::new(self.provider.map_or("auto", |provider| provider.name), provider.name, endpoints))
+        let configured = self.provider.map_or("auto", |provider| provider.name);
+        Ok(EndpointSet { configured, provider: provider.name, endpoints })
     }
 }
 

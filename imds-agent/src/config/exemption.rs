@@ -118,21 +118,14 @@ pub enum EndpointSelector {
 #[serde(deny_unknown_fields)]
 pub(super) struct ExemptTable {
     name: Spanned<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     interface: Option<Spanned<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     netns: Option<Spanned<PathBuf>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     cgroup: Option<Spanned<PathBuf>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     namespace: Option<Spanned<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     service_account: Option<Spanned<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     endpoints: Option<Spanned<Vec<Spanned<String>>>>,
     #[serde(default)]
     audit: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pod_selector: Option<Spanned<SelectorTable>>,
 }
 
@@ -171,7 +164,7 @@ impl Exemptions {
 }
 
 fn address(name: &str, location: &Location, endpoint_set: &EndpointSet) -> Result<IpAddr, ConfigError> {
-    let endpoints = endpoint_set.endpoints();
+    let endpoints = &endpoint_set.endpoints;
     endpoints.iter().find(|endpoint| endpoint.name == name).map(|endpoint| endpoint.address).ok_or_else(
         || {
             let valid: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();

@@ -60,7 +60,6 @@ impl fmt::Display for NodeProcess {
 #[derive(Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct NodeTable {
-    #[serde(skip_serializing_if = "Option::is_none")]
     allow: Option<Spanned<Vec<Spanned<String>>>>,
 }
 

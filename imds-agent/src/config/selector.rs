@@ -80,7 +80,6 @@ pub(super) struct SelectorTable {
 struct ExpressionTable {
     key: Spanned<String>,
     operator: Spanned<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     values: Option<Spanned<Vec<Spanned<String>>>>,
 }
 

@@ -216,9 +216,9 @@ impl Reconciler {
             nodes,
             datapath_config.backend.name(),
             if datapath_config.cgroup.is_some() { "on" } else { "off" },
-            endpoint_set.provider(),
-            endpoint_set.endpoints().len(),
-            if endpoint_set.endpoints().len() == 1 { "" } else { "s" },
+            endpoint_set.provider,
+            endpoint_set.endpoints.len(),
+            if endpoint_set.endpoints.len() == 1 { "" } else { "s" },
         )
     }
 

@@ -64,8 +64,7 @@ pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), Datapath
     let desired: BTreeMap<_, _> = endpoint_set.entries().collect();
     write_filter(maps, &desired)?;
     write_records(maps, &desired)?;
-    let (configured, effective) =
-        (name_field(endpoint_set.configured()), name_field(endpoint_set.provider()));
+    let (configured, effective) = (name_field(endpoint_set.configured), name_field(endpoint_set.provider));
     let record = ProviderRecord { configured, effective };
     maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
 }

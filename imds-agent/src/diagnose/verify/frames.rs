@@ -121,7 +121,8 @@ mod tests {
             let address = address.parse().unwrap();
             let endpoint =
                 Endpoint { name: "imds".to_owned(), address, allow_ports: vec![AllowedPort(kept)] };
-            let endpoint_set = EndpointSet::new("none", "none", vec![endpoint]);
+            let endpoint_set =
+                EndpointSet { configured: "none", provider: "none", endpoints: vec![endpoint] };
             let endpoints: Vec<_> = endpoint_set.entries().collect();
             let filter = PolicyFilter::new(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
             let tables = InMemoryPolicy {

@@ -10,8 +10,8 @@ use imds_ebpf_common::{
 use toml::Value;
 
 use super::{
-    CgroupProgram, HostNetworkReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport,
-    SendmsgReport, SocketReport, StatusReport, effective_table, unreadable,
+    CgroupProgram, HostNetworkReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PartReport,
+    SocketReport, StatusReport, effective_table, unreadable,
 };
 use crate::{
     config::Hooks,
@@ -79,7 +79,7 @@ impl StatusReport {
         self.sockets = Some(SocketReport {
             attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
             programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
-            sendmsg: SendmsgReport {
+            sendmsg: PartReport {
                 attached: !programs.is_empty() && sendmsg.all(|program| program.is_attached),
                 reason: text,
             },
@@ -148,7 +148,7 @@ impl StatusReport {
         self.node_allow = Some(NodeAllowReport {
             attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
             programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
-            packets: PacketsReport {
+            packets: PartReport {
                 attached: !programs.is_empty() && packets.all(|program| program.is_attached),
                 reason: (!has_packets).then_some(reason),
             },

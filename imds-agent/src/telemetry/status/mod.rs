@@ -22,8 +22,8 @@ use toml::Table;
 use self::status_report::NOT_ATTACHED;
 pub use self::status_report::{
     Agent, CgroupProgram, Configuration, Endpoint, ExemptSender, HookAttachment, HostNetworkReport,
-    Interface, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport, Problem, Provider,
-    RejectedConfigReport, RejectedProgram, SendmsgReport, SocketReport, State, StatusReport,
+    Interface, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PartReport, Problem, Provider,
+    RejectedConfigReport, RejectedProgram, SocketReport, State, StatusReport,
 };
 pub(crate) use self::{
     cgroup_status::node_allow_entries,

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
 use super::{
-    CgroupProgram, Configuration, Endpoint, HookAttachment, NodeAllowReport, Provider, SendmsgReport, State,
+    CgroupProgram, Configuration, Endpoint, HookAttachment, NodeAllowReport, PartReport, Provider, State,
     StatusReport,
 };
 use crate::{
@@ -43,8 +43,7 @@ impl StatusReport {
         self.write_exemptions(text)?;
         self.write_kubernetes(text)?;
         writeln!(text, "hooks      {}", self.hooks.join(" "))?;
-        if let Some(SendmsgReport { attached, reason }) = self.sockets.as_ref().map(|sockets| sockets.sendmsg)
-        {
+        if let Some(PartReport { attached, reason }) = self.sockets.as_ref().map(|sockets| sockets.sendmsg) {
             let state = if attached { "attached" } else { "not attached" };
             let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
             writeln!(text, "sendmsg    {state}{reason}")?;
