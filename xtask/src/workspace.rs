@@ -4,8 +4,11 @@ use std::{
     env,
     fmt::Display,
     io::{self, Write as _},
+    num::NonZero,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Mutex,
+    thread,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -59,6 +62,24 @@ pub(crate) fn output_of(command: &mut Command) -> Result<String> {
         bail!("{name} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs `work` on each item, on as many at a time as there are CPUs. Returns the results in the order in which they end.
+pub(crate) fn in_parallel<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let (queue, results) = (Mutex::new(items.into_iter()), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, NonZero::get) {
+            scope.spawn(|| {
+                loop {
+                    let next = queue.lock().expect("no thread panicked").next();
+                    let Some(item) = next else { return };
+                    let result = work(item);
+                    results.lock().expect("no thread panicked").push(result);
+                }
+            });
+        }
+    });
+    results.into_inner().expect("no thread panicked")
 }
 
 /// Fails with this message unless the user is root.
