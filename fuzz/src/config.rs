@@ -110,11 +110,8 @@ fn tables<'t>(table: &'t Table, key: &str) -> impl Iterator<Item = &'t Table> {
 fn assert_protects(endpoints: &EndpointSet, table: &Table) {
     for expected in tables(table, "endpoint") {
         let name = expected["name"].as_str().expect("a name");
-        let endpoint = endpoints
-            .endpoints
-            .iter()
-            .find(|endpoint| endpoint.name == name)
-            .expect("a protected endpoint");
+        let endpoint =
+            endpoints.endpoints.iter().find(|endpoint| endpoint.name == name).expect("a protected endpoint");
         let allow_ports = expected.get("allow_ports").and_then(Value::as_array);
         let allow_ports: Vec<_> = allow_ports.into_iter().flatten().filter_map(Value::as_str).collect();
         assert_eq!(endpoint.allow_ports.len(), allow_ports.len());

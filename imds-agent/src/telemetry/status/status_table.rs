@@ -165,31 +165,25 @@ impl StatusReport {
             let pod = interface.pod.as_ref().map(Cell::new);
             table.add_row(known.map(Cell::new).into_iter().chain(cells(&interface.counts)).chain(pod));
         }
-        let blank = || Cell::new("");
+        let mut row = |title: &str, attached: String, counts: [Cell; 4]| {
+            let known = [title.to_owned(), String::new(), String::new(), attached];
+            table.add_row(known.map(Cell::new).into_iter().chain(counts));
+        };
         if let Some(sockets) = &self.sockets {
-            let attach = Cell::new(phrase_programs(&sockets.programs));
-            let row = [Cell::new("(sockets)"), blank(), blank(), attach].into_iter();
-            table.add_row(row.chain(calls(&sockets.counts)));
+            row("(sockets)", phrase_programs(&sockets.programs), calls(&sockets.counts));
         }
         if let Some(local) = self.local_service.filter(|local| local.desired || local.attached) {
-            let attach = Cell::new(if local.attached { "cgroup" } else { "-" });
-            let row = [Cell::new("(local_service)"), blank(), blank(), attach].into_iter();
-            table.add_row(row.chain(cells(&local.counts)));
+            let attached = if local.attached { "cgroup" } else { "-" };
+            row("(local_service)", attached.to_owned(), cells(&local.counts));
         }
         if let Some(hosts) = &self.host_network {
-            let attach = phrase_programs(&hosts.programs);
-            let row = [Cell::new("(host_network)"), blank(), blank(), Cell::new(attach)].into_iter();
-            table.add_row(row.chain(calls(&hosts.counts)));
+            row("(host_network)", phrase_programs(&hosts.programs), calls(&hosts.counts));
         }
         if let Some(node) = &self.node_allow {
-            let attached = Cell::new(phrase_programs(&node.programs));
-            let row = [Cell::new("(node_allow)"), blank(), blank(), attached].into_iter();
-            table.add_row(row.chain(calls(&node.counts)));
+            row("(node_allow)", phrase_programs(&node.programs), calls(&node.counts));
         }
-        let sum =
-            |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));
-        table.add_row(sum("(deleted)", &self.deleted));
-        table.add_row(sum("total", &self.total));
+        row("(deleted)", String::new(), cells(&self.deleted));
+        row("total", String::new(), cells(&self.total));
         table
     }
 }
