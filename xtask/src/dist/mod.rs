@@ -1,6 +1,5 @@
 //! Release artifacts: one static binary, and its SBOM, package, manual pages and completions.
 
-mod deb;
 mod image;
 mod sbom;
 
@@ -56,7 +55,7 @@ impl Dist {
 pub(crate) fn build() -> Result<PathBuf> {
     let dir = build_binary()?;
     manual(&dir)?;
-    deb::build(&dir)?;
+    deb(&dir)?;
     Ok(dir)
 }
 
@@ -151,6 +150,20 @@ fn manual(dir: &Path) -> Result<()> {
         fs::write(completions.join(file), script)?;
     }
     Ok(())
+}
+
+/// Builds the Debian package, described in `imds-agent/Cargo.toml`, from the files in `dir`.
+fn deb(dir: &Path) -> Result<()> {
+    // The manifest refers to files in this directory.
+    let expected = root().join("target/dist");
+    ensure!(
+        dir.canonicalize()? == expected.canonicalize().unwrap_or_default(),
+        "the Debian package can only be built from {}: unset CARGO_TARGET_DIR",
+        expected.display()
+    );
+    let mut deb = cargo("deb");
+    deb.args(["--no-build", "--no-strip", "--locked", "--package", "imds-agent", "--deb-revision", "1"]);
+    execute(deb.arg("--output").arg(dir).current_dir(root()))
 }
 
 /// Writes the checksums of every file of `dir` in the format of sha256sum(1), and returns them.
