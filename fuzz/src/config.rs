@@ -110,11 +110,8 @@ fn tables<'t>(table: &'t Table, key: &str) -> impl Iterator<Item = &'t Table> {
 fn assert_protects(endpoints: &EndpointSet, table: &Table) {
     for expected in tables(table, "endpoint") {
         let name = expected["name"].as_str().expect("a name");
-        let endpoint = endpoints
-            .endpoints()
-            .iter()
-            .find(|endpoint| endpoint.name == name)
-            .expect("a protected endpoint");
+        let endpoint =
+            endpoints.endpoints.iter().find(|endpoint| endpoint.name == name).expect("a protected endpoint");
         let allow_ports = expected.get("allow_ports").and_then(Value::as_array);
         let allow_ports: Vec<_> = allow_ports.into_iter().flatten().filter_map(Value::as_str).collect();
         assert_eq!(endpoint.allow_ports.len(), allow_ports.len());
@@ -127,7 +124,7 @@ fn assert_protects(endpoints: &EndpointSet, table: &Table) {
     }
     if table.get("provider").is_none_or(|provider| provider.as_str() != Some("none")) {
         let imds = IpAddr::from([169, 254, 169, 254]);
-        assert!(endpoints.endpoints().iter().any(|endpoint| endpoint.address == imds));
+        assert!(endpoints.endpoints.iter().any(|endpoint| endpoint.address == imds));
     }
 }
 
@@ -158,7 +155,7 @@ fn assert_exempts(endpoints: &EndpointSet, exempt: &[Exempt], table: &Table) {
             (EndpointSelector::Only(addresses), Some(names)) => {
                 assert_eq!(addresses.len(), names.len());
                 let is_named = |name: &str| names.iter().any(|named| named.as_str() == Some(name));
-                let of_address = |address| endpoints.endpoints().iter().find(|one| one.address == address);
+                let of_address = |address| endpoints.endpoints.iter().find(|one| one.address == address);
                 assert!(
                     addresses
                         .iter()

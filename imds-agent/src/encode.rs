@@ -2,10 +2,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use imds_ebpf_common::{Address, endpoint::NAME_LEN};
+use imds_ebpf_common::{Address, Hook, endpoint::NAME_LEN};
 use jiff::Timestamp;
 
 use crate::escape::escape_bytes;
+
+/// Returns the name of the hook with this number in a map.
+pub(crate) fn hook_name(number: u32) -> &'static str {
+    Hook::ALL.into_iter().find(|&hook| hook as u32 == number).map_or("unknown", Hook::name)
+}
 
 /// Returns the map key of an address.
 pub(crate) fn address_key(address: IpAddr) -> Address {

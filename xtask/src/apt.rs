@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     cache,
-    workspace::{execute, print_status},
+    workspace::{execute, output_of, print_status},
 };
 
 /// Installs packages. Updates the package lists first if a package is unknown.
@@ -79,17 +79,7 @@ fn apt_get(arguments: &[&str]) -> Command {
 }
 
 fn without_candidate(packages: &[String]) -> Result<Vec<&str>> {
-    let mut apt_cache = Command::new("apt-cache");
-    let output = apt_cache
-        .arg("policy")
-        .args(packages)
-        .env("LC_ALL", "C")
-        .output()
-        .context("failed to start apt-cache")?;
-    if !output.status.success() {
-        bail!("apt-cache policy failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-    }
-    let policy = String::from_utf8_lossy(&output.stdout);
+    let policy = output_of(Command::new("apt-cache").arg("policy").args(packages).env("LC_ALL", "C"))?;
     Ok(packages.iter().map(String::as_str).filter(|package| !has_candidate(&policy, package)).collect())
 }
 

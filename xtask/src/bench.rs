@@ -3,12 +3,11 @@
 use std::{fs, process::Stdio};
 
 use anyhow::{Context as _, Result, bail};
-use nix::unistd::Uid;
 
 use crate::{
     clients,
     setup::{self, Purpose},
-    workspace::{cargo, describe, execute, print_status, root},
+    workspace::{cargo, describe, ensure_root, execute, print_status, root},
 };
 
 /// Run the benchmarks of the agent and its programs; needs root, takes half an hour on an otherwise idle machine
@@ -52,9 +51,7 @@ impl Bench {
             Some(name) => vec![name.as_str()],
             None => ALL.to_vec(),
         };
-        if !Uid::effective().is_root() {
-            bail!("the benchmarks load BPF programs: run them as root");
-        }
+        ensure_root("the benchmarks load BPF programs: run them as root")?;
         setup::ensure(Purpose::Bench)?;
         execute(cargo("build").args(["--release", "--package", "imds-agent", "--locked"]))?;
         for name in names {

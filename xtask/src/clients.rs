@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     apt, cache,
-    workspace::{execute, print_status, root},
+    workspace::{execute, pip_install, print_status, root},
 };
 
 /// The metadata client of a virtual machine's first boot.
@@ -41,20 +41,8 @@ pub(crate) fn fetch() -> Result<()> {
     })
 }
 
-/// Libraries in a directory work wherever it is moved, unlike the programs of a virtual environment.
 fn fetch_python(lists: &Path, dir: &Path) -> Result<()> {
-    let mut pip = Command::new("python3");
-    pip.args([
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-warn-conflicts",
-        "--disable-pip-version-check",
-        "--root-user-action",
-        "ignore",
-    ]);
-    execute(pip.arg("--target").arg(dir).arg("--requirement").arg(lists.join("requirements.txt")))
+    execute(pip_install(dir).arg("--requirement").arg(lists.join("requirements.txt")))
 }
 
 fn fetch_node(lists: &Path, dir: &Path) -> Result<()> {
@@ -68,11 +56,5 @@ fn fetch_node(lists: &Path, dir: &Path) -> Result<()> {
 /// Unpacks the package and the dependencies that the machine lacks. Installs nothing.
 fn fetch_debian(packages: &Path, dir: &Path) -> Result<()> {
     apt::download(&[DEBIAN_CLIENT.to_owned()], packages)?;
-    for entry in fs::read_dir(packages).context("failed to list the packages")? {
-        let path = entry.context("failed to list the packages")?.path();
-        if path.extension().is_some_and(|extension| extension == "deb") {
-            execute(Command::new("dpkg-deb").arg("--extract").args([&path, dir]))?;
-        }
-    }
-    Ok(())
+    apt::unpack(packages, dir)
 }

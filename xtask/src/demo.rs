@@ -13,19 +13,16 @@ use nix::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
     },
-    unistd::Uid,
 };
 
 use crate::{
     build,
     setup::{self, Purpose},
-    workspace::print_status,
+    workspace::{ensure_root, print_status},
 };
 
 pub(crate) fn run() -> Result<()> {
-    if !Uid::effective().is_root() {
-        bail!("the demo creates network namespaces: run it as root");
-    }
+    ensure_root("the demo creates network namespaces: run it as root")?;
     setup::ensure(Purpose::Demo)?;
     let agent = build::debug()?;
     let interrupt = Interrupt::new()?;

@@ -6,15 +6,14 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use imds_tests::DEBIAN_ROOT;
-use nix::unistd::Uid;
 
 use crate::{
     cache, dist,
     setup::{self, Purpose},
     test,
-    workspace::{cargo, execute, print_status},
+    workspace::{cargo, ensure_root, execute, print_status},
 };
 
 /// Packages of the test machine in addition to Debian's base.
@@ -42,9 +41,7 @@ pub(crate) struct EndToEnd {
 
 impl EndToEnd {
     pub(crate) fn run(self) -> Result<()> {
-        if !Uid::effective().is_root() {
-            bail!("the tests create machines in namespaces: run them as root");
-        }
+        ensure_root("the tests create machines in namespaces: run them as root")?;
         if let Some((REAL, filter)) = self.filter.split_first().map(|(first, rest)| (first.as_str(), rest)) {
             return real(filter);
         }

@@ -5,15 +5,13 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     process::Command,
-    sync::Mutex,
-    thread,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, describe, execute, print_status, root},
+    workspace::{artifacts, cargo, describe, execute, in_parallel, print_status, root},
 };
 
 /// Fuzz the packet parser and the decoders of configurations, netlink messages, records, API responses and firewall
@@ -62,29 +60,12 @@ impl Fuzz {
             execute(Command::new(fuzzer).arg(input).env(TARGET, targets[0]))?;
             return Ok(());
         }
-        let (left, results) = (Mutex::new(targets.into_iter()), Mutex::new(Vec::new()));
-        thread::scope(|scope| {
-            for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
-                scope.spawn(|| {
-                    while let Some(target) = next(&left) {
-                        let result = run(&fuzzer, &directory, target, self.seconds);
-                        if let Ok(mut results) = results.lock() {
-                            results.push(result);
-                        }
-                    }
-                });
-            }
-        });
-        let results = results.into_inner().unwrap_or_default();
+        let results = in_parallel(targets, |target| run(&fuzzer, &directory, target, self.seconds));
         let failures = results.iter().filter_map(|result| result.as_ref().err());
         let failures: Vec<_> = failures.map(|failure| format!("{failure:#}")).collect();
         ensure!(failures.is_empty(), "{}", failures.join("\n"));
         Ok(())
     }
-}
-
-fn next<T>(left: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
-    left.lock().ok()?.next()
 }
 
 fn find_target(name: &str) -> Result<&'static str> {

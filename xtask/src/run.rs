@@ -7,13 +7,12 @@ use std::{
     process::{Command, ExitCode, Stdio},
 };
 
-use anyhow::{Result, bail};
-use nix::unistd::Uid;
+use anyhow::Result;
 
 use crate::{
     build,
     supervise::{Supervisor, exit_code},
-    workspace::{execute, print_status},
+    workspace::{ensure_root, execute, print_status},
 };
 
 /// Default pin directory of the agent.
@@ -33,11 +32,9 @@ pub(crate) struct Run {
 
 impl Run {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        if !Uid::effective().is_root() {
-            bail!(
-                "the agent loads BPF programs: run it as root, e.g. `sudo -E env \"PATH=$PATH\" cargo xtask run`"
-            );
-        }
+        ensure_root(
+            "the agent loads BPF programs: run it as root, e.g. `sudo -E env \"PATH=$PATH\" cargo xtask run`",
+        )?;
         let agent = build::debug()?;
         let pin_dir = directory(&self.agent_args, "--pin-dir", DEFAULT_PIN_DIR);
         let state_dir = directory(&self.agent_args, "--state-dir", DEFAULT_STATE_DIR);

@@ -38,72 +38,105 @@ pub(crate) enum Purpose {
     Manifests,
 }
 
-/// A required program and the Debian package that contains it.
-struct Tool {
-    program: &'static str,
-    package: &'static str,
+/// Programs that some tasks need.
+struct Tools {
+    /// Owner of the programs in messages.
+    owner: &'static str,
+    purposes: &'static [Purpose],
+    /// Each program with the Debian package that contains it.
+    programs: &'static [(&'static str, &'static str)],
 }
 
-const TEST_TOOLS: [Tool; 9] = [
-    Tool { program: "/usr/lib/cni/bandwidth", package: "containernetworking-plugins" },
-    Tool { program: "ip", package: "iproute2" },
-    Tool { program: "iptables", package: "iptables" },
-    Tool { program: "tc", package: "iproute2" },
-    Tool { program: "nft", package: "nftables" },
-    Tool { program: "bpftool", package: "bpftool" },
-    Tool { program: "nsenter", package: "util-linux" },
-    Tool { program: "pasta", package: "passt" },
-    Tool { program: "slirp4netns", package: "slirp4netns" },
+const TOOLS: [Tools; 10] = [
+    // Interpreter of `prose.py`.
+    Tools { owner: "the prose check's", purposes: &[Purpose::Lint], programs: &[("python3", "python3")] },
+    Tools { owner: "the demo's", purposes: &[Purpose::Demo], programs: &[("ip", "iproute2")] },
+    Tools {
+        owner: "the tests'",
+        purposes: &[Purpose::Bench, Purpose::Test, Purpose::Vm, Purpose::EndToEnd],
+        programs: &[
+            ("/usr/lib/cni/bandwidth", "containernetworking-plugins"),
+            ("ip", "iproute2"),
+            ("iptables", "iptables"),
+            ("tc", "iproute2"),
+            ("nft", "nftables"),
+            ("bpftool", "bpftool"),
+            ("nsenter", "util-linux"),
+            ("pasta", "passt"),
+            ("slirp4netns", "slirp4netns"),
+        ],
+    },
+    // C++ compiler, with which libFuzzer is built.
+    Tools { owner: "the fuzzer's", purposes: &[Purpose::Fuzz], programs: &[("c++", "g++")] },
+    // `vm` itself downloads QEMU and other programs.
+    Tools {
+        owner: "the virtual machines'",
+        purposes: &[Purpose::Vm],
+        programs: &[
+            ("apt-get", "apt"),
+            ("dpkg-deb", "dpkg"),
+            ("gpgv", "gpgv"),
+            ("ldd", "libc-bin"),
+            ("setpriv", "util-linux"),
+            ("xz", "xz-utils"),
+        ],
+    },
+    Tools { owner: "the benchmarks'", purposes: &[Purpose::Bench], programs: &[("ip6tables", "iptables")] },
+    Tools { owner: "the image's", purposes: &[Purpose::Image], programs: &[("podman", "podman")] },
+    // Container runtimes, and the programs in their images.
+    Tools {
+        owner: "the container runtimes'",
+        purposes: &[Purpose::Runtimes, Purpose::EndToEnd],
+        programs: &[
+            ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+            ("/usr/lib/podman/netavark", "netavark"),
+            ("busybox", "busybox-static"),
+            ("catatonit", "catatonit"),
+            ("containerd", "containerd"),
+            ("curl", "curl"),
+            ("podman", "podman"),
+            ("runc", "runc"),
+            ("unshare", "util-linux"),
+        ],
+    },
+    Tools {
+        owner: "the end-to-end tests'",
+        purposes: &[Purpose::EndToEnd],
+        programs: &[("debootstrap", "debootstrap")],
+    },
+    Tools {
+        owner: "the manifests'",
+        purposes: &[Purpose::Manifests],
+        programs: &[("kubectl", "kubernetes-client"), ("python3", "python3"), ("pip3", "python3-pip")],
+    },
 ];
-const DEMO_TOOLS: [Tool; 1] = [Tool { program: "ip", package: "iproute2" }];
-/// Additional tools of the benchmarks.
-const BENCH_TOOLS: [Tool; 1] = [Tool { program: "ip6tables", package: "iptables" }];
-/// Additional tools for virtual machines. `vm` itself downloads QEMU and other programs.
-const VM_TOOLS: [Tool; 6] = [
-    Tool { program: "apt-get", package: "apt" },
-    Tool { program: "dpkg-deb", package: "dpkg" },
-    Tool { program: "gpgv", package: "gpgv" },
-    Tool { program: "ldd", package: "libc-bin" },
-    Tool { program: "setpriv", package: "util-linux" },
-    Tool { program: "xz", package: "xz-utils" },
-];
-/// Container runtimes, and the programs in their images.
-const RUNTIME_TOOLS: [Tool; 9] = [
-    Tool { program: "/usr/lib/cni/bridge", package: "containernetworking-plugins" },
-    Tool { program: "/usr/lib/podman/netavark", package: "netavark" },
-    Tool { program: "busybox", package: "busybox-static" },
-    Tool { program: "catatonit", package: "catatonit" },
-    Tool { program: "containerd", package: "containerd" },
-    Tool { program: "curl", package: "curl" },
-    Tool { program: "podman", package: "podman" },
-    Tool { program: "runc", package: "runc" },
-    Tool { program: "unshare", package: "util-linux" },
-];
-/// Interpreter of `prose.py`.
-const LINT_TOOLS: [Tool; 1] = [Tool { program: "python3", package: "python3" }];
-/// Additional tools of the end-to-end tests.
-const END_TO_END_TOOLS: [Tool; 1] = [Tool { program: "debootstrap", package: "debootstrap" }];
-const MANIFEST_TOOLS: [Tool; 3] = [
-    Tool { program: "kubectl", package: "kubernetes-client" },
-    Tool { program: "python3", package: "python3" },
-    Tool { program: "pip3", package: "python3-pip" },
-];
-/// C++ compiler, with which libFuzzer is built.
-const FUZZ_TOOLS: [Tool; 1] = [Tool { program: "c++", package: "g++" }];
-const IMAGE_TOOLS: [Tool; 1] = [Tool { program: "podman", package: "podman" }];
+
 /// A program from crates.io, built with cargo.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct CargoTool {
     program: &'static str,
     version: &'static str,
     /// Additional arguments of `cargo install`.
     arguments: &'static [&'static str],
+    purposes: &'static [Purpose],
 }
 
-/// Cargo subcommand that builds the Debian package.
-const CARGO_DEB: CargoTool = CargoTool { program: "cargo-deb", version: "3.8.0", arguments: &[] };
-/// Checks dependencies. A debug build takes half the time, and the program runs for seconds only.
-const CARGO_DENY: CargoTool = CargoTool { program: "cargo-deny", version: "0.20.2", arguments: &["--debug"] };
+static CARGO_TOOLS: [CargoTool; 2] = [
+    // Cargo subcommand that builds the Debian package.
+    CargoTool {
+        program: "cargo-deb",
+        version: "3.8.0",
+        arguments: &[],
+        purposes: &[Purpose::Dist, Purpose::EndToEnd],
+    },
+    // Checks dependencies. A debug build takes half the time, and the program runs for seconds only.
+    CargoTool {
+        program: "cargo-deny",
+        version: "0.20.2",
+        arguments: &["--debug"],
+        purposes: &[Purpose::Deny],
+    },
+];
 const CLIPPY_PACKAGE: &str = "rust-web-clippy";
 
 impl Setup {
@@ -150,7 +183,7 @@ struct Missing {
     descriptions: Vec<String>,
     /// Missing Debian packages. bpf-linker is installed after them, see [`install_linker`].
     packages: Vec<&'static str>,
-    cargo_tools: Vec<CargoTool>,
+    cargo_tools: Vec<&'static CargoTool>,
 }
 
 impl Missing {
@@ -166,61 +199,24 @@ impl Missing {
                 }
             }
             if purposes.contains(&Purpose::Lint) {
-                missing.check_tools(host, "the prose check's", &LINT_TOOLS);
                 let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
                 missing.check_clippy(host, compiler);
             }
         }
-        if purposes.contains(&Purpose::Demo) {
-            missing.check_tools(host, "the demo's", &DEMO_TOOLS);
+        let is_needed = |of: &[Purpose]| of.iter().any(|purpose| purposes.contains(purpose));
+        for Tools { owner, programs, .. } in TOOLS.iter().filter(|tools| is_needed(tools.purposes)) {
+            for (program, package) in programs.iter().filter(|(program, _)| host.find(program).is_none()) {
+                missing.add(format!("{owner} {program} (package {package})"), package);
+            }
         }
-        if purposes.iter().any(|purpose| {
-            matches!(purpose, Purpose::Bench | Purpose::Test | Purpose::Vm | Purpose::EndToEnd)
-        }) {
-            missing.check_tools(host, "the tests'", &TEST_TOOLS);
-        }
-        if purposes.contains(&Purpose::Fuzz) {
-            missing.check_tools(host, "the fuzzer's", &FUZZ_TOOLS);
-        }
-        if purposes.contains(&Purpose::Vm) {
-            missing.check_tools(host, "the virtual machines'", &VM_TOOLS);
-        }
-        if purposes.contains(&Purpose::Bench) {
-            missing.check_tools(host, "the benchmarks'", &BENCH_TOOLS);
-        }
-        if purposes.contains(&Purpose::Image) {
-            missing.check_tools(host, "the image's", &IMAGE_TOOLS);
-        }
-        if purposes.iter().any(|purpose| matches!(purpose, Purpose::Runtimes | Purpose::EndToEnd)) {
-            missing.check_tools(host, "the container runtimes'", &RUNTIME_TOOLS);
-        }
-        if purposes.contains(&Purpose::EndToEnd) {
-            missing.check_tools(host, "the end-to-end tests'", &END_TO_END_TOOLS);
-        }
-        if purposes.contains(&Purpose::Manifests) {
-            missing.check_tools(host, "the manifests'", &MANIFEST_TOOLS);
-        }
-        if purposes.iter().any(|purpose| matches!(purpose, Purpose::Dist | Purpose::EndToEnd)) {
-            missing.check_cargo_tool(host, CARGO_DEB);
-        }
-        if purposes.contains(&Purpose::Deny) {
-            missing.check_cargo_tool(host, CARGO_DENY);
+        for tool in CARGO_TOOLS.iter().filter(|tool| is_needed(tool.purposes)) {
+            if host.find(tool.program).is_none() {
+                let install = format!("cargo install {} --version {}", tool.program, tool.version);
+                missing.descriptions.push(format!("{} ({install})", tool.program));
+                missing.cargo_tools.push(tool);
+            }
         }
         missing
-    }
-
-    fn check_tools(&mut self, host: &Host, purpose_name: &str, tools: &[Tool]) {
-        for tool in tools.iter().filter(|tool| host.find(tool.program).is_none()) {
-            self.add(format!("{purpose_name} {} (package {})", tool.program, tool.package), tool.package);
-        }
-    }
-
-    fn check_cargo_tool(&mut self, host: &Host, tool: CargoTool) {
-        if host.find(tool.program).is_none() {
-            self.cargo_tools.push(tool);
-            self.descriptions
-                .push(format!("{0} (cargo install {0} --version {1})", tool.program, tool.version));
-        }
     }
 
     fn check_clippy(&mut self, host: &Host, compiler: Compiler) {
@@ -263,7 +259,7 @@ impl Missing {
                 install_linker(host, &survey)?;
             }
         }
-        for CargoTool { program, version, arguments } in &self.cargo_tools {
+        for CargoTool { program, version, arguments, .. } in &self.cargo_tools {
             print_status(format_args!("building {program}: this takes some minutes"));
             let mut install = cargo("install");
             install.args([program, "--version", version, "--locked", "--quiet"]).args(*arguments);
@@ -343,7 +339,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let missing = Missing::find(&host(root.path(), &[]), &ALL);
         let mut expected = DEBIAN_PACKAGES.to_vec();
-        expected.extend(["python3", CLIPPY_PACKAGE]);
+        expected.extend([CLIPPY_PACKAGE, "python3"]);
         expected.extend(FOR_TESTS);
         assert_eq!(missing.packages, expected);
         assert!(!missing.to_string().contains('\n'), "{missing}");
@@ -356,7 +352,7 @@ mod tests {
         fs::create_dir_all(core).unwrap();
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo", "bin/bpf-linker"]);
         assert!(Missing::find(&host, &[Purpose::Build, Purpose::Ebpf]).is_empty());
-        assert_eq!(Missing::find(&host, &[Purpose::Lint]).packages, ["python3", CLIPPY_PACKAGE]);
+        assert_eq!(Missing::find(&host, &[Purpose::Lint]).packages, [CLIPPY_PACKAGE, "python3"]);
         assert_eq!(Missing::find(&host, &[Purpose::Test]).packages, FOR_TESTS);
         let for_machines = Missing::find(&host, &[Purpose::Vm]).packages;
         assert!(for_machines.contains(&"bpftool") && for_machines.contains(&"xz-utils"));

@@ -1,11 +1,10 @@
 //! The command `cargo xtask soak`.
 
-use anyhow::{Result, bail};
-use nix::unistd::Uid;
+use anyhow::Result;
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{cargo, execute},
+    workspace::{cargo, ensure_root, execute},
 };
 
 /// Run the agent under load for an hour; needs root
@@ -21,9 +20,7 @@ pub(crate) struct Soak {
 
 impl Soak {
     pub(crate) fn run(self) -> Result<()> {
-        if !Uid::effective().is_root() {
-            bail!("the soak test loads BPF programs and creates network namespaces: run it as root");
-        }
+        ensure_root("the soak test loads BPF programs and creates network namespaces: run it as root")?;
         setup::ensure(Purpose::Test)?;
         execute(cargo("build").args(["--release", "--package", "imds-agent", "--locked"]))?;
         let mut soak = cargo("bench");

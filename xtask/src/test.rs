@@ -2,13 +2,12 @@
 
 use std::{env, path::PathBuf, process::Command, thread};
 
-use anyhow::{Result, bail};
-use nix::unistd::Uid;
+use anyhow::Result;
 
 use crate::{
     promtool,
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute, print_status},
+    workspace::{artifacts, cargo, ensure_root, execute, print_status},
 };
 
 /// Run the tests of all crates; needs root, changes nothing outside of its own namespaces
@@ -47,12 +46,10 @@ impl Test {
 
 /// Builds the tests and the agent, and returns the agent's path.
 pub(crate) fn prepare() -> Result<PathBuf> {
-    if !Uid::effective().is_root() {
-        bail!(
-            "the tests load BPF programs and create network namespaces: \
-             run them as root, e.g. `sudo -E env \"PATH=$PATH\" cargo xtask test`"
-        );
-    }
+    ensure_root(
+        "the tests load BPF programs and create network namespaces: \
+             run them as root, e.g. `sudo -E env \"PATH=$PATH\" cargo xtask test`",
+    )?;
     let agent = artifacts("debug")?.join("imds-agent");
     setup::ensure(Purpose::Test)?;
     execute(&mut build_command())?;

@@ -4,11 +4,15 @@ use std::{
     env,
     fmt::Display,
     io::{self, Write as _},
+    num::NonZero,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
+    sync::Mutex,
+    thread,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::unistd::Uid;
 
 /// Returns the root directory of the workspace.
 pub(crate) fn root() -> &'static Path {
@@ -47,6 +51,49 @@ pub(crate) fn execute(command: &mut Command) -> Result<()> {
         bail!("{what} failed ({status})");
     }
     Ok(())
+}
+
+/// Runs a command without printing it, and returns its standard output. Fails if the command fails.
+pub(crate) fn output_of(command: &mut Command) -> Result<String> {
+    let name = command.get_program().display().to_string();
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("failed to start {name}"))?;
+    if !output.status.success() {
+        bail!("{name} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs `work` on each item, on as many at a time as there are CPUs. Returns the results in the order in which they end.
+pub(crate) fn in_parallel<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let (queue, results) = (Mutex::new(items.into_iter()), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, NonZero::get) {
+            scope.spawn(|| {
+                loop {
+                    let next = queue.lock().expect("no thread panicked").next();
+                    let Some(item) = next else { return };
+                    let result = work(item);
+                    results.lock().expect("no thread panicked").push(result);
+                }
+            });
+        }
+    });
+    results.into_inner().expect("no thread panicked")
+}
+
+/// Fails with this message unless the user is root.
+pub(crate) fn ensure_root(message: &str) -> Result<()> {
+    ensure!(Uid::effective().is_root(), "{message}");
+    Ok(())
+}
+
+/// Returns the `pip install` of libraries to a plain directory, which can be moved, unlike a virtual environment.
+pub(crate) fn pip_install(dir: &Path) -> Command {
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "install", "--quiet", "--no-warn-conflicts", "--disable-pip-version-check"]);
+    pip.args(["--root-user-action", "ignore", "--target"]).arg(dir);
+    pip
 }
 
 /// Prints a line for the user. Ignores errors: standard error may be closed.

@@ -75,7 +75,7 @@ pub(super) fn config(args: &ConfigArgs) -> Result<ExitCode, Failure> {
 fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     match resolve(args) {
         Ok(summary) => {
-            write_stdout(&escape_lines(&format!("ok\n{summary}")))?;
+            write_stdout(&*escape_lines(&format!("ok\n{summary}")))?;
             Ok(ExitCode::SUCCESS)
         }
         Err(errors) => {
@@ -121,9 +121,9 @@ fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
                 record.path.map_or_else(|| "all defaults".to_owned(), |path| path.display().to_string());
             let (number, since) = (record.generation, record.loaded_at);
             let toml = toml::to_string(&table)?;
-            write_stdout(&format!("# {file}, generation {number}, active since {since:.0}\n{toml}"))?;
+            write_stdout(format!("# {file}, generation {number}, active since {since:.0}\n{toml}"))?;
         }
-        Output::Json => write_stdout(&(serde_json::to_string_pretty(&table)? + "\n"))?,
+        Output::Json => write_stdout(serde_json::to_string_pretty(&table)? + "\n")?,
     }
     Ok(ExitCode::SUCCESS)
 }

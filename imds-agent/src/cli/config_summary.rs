@@ -31,7 +31,7 @@ pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exe
     add("on_deny", &[config.on_deny.name().to_owned()]);
     add("errno", &[config.on_deny_errno.name().to_owned()]);
     add("provider", &[provider(endpoint_set)]);
-    add("endpoints", &endpoint_set.endpoints().iter().map(endpoint).collect::<Vec<_>>());
+    add("endpoints", &endpoint_set.endpoints.iter().map(endpoint).collect::<Vec<_>>());
     let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.contains(hook)).map(Hook::name);
     add("hooks", &[hooks.collect::<Vec<_>>().join(" ")]);
     if let Some(processes) = &config.node_allow {
@@ -50,10 +50,10 @@ fn or_text(values: Vec<String>, if_empty: &str) -> Vec<String> {
 }
 
 fn provider(endpoint_set: &EndpointSet) -> String {
-    if endpoint_set.configured() == endpoint_set.provider() {
-        endpoint_set.provider().to_owned()
+    if endpoint_set.configured == endpoint_set.provider {
+        endpoint_set.provider.to_owned()
     } else {
-        format!("{} ({})", endpoint_set.provider(), endpoint_set.configured())
+        format!("{} ({})", endpoint_set.provider, endpoint_set.configured)
     }
 }
 
@@ -83,7 +83,7 @@ fn exemption(rule: &Exempt, endpoint_set: &EndpointSet) -> String {
         EndpointSelector::All => "all endpoints".to_owned(),
         EndpointSelector::Only(addresses) => {
             let named =
-                endpoint_set.endpoints().iter().filter(|endpoint| addresses.contains(&endpoint.address));
+                endpoint_set.endpoints.iter().filter(|endpoint| addresses.contains(&endpoint.address));
             named.map(|endpoint| endpoint.name.as_str()).collect::<Vec<_>>().join(" ")
         }
     };

@@ -11,13 +11,9 @@ use clap::{Args, ValueEnum};
 use imds_ebpf_common::Event;
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Failure, PinDirArg, output::ensure_loaded};
+use super::{Failure, PinDirArg};
 use crate::{
-    datapath::{
-        maps::pod_names,
-        pin::{dir::PinDir, netns_owner},
-    },
-    diagnose::preflight,
+    datapath::maps::pod_names,
     escape::{escape, to_json},
     node::link,
     telemetry::{
@@ -56,10 +52,7 @@ fn parse_duration(text: &str) -> Result<SignedDuration, String> {
 }
 
 pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
-    preflight::check_capabilities()?;
-    let pins = PinDir::new(&args.pins.pin_dir)?;
-    ensure_loaded(&pins, "there are no events")?;
-    netns_owner::ensure_own_netns(&pins)?;
+    let pins = args.pins.loaded("there are no events")?;
     let names = pod_names::Names::open(&pins)?;
     let earliest = args.since.map(|since| Timestamp::now().checked_sub(since).unwrap_or(Timestamp::MIN));
     let mut subscriber = match earliest {

@@ -1,18 +1,13 @@
 //! `imds-agent completions` and `imds-agent man`: files that packages install beside the binary.
 
-use std::{
-    fs,
-    io::{self, Write as _},
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{fs, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::{Cli, Failure};
+use super::{Cli, Failure, output::write_stdout};
 
 #[derive(Args, Debug)]
 pub(super) struct CompletionsArgs {
@@ -32,7 +27,8 @@ pub(super) fn completions(args: &CompletionsArgs) -> Result<ExitCode, Failure> {
     let (mut command, mut script) = (Cli::command(), Vec::new());
     let name = command.get_name().to_owned();
     clap_complete::generate(args.shell, &mut command, name, &mut script);
-    print(&script)
+    write_stdout(&script)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
@@ -40,18 +36,11 @@ pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
     let Some(dir) = &args.dir else {
         let mut page = Vec::new();
         Man::new(command).render(&mut page)?;
-        return print(&page);
+        write_stdout(&page)?;
+        return Ok(ExitCode::SUCCESS);
     };
     let failed = || format!("failed to write manual pages to {}", dir.display());
     fs::create_dir_all(dir).with_context(failed)?;
     clap_mangen::generate_to(command, dir).with_context(failed)?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn print(text: &[u8]) -> Result<ExitCode, Failure> {
-    match io::stdout().write_all(text) {
-        // A reader like `head` closes the pipe once it has enough, which is not an error.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
-        Ok(()) | Err(_) => Ok(ExitCode::SUCCESS),
-    }
 }

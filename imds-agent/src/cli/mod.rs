@@ -1,18 +1,16 @@
 //! Command line: arguments, help texts and exit codes.
 
+mod checks;
 mod config;
 mod config_summary;
-mod doctor;
 mod events;
 mod manual;
 mod output;
 mod report;
 mod run;
-mod status;
 mod stop_command;
 mod top;
 mod unload;
-mod verify;
 
 use std::{io, os::unix::net::UnixStream, path::PathBuf, process::ExitCode};
 
@@ -24,6 +22,8 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::{
     config::last_good::LastGoodStore,
+    datapath::pin::{dir::PinDir, netns_owner},
+    diagnose::preflight,
     telemetry::logging::{self, LogFormat, LogOptions},
     version,
 };
@@ -117,6 +117,18 @@ struct PinDirArg {
     pin_dir: PathBuf,
 }
 
+impl PinDirArg {
+    /// Returns the directory if it has programs for this network namespace. `consequence` completes the error message if nothing
+    /// is loaded.
+    fn loaded(&self, consequence: &str) -> anyhow::Result<PinDir> {
+        preflight::check_capabilities()?;
+        let pins = PinDir::new(&self.pin_dir)?;
+        output::ensure_loaded(&pins, consequence)?;
+        netns_owner::ensure_own_netns(&pins)?;
+        Ok(pins)
+    }
+}
+
 /// Default directory of the last good configuration (`--state-dir`).
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/imds-agent";
 
@@ -174,9 +186,9 @@ fn run(command: Command) -> ExitCode {
     let outcome = runtime.block_on(async {
         match command {
             Command::Run(args) => Box::pin(run::run(args)).await,
-            Command::Status(args) => status::status(args).await,
-            Command::Doctor(args) => doctor::doctor(args).await,
-            Command::Verify(args) => verify::verify(args).await,
+            Command::Status(args) => checks::status(args).await,
+            Command::Doctor(args) => checks::doctor(args).await,
+            Command::Verify(args) => checks::verify(args).await,
             Command::Top(args) => top::top(args).await,
             Command::Report(args) => report::report(&args).await,
             Command::Events(args) => events::events(&args),

@@ -27,7 +27,7 @@ pub(super) struct OutputArgs {
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
     #[command(flatten)]
-    pins: PinDirArg,
+    pub(super) pins: PinDirArg,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -52,8 +52,8 @@ impl OutputArgs {
         is_right: bool,
     ) -> Result<ExitCode, Failure> {
         match self.output {
-            Output::Table => write_stdout(&escape_lines(&table(report)))?,
-            Output::Json => write_stdout(&(to_json_pretty(report)? + "\n"))?,
+            Output::Table => write_stdout(&*escape_lines(&table(report)))?,
+            Output::Json => write_stdout(to_json_pretty(report)? + "\n")?,
         }
         Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(EXIT_CHECK_FAILED) })
     }
@@ -74,9 +74,9 @@ pub(super) fn ensure_pinned(pins: &PinDir) -> anyhow::Result<()> {
 }
 
 /// Writes to standard output. A reader like `head` that closes the pipe is not an error.
-pub(super) fn write_stdout(text: &str) -> io::Result<()> {
+pub(super) fn write_stdout(text: impl AsRef<[u8]>) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    match stdout.write_all(text.as_ref()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written,
     }

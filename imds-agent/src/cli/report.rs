@@ -7,16 +7,14 @@ use imds_ebpf_common::Role;
 
 use super::{
     Failure,
-    output::{OutputArgs, ensure_loaded, write_stdout},
+    output::{OutputArgs, write_stdout},
 };
 use crate::{
     config::endpoint_set::Endpoint,
     datapath::{
         maps::{denial_records::Denials, endpoint_maps, interface_records},
         object,
-        pin::netns_owner,
     },
-    diagnose::preflight,
     escape::escape_lines,
     node::netlink::Netlink,
     telemetry::{Collector, denial_report::DenialReport},
@@ -35,10 +33,7 @@ pub(super) struct ReportArgs {
 }
 
 pub(super) async fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
-    preflight::check_capabilities()?;
-    let pins = args.output.pins()?;
-    ensure_loaded(&pins, "no denials are recorded")?;
-    netns_owner::ensure_own_netns(&pins)?;
+    let pins = args.output.pins.loaded("no denials are recorded")?;
     // Without a running agent, no process has read these events yet.
     if let Some(mut collector) = Collector::open(&pins)? {
         collector.collect()?;
@@ -60,7 +55,7 @@ pub(super) async fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     }
     let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoint_set, &pods);
     let printed = if args.rules {
-        write_stdout(&escape_lines(&report.rules))?;
+        write_stdout(&*escape_lines(&report.rules))?;
         Ok(ExitCode::SUCCESS)
     } else {
         args.output.print(&report, DenialReport::table, true)

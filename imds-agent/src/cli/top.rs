@@ -16,13 +16,9 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-use super::{Failure, PinDirArg, output::ensure_loaded};
+use super::{Failure, PinDirArg};
 use crate::{
-    datapath::{
-        maps::pod_names::Names,
-        pin::{dir::PinDir, netns_owner},
-    },
-    diagnose::preflight,
+    datapath::{maps::pod_names::Names, pin::dir::PinDir},
     escape::escape,
     node::{link, netlink::Netlink},
     telemetry::{
@@ -61,10 +57,7 @@ pub(super) async fn top(args: TopArgs) -> Result<ExitCode, Failure> {
         let message = "top needs a terminal; in scripts use `imds-agent status` and `imds-agent events`";
         return Err(Failure::Usage(anyhow!(message)));
     }
-    preflight::check_capabilities()?;
-    let pins = PinDir::new(&args.pins.pin_dir)?;
-    ensure_loaded(&pins, "there is nothing to show")?;
-    netns_owner::ensure_own_netns(&pins)?;
+    let pins = args.pins.loaded("there is nothing to show")?;
     let mut watched = Watched {
         netlink: Netlink::connect()?,
         names: Names::open(&pins)?,
@@ -96,11 +89,9 @@ impl Watched {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks.reset();
         let mut keys = EventStream::new();
-        let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
-        let [mut terminate, mut interrupt, mut hangup] = {
-            let [first, second, third] = kinds.map(signal);
-            [first?, second?, third?]
-        };
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
         loop {
             terminal.draw(|frame| draw(frame, &self.model)).context("failed to draw")?;
             tokio::select! {

@@ -65,25 +65,22 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
     } else {
         format!("imds-agent unload --pin-dir {}", pins.root().display())
     };
+    let failed = |reason: String, pid| {
+        let remedy = stop_command(pid, &unload_command);
+        Failure::Failed(anyhow!("failed to unload: {reason}. Stop the agent first: {remedy}"))
+    };
     match datapath::unload(&pins, &netlink, &links, Duration::from_secs(args.timeout), progress).await {
         Ok(removed) => {
             if removed.pin_dir.is_none()
                 && let Some(agent) = lock::unpinned_agent()?
             {
-                let remedy = stop_command(agent.pid, &unload_command);
-                return Err(Failure::Failed(anyhow!(
-                    "failed to unload: {UNPINNED}. Stop the agent first: {remedy}"
-                )));
+                return Err(failed(UNPINNED.to_owned(), agent.pid));
             }
             print(&pins, &removed);
         }
-        Err(DatapathError::Pin(PinError::NotReleased { path, pid, timeout })) => {
+        Err(DatapathError::Pin(error @ PinError::NotReleased { pid, .. })) => {
             let policy = if is_off { "; all packets pass already" } else { "" };
-            let error = anyhow!(PinError::NotReleased { path, pid, timeout });
-            let remedy = stop_command(pid, &unload_command);
-            return Err(Failure::Failed(anyhow!(
-                "failed to unload: {error}{policy}. Stop the agent first: {remedy}"
-            )));
+            return Err(failed(format!("{error}{policy}"), pid));
         }
         Err(error) => return Err(error.into()),
     }

@@ -13,7 +13,7 @@ use toml::Spanned;
 use super::{
     ConfigError, ConfigErrors,
     file::File,
-    source::{Diagnostics, Location, SourceFile, check_name},
+    source::{Diagnostics, Location},
     suggest::did_you_mean,
 };
 use crate::{
@@ -66,16 +66,18 @@ fn no_services() -> Spanned<Vec<Spanned<String>>> {
 }
 
 impl Endpoints {
-    pub(super) fn parse(file: &File, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Self {
+    pub(super) fn parse(file: &File, diagnostics: &mut Diagnostics<'_>) -> Self {
         let File { provider, extra_endpoints, endpoint, preset, .. } = file;
+        let mut extra = Vec::new();
+        for name in extra_endpoints {
+            let known = diagnostics.ok(name.span(), parse_extra(name.get_ref()));
+            extra.extend(known.map(|known| (known, diagnostics.source.location(name.span()))));
+        }
         Self {
-            provider: diagnostics.ok(parse_provider(provider, source)).flatten(),
-            extra: extra_endpoints
-                .iter()
-                .filter_map(|name| diagnostics.ok(parse_extra(name, source)))
-                .collect(),
-            own: endpoint.iter().filter_map(|table| parse_endpoint(table, source, diagnostics)).collect(),
-            presets: preset.iter().map(|change| parse_preset(change, source, diagnostics)).collect(),
+            provider: diagnostics.ok(provider.span(), parse_provider(provider.get_ref())).flatten(),
+            extra,
+            own: endpoint.iter().filter_map(|table| parse_endpoint(table, diagnostics)).collect(),
+            presets: preset.iter().map(|change| parse_preset(change, diagnostics)).collect(),
         }
     }
 
@@ -88,31 +90,22 @@ impl Endpoints {
     pub fn resolve(&self, dmi: &Dmi) -> Result<EndpointSet, ConfigErrors> {
         let provider = self.provider.unwrap_or_else(|| dmi.provider());
         let mut endpoints: Vec<_> = provider.endpoints().collect();
-        let extra =
-            self.extra.iter().flat_map(|(extra, location)| extra.endpoints().map(move |e| (e, location)));
-        let own = self.own.iter().map(|(endpoint, location)| (endpoint.clone(), location));
-        let mut diagnostics = Diagnostics::default();
-        for (endpoint, location) in extra {
-            match check_new(&endpoint, &endpoints) {
-                Ok(()) => endpoints.push(endpoint),
-                Err(message) => diagnostics.push(location.error(message)),
+        let mut errors = Vec::new();
+        for (extra, location) in &self.extra {
+            for endpoint in extra.endpoints() {
+                errors.extend(add(endpoint, location, &mut endpoints).err());
             }
         }
         for change in &self.presets {
-            if let Err(message) = change.apply(provider, &mut endpoints) {
-                diagnostics.push(change.location.error(message));
-            }
+            let applied = change.apply(provider, &mut endpoints);
+            errors.extend(applied.map_err(|message| change.location.error(message)).err());
         }
-        for (endpoint, location) in own {
-            match check_new(&endpoint, &endpoints) {
-                Ok(()) => endpoints.push(endpoint),
-                Err(message) => diagnostics.push(location.error(message)),
-            }
+        for (endpoint, location) in &self.own {
+            errors.extend(add(endpoint.clone(), location, &mut endpoints).err());
         }
-        if !diagnostics.is_empty() {
-            return Err(ConfigErrors(diagnostics.into_vec()));
-        }
-        Ok(EndpointSet::new(self.provider.map_or("auto", |provider| provider.name), provider.name, endpoints))
+        ConfigErrors::check(errors)?;
+        let configured = self.provider.map_or("auto", |provider| provider.name);
+        Ok(EndpointSet { configured, provider: provider.name, endpoints })
     }
 }
 
@@ -129,6 +122,12 @@ impl PresetChange {
         let valid = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
         Err(format!("preset.{name}: provider {provider} has no endpoint {name:?}, only {valid}{suggestion}"))
     }
+}
+
+fn add(endpoint: Endpoint, location: &Location, endpoints: &mut Vec<Endpoint>) -> Result<(), ConfigError> {
+    check_new(&endpoint, endpoints).map_err(|message| location.error(message))?;
+    endpoints.push(endpoint);
+    Ok(())
 }
 
 fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
@@ -159,78 +158,56 @@ fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
     Ok(())
 }
 
-fn parse_provider(
-    name: &Spanned<String>,
-    source: SourceFile<'_>,
-) -> Result<Option<&'static Provider>, ConfigError> {
-    if name.get_ref() == "auto" {
+fn parse_provider(name: &str) -> Result<Option<&'static Provider>, String> {
+    if name == "auto" {
         return Ok(None);
     }
-    Provider::named(name.get_ref()).map(Some).ok_or_else(|| {
+    Provider::named(name).map(Some).ok_or_else(|| {
         let valid: Vec<_> = PROVIDERS.iter().map(|provider| provider.name).collect();
         let names = ["auto", "none", "generic"].into_iter().chain(valid.iter().copied());
-        let suggestion = did_you_mean(name.get_ref(), names);
+        let suggestion = did_you_mean(name, names);
         let valid = valid.join(", ");
-        source.error(
-            name.span(),
-            format!("provider: {:?} is not one of auto, none, generic, {valid}{suggestion}", name.get_ref()),
-        )
+        format!("provider: {name:?} is not one of auto, none, generic, {valid}{suggestion}")
     })
 }
 
-fn parse_extra(
-    name: &Spanned<String>,
-    source: SourceFile<'_>,
-) -> Result<(&'static Provider, Location), ConfigError> {
-    let extra = Provider::extra(name.get_ref()).ok_or_else(|| {
+fn parse_extra(name: &str) -> Result<&'static Provider, String> {
+    Provider::extra(name).ok_or_else(|| {
         let valid: Vec<_> = EXTRAS.iter().map(|extra| extra.name).collect();
-        source.error(
-            name.span(),
-            format!("extra_endpoints: {:?} is not one of {}", name.get_ref(), valid.join(", ")),
-        )
-    })?;
-    Ok((extra, source.location(name.span())))
+        format!("extra_endpoints: {name:?} is not one of {}", valid.join(", "))
+    })
 }
 
 /// Parses an endpoint. Records the errors of all its keys.
-fn parse_endpoint(
-    table: &EndpointTable,
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
-) -> Option<(Endpoint, Location)> {
-    let name = diagnostics.ok(check_name(&table.name, "endpoint.name", NAME_LEN - 1, source));
-    let address = parse_address(table.address.get_ref());
-    let address = diagnostics.ok(address.map_err(|message| source.error(table.address.span(), message)));
-    let allow_ports = parse_allow_ports("endpoint.allow_ports", &table.allow_ports, source, diagnostics);
-    name?;
+fn parse_endpoint(table: &EndpointTable, diagnostics: &mut Diagnostics<'_>) -> Option<(Endpoint, Location)> {
+    let name = diagnostics.plain_name(&table.name, "endpoint.name", NAME_LEN - 1);
+    let address = diagnostics.ok(table.address.span(), parse_address(table.address.get_ref()));
+    let allow_ports = parse_allow_ports("endpoint.allow_ports", &table.allow_ports, diagnostics);
     // Conflicts with endpoints of the provider are checked later, when the provider is known.
-    Some((
-        Endpoint { name: table.name.get_ref().clone(), address: address?, allow_ports },
-        source.location(table.address.span()),
-    ))
+    let endpoint = Endpoint { name: name?, address: address?, allow_ports };
+    Some((endpoint, diagnostics.source.location(table.address.span())))
 }
 
 fn parse_preset(
     (name, table): (&Spanned<String>, &PresetTable),
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
+    diagnostics: &mut Diagnostics<'_>,
 ) -> PresetChange {
     let key = format!("preset.{}.allow_ports", name.get_ref());
-    let allow_ports = parse_allow_ports(&key, &table.allow_ports, source, diagnostics);
-    PresetChange { name: name.get_ref().clone(), location: source.location(name.span()), allow_ports }
+    let allow_ports = parse_allow_ports(&key, &table.allow_ports, diagnostics);
+    let location = diagnostics.source.location(name.span());
+    PresetChange { name: name.get_ref().clone(), location, allow_ports }
 }
 
 /// Parses a list of ports. Records an error for each invalid one.
 fn parse_allow_ports(
     key: &str,
     texts: &Spanned<Vec<Spanned<String>>>,
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
+    diagnostics: &mut Diagnostics<'_>,
 ) -> Vec<AllowedPort> {
     let count = texts.get_ref().len();
     if count > MAX_ALLOWED_PORTS {
         let message = format!("{key}: {count} ports, but at most {MAX_ALLOWED_PORTS} are supported");
-        diagnostics.push(source.error(texts.span(), message));
+        diagnostics.error(texts.span(), message);
     }
     let mut ports: Vec<AllowedPort> = Vec::new();
     // One error covers all ports beyond the maximum.
@@ -239,7 +216,7 @@ fn parse_allow_ports(
             let is_new = !ports.contains(&port);
             is_new.then_some(port).ok_or_else(|| format!("{key}: {port} is listed twice"))
         });
-        ports.extend(diagnostics.ok(port.map_err(|message| source.error(text.span(), message))));
+        ports.extend(diagnostics.ok(text.span(), port));
     }
     ports
 }

@@ -58,37 +58,15 @@ impl Endpoint {
 /// All protected endpoints, and the provider that they come from.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct EndpointSet {
-    configured: &'static str,
-    provider: &'static str,
-    endpoints: Vec<Endpoint>,
+    /// Provider in the configuration: `auto`, `none` or a name.
+    pub configured: &'static str,
+    /// Provider whose preset is effective, or `none`.
+    pub provider: &'static str,
+    /// Endpoints of the preset, followed by those of the configuration. Their addresses are distinct.
+    pub endpoints: Vec<Endpoint>,
 }
 
 impl EndpointSet {
-    /// Creates the set from endpoints with distinct addresses. `configured` is the provider in the configuration, and
-    /// `provider` the one that it resolves to.
-    #[must_use]
-    pub(crate) fn new(configured: &'static str, provider: &'static str, endpoints: Vec<Endpoint>) -> Self {
-        Self { configured, provider, endpoints }
-    }
-
-    /// Returns the provider in the configuration: `auto`, `none` or a name.
-    #[must_use]
-    pub fn configured(&self) -> &'static str {
-        self.configured
-    }
-
-    /// Returns the provider whose preset is effective, or `none`.
-    #[must_use]
-    pub fn provider(&self) -> &'static str {
-        self.provider
-    }
-
-    /// Returns the endpoints of the preset, followed by those of the configuration.
-    #[must_use]
-    pub fn endpoints(&self) -> &[Endpoint] {
-        &self.endpoints
-    }
-
     /// Returns the addresses of the endpoints.
     #[must_use]
     pub fn addresses(&self) -> Vec<IpAddr> {

@@ -18,7 +18,7 @@ use toml::Spanned;
 use super::{
     ConfigError, ConfigErrors, names,
     selector::{Selector, SelectorTable},
-    source::{Diagnostics, Location, SourceFile, check_name},
+    source::{Diagnostics, Location},
     suggest::did_you_mean,
 };
 use crate::config::endpoint_set::EndpointSet;
@@ -118,37 +118,24 @@ pub enum EndpointSelector {
 #[serde(deny_unknown_fields)]
 pub(super) struct ExemptTable {
     name: Spanned<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     interface: Option<Spanned<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     netns: Option<Spanned<PathBuf>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     cgroup: Option<Spanned<PathBuf>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     namespace: Option<Spanned<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     service_account: Option<Spanned<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     endpoints: Option<Spanned<Vec<Spanned<String>>>>,
     #[serde(default)]
     audit: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pod_selector: Option<Spanned<SelectorTable>>,
 }
 
 impl Exemptions {
-    pub(super) fn parse(
-        tables: &[ExemptTable],
-        source: SourceFile<'_>,
-        diagnostics: &mut Diagnostics,
-    ) -> Self {
+    pub(super) fn parse(tables: &[ExemptTable], diagnostics: &mut Diagnostics<'_>) -> Self {
         let mut rules: Vec<UnresolvedRule> = Vec::new();
         for table in tables {
-            let Some(rule) = parse_rule(table, source, diagnostics) else { continue };
-            match check_new(&rule, &rules) {
-                Ok(()) => rules.push(rule),
-                Err(message) => diagnostics.push(source.error(table.name.span(), message)),
-            }
+            let Some(rule) = parse_rule(table, diagnostics) else { continue };
+            let checked = check_new(&rule, &rules).map(|()| rule);
+            rules.extend(diagnostics.ok(table.name.span(), checked));
         }
         Self { rules }
     }
@@ -162,27 +149,22 @@ impl Exemptions {
 
     /// Returns the rules with their endpoint names resolved to addresses of `endpoint_set`.
     pub fn resolve(&self, endpoint_set: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
-        let mut diagnostics = Diagnostics::default();
-        let rules = self.rules.iter().map(|rule| {
-            let UnresolvedRule { name, sender, is_audited, endpoints } = rule.clone();
-            let scope = match endpoints {
-                None => EndpointSelector::All,
-                Some(names) => EndpointSelector::Only(
-                    names
-                        .iter()
-                        .filter_map(|(name, location)| diagnostics.ok(address(name, location, endpoint_set)))
-                        .collect(),
-                ),
-            };
-            Exempt { name, sender, scope, is_audited }
-        });
-        let rules = rules.collect();
-        if diagnostics.is_empty() { Ok(rules) } else { Err(ConfigErrors(diagnostics.into_vec())) }
+        let (mut rules, mut errors) = (Vec::new(), Vec::new());
+        for UnresolvedRule { name, sender, is_audited, endpoints } in self.rules.iter().cloned() {
+            let scope = endpoints.map_or(EndpointSelector::All, |names| {
+                let addresses = names.iter().map(|(name, location)| address(name, location, endpoint_set));
+                let known = addresses.filter_map(|address| address.map_err(|error| errors.push(error)).ok());
+                EndpointSelector::Only(known.collect())
+            });
+            rules.push(Exempt { name, sender, scope, is_audited });
+        }
+        ConfigErrors::check(errors)?;
+        Ok(rules)
     }
 }
 
 fn address(name: &str, location: &Location, endpoint_set: &EndpointSet) -> Result<IpAddr, ConfigError> {
-    let endpoints = endpoint_set.endpoints();
+    let endpoints = &endpoint_set.endpoints;
     endpoints.iter().find(|endpoint| endpoint.name == name).map(|endpoint| endpoint.address).ok_or_else(
         || {
             let valid: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
@@ -221,53 +203,41 @@ impl UnresolvedRule {
 }
 
 /// Parses a rule. Records the errors of all its keys.
-fn parse_rule(
-    table: &ExemptTable,
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
-) -> Option<UnresolvedRule> {
-    let name = diagnostics.ok(check_name(&table.name, "exempt.name", MAX_NAME, source));
-    let sender = parse_sender(table, source, diagnostics);
-    let endpoints = table.endpoints.as_ref().map(|names| parse_endpoints(names, source, diagnostics));
-    name?;
-    Some(UnresolvedRule {
-        name: table.name.get_ref().clone(),
-        sender: sender?,
-        is_audited: table.audit,
-        endpoints,
-    })
+fn parse_rule(table: &ExemptTable, diagnostics: &mut Diagnostics<'_>) -> Option<UnresolvedRule> {
+    let name = diagnostics.plain_name(&table.name, "exempt.name", MAX_NAME);
+    let sender = parse_sender(table, diagnostics);
+    let endpoints = table.endpoints.as_ref().map(|names| parse_endpoints(names, diagnostics));
+    Some(UnresolvedRule { name: name?, sender: sender?, is_audited: table.audit, endpoints })
 }
 
-fn parse_sender(
-    table: &ExemptTable,
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
-) -> Option<RuleSubject> {
+fn parse_sender(table: &ExemptTable, diagnostics: &mut Diagnostics<'_>) -> Option<RuleSubject> {
     let ExemptTable { name, interface, netns, cgroup, namespace, .. } = table;
     if namespace.is_none()
         && let Some(beside) = first_pod_key(table)
     {
-        let message = "exempt: service_account and pod_selector need a namespace";
-        diagnostics.push(source.error(beside, message.to_owned()));
+        diagnostics.error(beside, "exempt: service_account and pod_selector need a namespace");
         return None;
     }
-    let sender = match (interface, netns, cgroup, namespace) {
-        (Some(glob), None, None, None) => parse_interface(glob, source),
-        (None, Some(path), None, None) => parse_path(path, "netns", source).map(RuleSubject::Netns),
-        (None, None, Some(path), None) => parse_path(path, "cgroup", source).map(RuleSubject::Cgroup),
+    match (interface, netns, cgroup, namespace) {
+        (Some(glob), None, None, None) => {
+            diagnostics.ok(glob.span(), parse_interface(glob.get_ref())).map(RuleSubject::Interface)
+        }
+        (None, Some(path), None, None) => parse_path(path, "netns", diagnostics).map(RuleSubject::Netns),
+        (None, None, Some(path), None) => parse_path(path, "cgroup", diagnostics).map(RuleSubject::Cgroup),
         (None, None, None, Some(namespace)) => {
-            return parse_pods(namespace, table, source, diagnostics).map(RuleSubject::Pods);
+            parse_pods(namespace, table, diagnostics).map(RuleSubject::Pods)
         }
         (None, None, None, None) => {
             let message = "exempt: missing selector: set one of `interface`, `netns`, `cgroup`, `namespace`";
-            Err(source.error(name.span(), message.to_owned()))
+            diagnostics.error(name.span(), message);
+            None
         }
         (_, _, _, _) => {
             let message = "exempt: set only one of `interface`, `netns`, `cgroup`, `namespace`";
-            Err(source.error(name.span(), message.to_owned()))
+            diagnostics.error(name.span(), message);
+            None
         }
-    };
-    diagnostics.ok(sender)
+    }
 }
 
 /// Returns the location of a key that is only allowed together with `namespace`.
@@ -281,42 +251,37 @@ fn first_pod_key(table: &ExemptTable) -> Option<Range<usize>> {
 fn parse_pods(
     namespace: &Spanned<String>,
     ExemptTable { service_account, pod_selector, .. }: &ExemptTable,
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
+    diagnostics: &mut Diagnostics<'_>,
 ) -> Option<PodSelector> {
     let mut checked = |name: &Spanned<String>, key: &str, is_name: fn(&str) -> bool| {
-        if is_name(name.get_ref()) {
-            return Some(name.get_ref().clone());
-        }
-        let message = format!("exempt.{key}: {:?} is not a valid name", name.get_ref());
-        diagnostics.push(source.error(name.span(), message));
-        None
+        let text = name.get_ref().clone();
+        let is_valid = is_name(&text);
+        let message = || format!("exempt.{key}: {:?} is not a valid name", name.get_ref());
+        diagnostics.ok(name.span(), is_valid.then_some(text).ok_or_else(message))
     };
     let namespace = checked(namespace, "namespace", names::is_dns_label);
     let account =
         service_account.as_ref().map(|name| checked(name, "service_account", names::is_dns_subdomain));
-    let selector = pod_selector.as_ref().map(|table| Selector::parse(table, source, diagnostics));
+    let selector = pod_selector.as_ref().map(|table| Selector::parse(table, diagnostics));
     // `None` stands for a key that is not set, `Some(None)` for an invalid one.
     let service_account = account.map_or(Some(None), |account| account.map(Some));
     let selector = selector.map_or(Some(None), |selector| selector.map(Some));
     Some(PodSelector { namespace: namespace?, service_account: service_account?, selector: selector? })
 }
 
-fn parse_interface(glob: &Spanned<String>, source: SourceFile<'_>) -> Result<RuleSubject, ConfigError> {
-    let error = |message| source.error(glob.span(), message);
-    if glob.get_ref().is_empty() {
+fn parse_interface(glob: &str) -> Result<NameGlob, String> {
+    if glob.is_empty() {
         let message = "exempt.interface: \"\" matches no interface; \"*\" matches the interface of every pod";
-        return Err(error(message.to_owned()));
+        return Err(message.to_owned());
     }
-    let compiled = Glob::new(glob.get_ref()).map_err(|cause| error(format!("exempt.interface: {cause}")))?;
-    Ok(RuleSubject::Interface(NameGlob(compiled.compile_matcher())))
+    let compiled = Glob::new(glob).map_err(|cause| format!("exempt.interface: {cause}"))?;
+    Ok(NameGlob(compiled.compile_matcher()))
 }
 
 /// Parses a path. Rejects relative components and paths that match everything.
-fn parse_path(path: &Spanned<PathBuf>, key: &str, source: SourceFile<'_>) -> Result<PathBuf, ConfigError> {
-    if let Err(message) = source.check_systemd_escapes(path.span()) {
-        return Err(source.error(path.span(), format!("exempt.{key}: {message}")));
-    }
+fn parse_path(path: &Spanned<PathBuf>, key: &str, diagnostics: &mut Diagnostics<'_>) -> Option<PathBuf> {
+    let escapes = diagnostics.source.check_systemd_escapes(path.span());
+    diagnostics.ok(path.span(), escapes.map_err(|message| format!("exempt.{key}: {message}")))?;
     let value: &Path = path.get_ref();
     let is_plain = value.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     let complaint = if key == "netns" && !value.is_absolute() {
@@ -326,26 +291,25 @@ fn parse_path(path: &Spanned<PathBuf>, key: &str, source: SourceFile<'_>) -> Res
     } else if value.file_name().is_none() {
         "has no last component"
     } else {
-        return Ok(value.to_owned());
+        return Some(value.to_owned());
     };
-    let message = format!("exempt.{key}: \"{}\" {complaint}", value.display());
-    Err(source.error(path.span(), message))
+    diagnostics.error(path.span(), format!("exempt.{key}: \"{}\" {complaint}", value.display()));
+    None
 }
 
 /// Parses the names of endpoints. Records an error for an empty list and for each duplicate.
 fn parse_endpoints(
     names: &Spanned<Vec<Spanned<String>>>,
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
+    diagnostics: &mut Diagnostics<'_>,
 ) -> Vec<(String, Location)> {
     if names.get_ref().is_empty() {
         let message = "exempt.endpoints: an empty list exempts the pods from nothing; remove the key to cover all endpoints";
-        diagnostics.push(source.error(names.span(), message.to_owned()));
+        diagnostics.error(names.span(), message);
     }
     let mut seen = BTreeSet::new();
     for twice in names.get_ref().iter().filter(|name| !seen.insert(name.get_ref())) {
-        let message = format!("exempt.endpoints: {:?} is listed twice", twice.get_ref());
-        diagnostics.push(source.error(twice.span(), message));
+        diagnostics.error(twice.span(), format!("exempt.endpoints: {:?} is listed twice", twice.get_ref()));
     }
+    let source = diagnostics.source;
     names.get_ref().iter().map(|name| (name.get_ref().clone(), source.location(name.span()))).collect()
 }

@@ -17,7 +17,7 @@ use super::{
     kubernetes::KubernetesTable,
     listen::MetricsTable,
     node_table::NodeTable,
-    source::{Diagnostics, SourceFile},
+    source::Diagnostics,
     suggest::did_you_mean_of,
 };
 
@@ -69,12 +69,13 @@ impl Default for File {
 
 impl File {
     /// Reads as much as possible. Invalid keys are recorded as errors, and left out.
-    pub(super) fn read(source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Self {
-        let (mut document, errors) = DeTable::parse_recoverable(source.text);
+    pub(super) fn read(diagnostics: &mut Diagnostics<'_>) -> Self {
+        let text = diagnostics.source.text;
+        let (mut document, errors) = DeTable::parse_recoverable(text);
         if !errors.is_empty() {
             // The rest of a text with syntax errors is unreliable.
             for error in errors.iter().take(MAX_ERRORS) {
-                diagnostics.push(source.error(error.span().unwrap_or_default(), message(error, source)));
+                diagnostics.error(error.span().unwrap_or_default(), message(error, text));
             }
             return Self::default();
         }
@@ -86,7 +87,7 @@ impl File {
             let span = error.span().unwrap_or_default();
             let key = remove(document.get_mut(), &span);
             let prefix = key.as_ref().map(|key| format!("{key}: ")).unwrap_or_default();
-            diagnostics.push(source.error(span, prefix + &message(&error, source)));
+            diagnostics.error(span, prefix + &message(&error, text));
             if key.is_none() {
                 break;
             }
@@ -160,9 +161,8 @@ fn contains(outer: &Range<usize>, inner: &Range<usize>) -> bool {
 }
 
 /// Returns the parser's message on one line, with the text that it refers to.
-fn message(error: &Error, source: SourceFile<'_>) -> String {
-    let span = error.span().unwrap_or_default();
-    let there = source.text.get(span).unwrap_or_default();
+fn message(error: &Error, text: &str) -> String {
+    let there = text.get(error.span().unwrap_or_default()).unwrap_or_default();
     let message = error.message().lines().collect::<Vec<_>>().join("; ");
     // serde's word for a list.
     let message = message.replace("expected a sequence", "expected a list");

@@ -1,12 +1,10 @@
 //! `[hooks]`: switches of the hooks.
 
-use std::fmt;
-
 use imds_ebpf_common::{Hook, maps::MARK};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use toml::Spanned;
 
-use super::source::{Diagnostics, SourceFile};
+use super::{source::Diagnostics, switch::Switch};
 
 /// Set of hooks, as one bit each.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -67,28 +65,9 @@ pub enum Sendmsg {
 
 impl<'de> Deserialize<'de> for Sendmsg {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-
-        impl de::Visitor<'_> for Visitor {
-            type Value = Sendmsg;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("\"auto\", true or false")
-            }
-
-            fn visit_bool<E>(self, is_on: bool) -> Result<Sendmsg, E> {
-                Ok(if is_on { Sendmsg::On } else { Sendmsg::Off })
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Sendmsg, E> {
-                match text {
-                    "auto" => Ok(Sendmsg::Auto),
-                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
-                }
-            }
-        }
-
-        deserializer.deserialize_any(Visitor)
+        let words = &[("auto", Self::Auto)];
+        let expected = "\"auto\", true or false";
+        deserializer.deserialize_any(Switch { off: Self::Off, on: Self::On, words, expected })
     }
 }
 
@@ -132,11 +111,10 @@ impl Default for HooksTable {
 
 impl HooksTable {
     /// Returns the setting of the sendmsg programs, which are part of the `socket` hook.
-    pub(super) fn sendmsg(&self, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Sendmsg {
+    pub(super) fn sendmsg(&self, diagnostics: &mut Diagnostics<'_>) -> Sendmsg {
         let sendmsg = *self.sendmsg.get_ref();
         if sendmsg == Sendmsg::On && !self.socket {
-            let message = "hooks.sendmsg: true needs hooks.socket = true".to_owned();
-            diagnostics.push(source.error(self.sendmsg.span(), message));
+            diagnostics.error(self.sendmsg.span(), "hooks.sendmsg: true needs hooks.socket = true");
         }
         sendmsg
     }
@@ -147,11 +125,11 @@ impl HooksTable {
     }
 
     /// Returns the packet mark that `from_pod` sets on packets of exempt pods.
-    pub(super) fn mark(&self, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> u32 {
+    pub(super) fn mark(&self, diagnostics: &mut Diagnostics<'_>) -> u32 {
         let bit = *self.mark_bit.get_ref();
         1_u32.checked_shl(bit.into()).unwrap_or_else(|| {
             let message = format!("hooks.mark_bit: {bit} is out of range, a packet mark has bits 0 to 31");
-            diagnostics.push(source.error(self.mark_bit.span(), message));
+            diagnostics.error(self.mark_bit.span(), message);
             MARK
         })
     }

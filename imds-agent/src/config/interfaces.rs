@@ -4,7 +4,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::source::{Diagnostics, SourceFile};
+use super::source::Diagnostics;
 
 /// Globs of interface names for which the operator overrides the classification.
 #[derive(Clone, Debug, Default)]
@@ -33,43 +33,32 @@ impl Interfaces {
         self.exclude.is_match(name)
     }
 
-    pub(super) fn parse(
-        table: &InterfacesTable,
-        source: SourceFile<'_>,
-        diagnostics: &mut Diagnostics,
-    ) -> Self {
+    pub(super) fn parse(table: &InterfacesTable, diagnostics: &mut Diagnostics<'_>) -> Self {
         let InterfacesTable { include, exclude } = table;
         let is_included =
             |glob: &&Spanned<String>| include.iter().any(|other| other.as_ref() == glob.as_ref());
         for glob in exclude.iter().filter(is_included) {
             let message = format!("interfaces.exclude: {:?} is also in interfaces.include", glob.as_ref());
-            diagnostics.push(source.error(glob.span(), message));
+            diagnostics.error(glob.span(), message);
         }
         Self {
-            include: compile(include, "interfaces.include", source, diagnostics),
-            exclude: compile(exclude, "interfaces.exclude", source, diagnostics),
+            include: compile(include, "interfaces.include", diagnostics),
+            exclude: compile(exclude, "interfaces.exclude", diagnostics),
         }
     }
 }
 
-fn compile(
-    globs: &[Spanned<String>],
-    key: &str,
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
-) -> GlobSet {
+fn compile(globs: &[Spanned<String>], key: &str, diagnostics: &mut Diagnostics<'_>) -> GlobSet {
     let mut set = GlobSetBuilder::new();
     for glob in globs {
         let compiled = match glob.as_ref().as_str() {
-            "" => Err("\"\" matches no interface; remove it".to_owned()),
-            text => Glob::new(text).map_err(|error| error.to_string()),
+            "" => Err(format!("{key}: \"\" matches no interface; remove it")),
+            text => Glob::new(text).map_err(|error| format!("{key}: {error}")),
         };
-        let compiled = compiled.map_err(|message| source.error(glob.span(), format!("{key}: {message}")));
-        if let Some(glob) = diagnostics.ok(compiled) {
+        if let Some(glob) = diagnostics.ok(glob.span(), compiled) {
             set.add(glob);
         }
     }
     let all = globs.first().map(Spanned::span).unwrap_or_default();
-    let built = set.build().map_err(|error| source.error(all, format!("{key}: {error}")));
-    diagnostics.ok(built).unwrap_or_default()
+    diagnostics.ok(all, set.build().map_err(|error| format!("{key}: {error}"))).unwrap_or_default()
 }

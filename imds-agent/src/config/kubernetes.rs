@@ -1,17 +1,14 @@
 //! `[kubernetes]`: settings of the pod watch.
 
 use std::{
-    env, fmt,
+    env,
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Deserializer, Serialize, de};
+use serde::{Deserialize, Deserializer, Serialize};
 use toml::Spanned;
 
-use super::{
-    names,
-    source::{Diagnostics, SourceFile},
-};
+use super::{names, source::Diagnostics, switch::Switch};
 
 /// File that Kubernetes mounts into a pod for access to the API server.
 const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
@@ -42,30 +39,9 @@ pub enum Enabled {
 
 impl<'de> Deserialize<'de> for Enabled {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-
-        impl de::Visitor<'_> for Visitor {
-            type Value = Enabled;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("\"auto\", \"yes\", \"no\", true or false")
-            }
-
-            fn visit_bool<E>(self, is_on: bool) -> Result<Enabled, E> {
-                Ok(if is_on { Enabled::Yes } else { Enabled::No })
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Enabled, E> {
-                match text {
-                    "auto" => Ok(Enabled::Auto),
-                    "yes" => Ok(Enabled::Yes),
-                    "no" => Ok(Enabled::No),
-                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
-                }
-            }
-        }
-
-        deserializer.deserialize_any(Visitor)
+        let words = &[("auto", Self::Auto), ("yes", Self::Yes), ("no", Self::No)];
+        let expected = "\"auto\", \"yes\", \"no\", true or false";
+        deserializer.deserialize_any(Switch { off: Self::No, on: Self::Yes, words, expected })
     }
 }
 
@@ -123,24 +99,20 @@ impl Kubernetes {
         configured.cloned().unwrap_or_else(|| environment.hostname.to_lowercase())
     }
 
-    pub(super) fn parse(
-        table: &KubernetesTable,
-        source: SourceFile<'_>,
-        diagnostics: &mut Diagnostics,
-    ) -> Self {
+    pub(super) fn parse(table: &KubernetesTable, diagnostics: &mut Diagnostics<'_>) -> Self {
         let unless_empty = |text: &'_ Spanned<String>| (!text.get_ref().is_empty()).then(|| text.clone());
         let (kubeconfig, node_name) = (unless_empty(&table.kubeconfig), unless_empty(&table.node_name));
         if let Some(path) = &kubeconfig
             && !Path::new(path.get_ref()).is_absolute()
         {
             let message = format!("kubernetes.kubeconfig: {:?} is not an absolute path", path.get_ref());
-            diagnostics.push(source.error(path.span(), message));
+            diagnostics.error(path.span(), message);
         }
         if let Some(name) = &node_name
             && !names::is_dns_subdomain(name.get_ref())
         {
             let message = format!("kubernetes.node_name: {:?} is not a valid node name", name.get_ref());
-            diagnostics.push(source.error(name.span(), message));
+            diagnostics.error(name.span(), message);
         }
         Self {
             enabled: table.enabled,

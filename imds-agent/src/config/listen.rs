@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, de};
 use toml::Spanned;
 
-use super::source::{Diagnostics, SourceFile};
+use super::source::Diagnostics;
 
 const DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9254);
 /// Upper bound of the number of addresses.
@@ -87,11 +87,7 @@ impl Listen {
         vec![Self::Tcp(DEFAULT)]
     }
 
-    pub(super) fn parse(
-        table: &MetricsTable,
-        source: SourceFile<'_>,
-        diagnostics: &mut Diagnostics,
-    ) -> Vec<Self> {
+    pub(super) fn parse(table: &MetricsTable, diagnostics: &mut Diagnostics<'_>) -> Vec<Self> {
         let mut addresses = Vec::new();
         let ListenList(texts) = table.listen.get_ref();
         // A single string has the location of its value.
@@ -106,13 +102,12 @@ impl Listen {
                     Ok(address)
                 }
             });
-            let address =
-                address.map_err(|message| source.error(span(text), format!("metrics.listen: {message}")));
-            addresses.extend(diagnostics.ok(address));
+            let address = address.map_err(|message| format!("metrics.listen: {message}"));
+            addresses.extend(diagnostics.ok(span(text), address));
         }
         if let Some(beyond) = texts.get(MAX_LISTENERS) {
             let message = format!("metrics.listen: at most {MAX_LISTENERS} addresses are supported");
-            diagnostics.push(source.error(beyond.span(), message));
+            diagnostics.error(beyond.span(), message);
         }
         addresses
     }

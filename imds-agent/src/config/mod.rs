@@ -16,6 +16,7 @@ pub mod provider;
 mod selector;
 mod source;
 mod suggest;
+mod switch;
 #[cfg(test)]
 mod tests;
 
@@ -142,6 +143,12 @@ impl ConfigError {
 pub struct ConfigErrors(Vec<ConfigError>);
 
 impl ConfigErrors {
+    /// Fails if there are errors.
+    fn check(mut errors: Vec<ConfigError>) -> Result<(), Self> {
+        errors.sort_by_key(ConfigError::position);
+        if errors.is_empty() { Ok(()) } else { Err(Self(errors)) }
+    }
+
     /// Returns the errors, ordered by line.
     pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
         self.0.iter()
@@ -175,45 +182,43 @@ impl Config {
 
     /// Validates `text`, which was read from `path`.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigErrors> {
-        let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
-        let file = File::read(source, &mut diagnostics);
+        let mut diagnostics = Diagnostics::new(text, path);
+        let file = File::read(&mut diagnostics);
         let text = file.to_toml();
         if text.len() > CONFIG_TEXT_LEN {
             // Returns before the checks that compare all entries with each other.
             let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
-            return Err(ConfigErrors(vec![source.error(0..0, message)]));
+            return Err(diagnostics.source.error(0..0, message).into());
         }
-        let interfaces = Interfaces::parse(&file.interfaces, source, &mut diagnostics);
-        let endpoints = Endpoints::parse(&file, source, &mut diagnostics);
-        let exempt = Exemptions::parse(&file.exempt, source, &mut diagnostics);
-        let listen = Listen::parse(&file.metrics, source, &mut diagnostics);
-        let kubernetes = Kubernetes::parse(&file.kubernetes, source, &mut diagnostics);
+        let interfaces = Interfaces::parse(&file.interfaces, &mut diagnostics);
+        let endpoints = Endpoints::parse(&file, &mut diagnostics);
+        let exempt = Exemptions::parse(&file.exempt, &mut diagnostics);
+        let listen = Listen::parse(&file.metrics, &mut diagnostics);
+        let kubernetes = Kubernetes::parse(&file.kubernetes, &mut diagnostics);
         if kubernetes.enabled == Enabled::No
             && let Some(name) = exempt.first_pod_rule(&file.exempt)
         {
             let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
-            diagnostics.push(source.error(name.span(), message.to_owned()));
+            diagnostics.error(name.span(), message);
         }
         let mode = file.mode;
-        let node_allow = file.node.parse(source, &mut diagnostics);
+        let node_allow = file.node.parse(&mut diagnostics);
         let hooks = file.hooks();
-        let sendmsg = file.hooks.get_ref().sendmsg(source, &mut diagnostics);
-        let mark = file.hooks.get_ref().mark(source, &mut diagnostics);
+        let sendmsg = file.hooks.get_ref().sendmsg(&mut diagnostics);
+        let mark = file.hooks.get_ref().mark(&mut diagnostics);
         // Later checks could report wrong errors if only a part of the file was read.
         if diagnostics.is_empty() {
             if endpoints.is_empty() && mode != Mode::Off {
                 let message =
                     "provider: \"none\" without an [[endpoint]] protects nothing; set mode = \"off\" instead";
-                diagnostics.push(source.error(file.provider.span(), message.to_owned()));
+                diagnostics.error(file.provider.span(), message);
             }
             if !hooks.deny_remote() {
                 let message = "hooks: all hooks are off, so nothing is enforced; set mode = \"off\" instead";
-                diagnostics.push(source.error(file.hooks.span(), message.to_owned()));
+                diagnostics.error(file.hooks.span(), message);
             }
         }
-        if !diagnostics.is_empty() {
-            return Err(ConfigErrors(diagnostics.into_vec()));
-        }
+        diagnostics.finish()?;
         Ok(Self {
             mode,
             on_deny: file.on_deny,
@@ -240,11 +245,10 @@ impl Config {
     /// restart an agent that does not answer there.
     #[must_use]
     pub fn fallback(text: &str, path: &Path) -> Self {
-        let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
-        let File { mode, metrics, .. } = File::read(source, &mut diagnostics);
-        let mut metrics_diagnostics = Diagnostics::default();
-        let listen = Listen::parse(&metrics, source, &mut metrics_diagnostics);
-        let node_allow = NodeTable::salvage(source);
+        let File { mode, metrics, .. } = File::read(&mut Diagnostics::new(text, path));
+        let mut metrics_diagnostics = Diagnostics::new(text, path);
+        let listen = Listen::parse(&metrics, &mut metrics_diagnostics);
+        let node_allow = NodeTable::salvage(SourceFile { text, path });
         let file = File { mode, node: NodeTable::new(node_allow.as_deref()), ..File::default() };
         let config = Self { mode, hooks: file.hooks(), node_allow, text: file.to_toml(), ..Self::default() };
         if !metrics_diagnostics.is_empty() {
@@ -256,9 +260,7 @@ impl Config {
     /// Returns the configuration with the `socket` hook off.
     #[must_use]
     pub fn without_socket(self) -> Self {
-        let (source, mut diagnostics) =
-            (SourceFile { text: &self.text, path: Path::new("") }, Diagnostics::default());
-        let file = File::read(source, &mut diagnostics).without_socket();
+        let file = File::read(&mut Diagnostics::new(&self.text, Path::new(""))).without_socket();
         let hooks = file.hooks();
         Self { hooks, text: file.to_toml(), ..self }
     }

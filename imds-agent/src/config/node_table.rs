@@ -10,9 +10,8 @@ use toml::{
 };
 
 use super::{
-    ConfigError,
     source::{Diagnostics, SourceFile},
-    suggest::{did_you_mean, distance},
+    suggest::did_you_mean,
 };
 
 /// Most names in the path of a cgroup. The programs compare
@@ -61,7 +60,6 @@ impl fmt::Display for NodeProcess {
 #[derive(Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct NodeTable {
-    #[serde(skip_serializing_if = "Option::is_none")]
     allow: Option<Spanned<Vec<Spanned<String>>>>,
 }
 
@@ -111,20 +109,17 @@ impl NodeTable {
     }
 
     /// Returns the allow list; `None` if every process of the node may reach protected endpoints.
-    pub(super) fn parse(
-        &self,
-        source: SourceFile<'_>,
-        diagnostics: &mut Diagnostics,
-    ) -> Option<Vec<NodeProcess>> {
+    pub(super) fn parse(&self, diagnostics: &mut Diagnostics<'_>) -> Option<Vec<NodeProcess>> {
         let texts = self.allow.as_ref()?;
         let count = texts.get_ref().len();
         if count > MAX_ALLOWED {
             let message = format!("node.allow: {count} entries; at most {MAX_ALLOWED} are possible");
-            diagnostics.push(source.error(texts.span(), message));
+            diagnostics.error(texts.span(), message);
         }
         let mut processes = Vec::new();
         for text in texts.get_ref() {
-            processes.extend(diagnostics.ok(parse_new(text, &processes, source)));
+            let process = parse_new(text, &processes, diagnostics.source);
+            processes.extend(diagnostics.ok(text.span(), process));
         }
         Some(processes)
     }
@@ -133,21 +128,21 @@ impl NodeTable {
 /// Reports whether the key of a table or list may be a misspelt `node`.
 fn is_similar_to_node(key: &str) -> bool {
     let key = key.to_ascii_lowercase();
-    let start: Vec<char> = key.chars().take(8).collect();
-    key.starts_with("node") || distance(&start, "node") <= 1
+    let start: String = key.chars().take(8).collect();
+    key.starts_with("node") || strsim::osa_distance(&start, "node") <= 1
 }
 
 fn parse_new(
     text: &Spanned<String>,
     others: &[NodeProcess],
     source: SourceFile<'_>,
-) -> Result<NodeProcess, ConfigError> {
+) -> Result<NodeProcess, String> {
     let process = source.check_systemd_escapes(text.span()).and_then(|()| parse(text.get_ref()));
     let process = process.and_then(|process| {
         let is_new = !others.contains(&process);
         is_new.then_some(process).ok_or_else(|| format!("{:?} is listed twice", text.get_ref()))
     });
-    process.map_err(|message| source.error(text.span(), format!("node.allow: {message}")))
+    process.map_err(|message| format!("node.allow: {message}"))
 }
 
 fn parse(text: &str) -> Result<NodeProcess, String> {

@@ -5,10 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::{
-    ConfigError, names,
-    source::{Diagnostics, SourceFile},
-};
+use super::{names, source::Diagnostics};
 
 /// Label selector of pods. All requirements must hold.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -47,28 +44,23 @@ impl Selector {
     }
 
     /// Parses a selector. Records the error of each requirement.
-    pub(super) fn parse(
-        table: &Spanned<SelectorTable>,
-        source: SourceFile<'_>,
-        diagnostics: &mut Diagnostics,
-    ) -> Option<Self> {
+    pub(super) fn parse(table: &Spanned<SelectorTable>, diagnostics: &mut Diagnostics<'_>) -> Option<Self> {
         let SelectorTable { match_labels, match_expressions } = table.get_ref();
         let before = diagnostics.count();
         if match_labels.is_empty() && match_expressions.is_empty() {
             let message = "exempt.pod_selector: is empty; remove the key to match every pod";
-            diagnostics.push(source.error(table.span(), message.to_owned()));
+            diagnostics.error(table.span(), message);
         }
         let mut requirements = BTreeSet::new();
         for (key, value) in match_labels {
-            for checked in [check_key(key, source), check_value(value, source)] {
-                diagnostics.ok(checked);
-            }
+            check_key(key, diagnostics);
+            check_value(value, diagnostics);
             // Kubernetes treats `match_labels` as `In`, too. Equal selectors then compare as equal.
             let condition = Condition::In([value.get_ref().clone()].into());
             requirements.insert(Requirement { key: key.get_ref().clone(), condition });
         }
         for expression in match_expressions {
-            requirements.extend(parse_expression(expression, source, diagnostics));
+            requirements.extend(parse_expression(expression, diagnostics));
         }
         (diagnostics.count() == before).then_some(Self { requirements })
     }
@@ -88,88 +80,65 @@ pub(super) struct SelectorTable {
 struct ExpressionTable {
     key: Spanned<String>,
     operator: Spanned<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     values: Option<Spanned<Vec<Spanned<String>>>>,
 }
 
-enum Operator {
-    In,
-    NotIn,
-    Exists,
-    DoesNotExist,
-}
-
-fn parse_expression(
-    table: &ExpressionTable,
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
-) -> Option<Requirement> {
+fn parse_expression(table: &ExpressionTable, diagnostics: &mut Diagnostics<'_>) -> Option<Requirement> {
     let ExpressionTable { key, operator, values } = table;
-    diagnostics.ok(check_key(key, source));
-    let condition = match (diagnostics.ok(parse_operator(operator, source))?, values) {
-        (Operator::In, Some(values)) => Condition::In(parse_values(values, source, diagnostics)),
-        (Operator::NotIn, Some(values)) => Condition::NotIn(parse_values(values, source, diagnostics)),
-        (Operator::Exists, None) => Condition::Exists,
-        (Operator::DoesNotExist, None) => Condition::DoesNotExist,
-        (Operator::In | Operator::NotIn, None) => {
+    check_key(key, diagnostics);
+    let condition = match (operator.as_ref().as_str(), values) {
+        ("In", Some(values)) => Condition::In(parse_values(values, diagnostics)),
+        ("NotIn", Some(values)) => Condition::NotIn(parse_values(values, diagnostics)),
+        ("Exists", None) => Condition::Exists,
+        ("DoesNotExist", None) => Condition::DoesNotExist,
+        ("In" | "NotIn", None) => {
             let message = "exempt.pod_selector.match_expressions.values: In and NotIn require values";
-            diagnostics.push(source.error(operator.span(), message.to_owned()));
+            diagnostics.error(operator.span(), message);
             return None;
         }
-        (Operator::Exists | Operator::DoesNotExist, Some(values)) => {
+        ("Exists" | "DoesNotExist", Some(values)) => {
             let message =
                 "exempt.pod_selector.match_expressions.values: Exists and DoesNotExist take no values";
-            diagnostics.push(source.error(values.span(), message.to_owned()));
+            diagnostics.error(values.span(), message);
+            return None;
+        }
+        (other, _) => {
+            let message = format!(
+                "exempt.pod_selector.match_expressions.operator: {other:?} is not one of In, NotIn, Exists, DoesNotExist"
+            );
+            diagnostics.error(operator.span(), message);
             return None;
         }
     };
     Some(Requirement { key: key.get_ref().clone(), condition })
 }
 
-fn parse_operator(operator: &Spanned<String>, source: SourceFile<'_>) -> Result<Operator, ConfigError> {
-    Ok(match operator.as_ref().as_str() {
-        "In" => Operator::In,
-        "NotIn" => Operator::NotIn,
-        "Exists" => Operator::Exists,
-        "DoesNotExist" => Operator::DoesNotExist,
-        other => {
-            let message = format!(
-                "exempt.pod_selector.match_expressions.operator: {other:?} is not one of In, NotIn, Exists, DoesNotExist"
-            );
-            return Err(source.error(operator.span(), message));
-        }
-    })
-}
-
 /// Parses the values of an expression. Records an error for an empty list and for each invalid value.
 fn parse_values(
     values: &Spanned<Vec<Spanned<String>>>,
-    source: SourceFile<'_>,
-    diagnostics: &mut Diagnostics,
+    diagnostics: &mut Diagnostics<'_>,
 ) -> BTreeSet<String> {
     if values.get_ref().is_empty() {
         let message = "exempt.pod_selector.match_expressions.values: an empty list has no value to compare with; list at least \
                        one value, or use the operator Exists or DoesNotExist without values";
-        diagnostics.push(source.error(values.span(), message.to_owned()));
+        diagnostics.error(values.span(), message);
     }
     for value in values.get_ref() {
-        diagnostics.ok(check_value(value, source));
+        check_value(value, diagnostics);
     }
     values.get_ref().iter().map(|value| value.get_ref().clone()).collect()
 }
 
-fn check_key(key: &Spanned<String>, source: SourceFile<'_>) -> Result<(), ConfigError> {
-    if names::is_label_key(key.get_ref()) {
-        return Ok(());
+fn check_key(key: &Spanned<String>, diagnostics: &mut Diagnostics<'_>) {
+    if !names::is_label_key(key.get_ref()) {
+        let message = format!("exempt.pod_selector: {:?} is not a valid label key", key.get_ref());
+        diagnostics.error(key.span(), message);
     }
-    let message = format!("exempt.pod_selector: {:?} is not a valid label key", key.get_ref());
-    Err(source.error(key.span(), message))
 }
 
-fn check_value(value: &Spanned<String>, source: SourceFile<'_>) -> Result<(), ConfigError> {
-    if names::is_label_value(value.get_ref()) {
-        return Ok(());
+fn check_value(value: &Spanned<String>, diagnostics: &mut Diagnostics<'_>) {
+    if !names::is_label_value(value.get_ref()) {
+        let message = format!("exempt.pod_selector: {:?} is not a valid label value", value.get_ref());
+        diagnostics.error(value.span(), message);
     }
-    let message = format!("exempt.pod_selector: {:?} is not a valid label value", value.get_ref());
-    Err(source.error(value.span(), message))
 }

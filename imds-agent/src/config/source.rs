@@ -7,7 +7,7 @@ use std::{
 
 use toml::Spanned;
 
-use super::ConfigError;
+use super::{ConfigError, ConfigErrors};
 
 /// Text and path of the file that is being parsed.
 #[derive(Clone, Copy)]
@@ -27,8 +27,8 @@ impl SourceFile<'_> {
         }
     }
 
-    pub(super) fn error(self, span: Range<usize>, message: String) -> ConfigError {
-        self.location(span).error(message)
+    pub(super) fn error(self, span: Range<usize>, message: impl Into<String>) -> ConfigError {
+        self.location(span).error(message.into())
     }
 
     /// Returns an error message if the string at `span` is in double quotes and has an escape such as `\x2d`, which TOML
@@ -48,22 +48,6 @@ impl SourceFile<'_> {
     }
 }
 
-/// Checks that a name under `key` has only letters, digits, `-`, `_` and `.`, and at most `most` of them.
-pub(super) fn check_name(
-    name: &Spanned<String>,
-    key: &str,
-    most: usize,
-    source: SourceFile<'_>,
-) -> Result<(), ConfigError> {
-    let text = name.get_ref();
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    if !text.is_empty() && text.len() <= most && text.bytes().all(is_plain) {
-        return Ok(());
-    }
-    let message = format!("{key}: {text:?} is not 1 to {most} letters, digits, '-', '_' or '.'");
-    Err(source.error(name.span(), message))
-}
-
 /// Location in a configuration file.
 #[derive(Clone, Debug)]
 pub(super) struct Location {
@@ -79,20 +63,38 @@ impl Location {
     }
 }
 
-/// Errors found so far in a file.
-#[derive(Default)]
-pub(super) struct Diagnostics {
+/// A file, and the errors found in it so far.
+pub(super) struct Diagnostics<'a> {
+    pub(super) source: SourceFile<'a>,
     found: Vec<ConfigError>,
 }
 
-impl Diagnostics {
-    pub(super) fn push(&mut self, error: ConfigError) {
-        self.found.push(error);
+impl<'a> Diagnostics<'a> {
+    pub(super) fn new(text: &'a str, path: &'a Path) -> Self {
+        Self { source: SourceFile { text, path }, found: Vec::new() }
     }
 
-    /// Returns the parsed part of the file, or records its error and returns `None`.
-    pub(super) fn ok<T>(&mut self, part: Result<T, ConfigError>) -> Option<T> {
-        part.map_err(|error| self.push(error)).ok()
+    /// Records an error of the part at `span`.
+    pub(super) fn error(&mut self, span: Range<usize>, message: impl Into<String>) {
+        self.found.push(self.source.error(span, message));
+    }
+
+    /// Returns the parsed part of the file at `span`, or records its error and returns `None`.
+    pub(super) fn ok<T>(&mut self, span: Range<usize>, part: Result<T, String>) -> Option<T> {
+        part.map_err(|message| self.error(span, message)).ok()
+    }
+
+    /// Returns a name that has only letters, digits, `-`, `_` and `.`, and at most `most` of them. Records an error of `key`
+    /// for another name.
+    pub(super) fn plain_name(&mut self, name: &Spanned<String>, key: &str, most: usize) -> Option<String> {
+        let text = name.get_ref();
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        if !text.is_empty() && text.len() <= most && text.bytes().all(is_plain) {
+            return Some(text.clone());
+        }
+        let message = format!("{key}: {text:?} is not 1 to {most} letters, digits, '-', '_' or '.'");
+        self.error(name.span(), message);
+        None
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -103,9 +105,8 @@ impl Diagnostics {
         self.found.len()
     }
 
-    /// Returns the errors, ordered by line and column.
-    pub(super) fn into_vec(mut self) -> Vec<ConfigError> {
-        self.found.sort_by_key(ConfigError::position);
-        self.found
+    /// Fails if an error was recorded.
+    pub(super) fn finish(self) -> Result<(), ConfigErrors> {
+        ConfigErrors::check(self.found)
     }
 }

@@ -21,35 +21,11 @@ pub(super) fn did_you_mean_of(message: &str) -> String {
 
 /// Returns the most similar candidate, if at most a third of its characters differ.
 fn nearest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
-    let word: Vec<char> = word.chars().take(MAX_LENGTH).collect();
-    let distances = candidates.into_iter().map(|candidate| (distance(&word, candidate), candidate));
+    let word: String = word.chars().take(MAX_LENGTH).collect();
+    let distances =
+        candidates.into_iter().map(|candidate| (strsim::osa_distance(&word, candidate), candidate));
     let (distance, best) = distances.min_by_key(|(distance, _)| *distance)?;
     (distance <= best.chars().count().div_ceil(3)).then_some(best)
-}
-
-/// Returns the number of characters to insert, remove, replace or swap with their neighbour (optimal string alignment).
-pub(super) fn distance(from: &[char], to: &str) -> usize {
-    let to: Vec<char> = to.chars().collect();
-    let (mut before, mut last): (Vec<usize>, Vec<usize>) = (Vec::new(), (0..=to.len()).collect());
-    let mut previous = None;
-    for (row, &a) in from.iter().enumerate() {
-        let mut next = vec![row + 1];
-        for (column, &b) in to.iter().enumerate() {
-            let at =
-                |distances: &[usize], column: usize| distances.get(column).copied().unwrap_or(usize::MAX - 1);
-            let replaced = at(&last, column) + usize::from(a != b);
-            let removed = at(&last, column + 1) + 1;
-            let inserted = at(&next, column) + 1;
-            let is_swapped = column
-                .checked_sub(1)
-                .is_some_and(|left| previous == Some(b) && to.get(left).is_some_and(|&c| c == a));
-            let swapped = if is_swapped { at(&before, column - 1) + 1 } else { usize::MAX };
-            next.push(replaced.min(removed).min(inserted).min(swapped));
-        }
-        before = std::mem::replace(&mut last, next);
-        previous = Some(a);
-    }
-    last.last().copied().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -171,7 +171,7 @@ fn preset_ports_can_be_overridden() {
             let ports: Vec<_> = endpoint.allow_ports.iter().map(ToString::to_string).collect();
             format!("{} {}", endpoint.name, ports.join(" "))
         };
-        protected.endpoints().iter().map(of).collect::<Vec<_>>()
+        protected.endpoints.iter().map(of).collect::<Vec<_>>()
     };
     let azure = "provider = 'azure'\nextra_endpoints = ['ecs']\n";
     assert_eq!(ports(azure), ["imds ", "wireserver udp/53 tcp/53 udp/67", "ecs "]);
@@ -316,25 +316,19 @@ fn resolve(text: &str, vendor: &str) -> Result<EndpointSet, String> {
 #[test]
 fn endpoints_of_provider_and_operator() {
     let protected = resolve("", "").unwrap();
-    assert_eq!(
-        (protected.configured(), protected.provider(), protected.endpoints().len()),
-        ("auto", "generic", 1)
-    );
+    assert_eq!((protected.configured, protected.provider, protected.endpoints.len()), ("auto", "generic", 1));
     let protected = resolve("", "Amazon EC2").unwrap();
-    assert_eq!(
-        (protected.configured(), protected.provider(), protected.endpoints().len()),
-        ("auto", "aws", 2)
-    );
+    assert_eq!((protected.configured, protected.provider, protected.endpoints.len()), ("auto", "aws", 2));
     let text = "provider = 'azure'\nextra_endpoints = ['ecs']\n[[endpoint]]\nname = 'vault'\naddress = '::ffff:10.0.0.9'\n\
                 allow_ports = ['tcp/443', 'udp/443']";
     let protected = resolve(text, "Amazon EC2").unwrap();
-    assert_eq!((protected.configured(), protected.provider()), ("azure", "azure"));
-    let names: Vec<_> = protected.endpoints().iter().map(|endpoint| endpoint.name.as_str()).collect();
+    assert_eq!((protected.configured, protected.provider), ("azure", "azure"));
+    let names: Vec<_> = protected.endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
     assert_eq!(names, ["imds", "wireserver", "ecs", "vault"]);
-    let vault = &protected.endpoints()[3];
+    let vault = &protected.endpoints[3];
     assert_eq!(vault.address.to_string(), "10.0.0.9");
     assert_eq!(vault.allow_ports.iter().map(ToString::to_string).collect::<Vec<_>>(), ["tcp/443", "udp/443"]);
-    assert!(resolve("provider = 'none'\nmode = 'off'", "").unwrap().endpoints().is_empty());
+    assert!(resolve("provider = 'none'\nmode = 'off'", "").unwrap().endpoints.is_empty());
 }
 
 #[test]

@@ -189,9 +189,9 @@ impl Reconciler {
             nodes,
             datapath_config.backend.name(),
             if datapath_config.cgroup_of(Hook::Socket).is_some() { "on" } else { "off" },
-            endpoint_set.provider(),
-            endpoint_set.endpoints().len(),
-            if endpoint_set.endpoints().len() == 1 { "" } else { "s" },
+            endpoint_set.provider,
+            endpoint_set.endpoints.len(),
+            if endpoint_set.endpoints.len() == 1 { "" } else { "s" },
         )
     }
 

@@ -133,7 +133,9 @@ impl Netlink {
         for &endpoint in &self.endpoints {
             // The kernel's choice among the interfaces with a link-local route is arbitrary.
             let is_link_local = matches!(endpoint, IpAddr::V6(address) if address.is_unicast_link_local());
-            routes.add(is_link_local, self.way_to(endpoint).await?);
+            let route = self.route_to(endpoint).await?;
+            let route = route.filter(|route| route.header.kind == RouteType::Unicast);
+            routes.add(is_link_local, route.as_ref().map(outgoing).unwrap_or_default());
         }
         Ok(routes)
     }
@@ -185,8 +187,8 @@ impl Netlink {
         Ok(routes)
     }
 
-    /// Returns the indices of the interfaces through which the kernel sends to `endpoint`; empty if it is unreachable.
-    async fn way_to(&self, endpoint: IpAddr) -> Result<Vec<u32>, NetlinkError> {
+    /// Returns the route that the kernel chooses for the node's packets to `endpoint`, if there is one.
+    pub(crate) async fn route_to(&self, endpoint: IpAddr) -> Result<Option<RouteMessage>, NetlinkError> {
         let request = match endpoint {
             IpAddr::V4(address) => {
                 RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).build()
@@ -196,24 +198,24 @@ impl Netlink {
             }
         };
         let mut route = std::pin::pin!(self.handle.route().get(request).execute());
-        let error = match route.try_next().await {
-            Ok(Some(route)) if route.header.kind == RouteType::Unicast => return Ok(outgoing(&route)),
-            Ok(_) => return Ok(Vec::new()),
-            Err(error) => error,
-        };
-        let error = NetlinkError::from_rtnetlink(format!("failed to look up the route to {endpoint}"), error);
-        let is_unreachable = matches!(
-            error.errno(),
-            Some(
-                libc::ENETUNREACH
-                    | libc::EHOSTUNREACH
-                    | libc::EACCES
-                    | libc::EINVAL
-                    | libc::EAFNOSUPPORT
-                    | libc::EOPNOTSUPP
-            )
-        );
-        if is_unreachable { Ok(Vec::new()) } else { Err(error) }
+        match route.try_next().await {
+            Ok(route) => Ok(route),
+            Err(error) => {
+                let error =
+                    NetlinkError::from_rtnetlink(format!("failed to look up the route to {endpoint}"), error);
+                match error.errno() {
+                    Some(
+                        libc::ENETUNREACH
+                        | libc::EHOSTUNREACH
+                        | libc::EACCES
+                        | libc::EINVAL
+                        | libc::EAFNOSUPPORT
+                        | libc::EOPNOTSUPP,
+                    ) => Ok(None),
+                    _ => Err(error),
+                }
+            }
+        }
     }
 
     /// Returns the ID that this namespace assigns to the network namespace of the file `namespace`, as in
@@ -250,15 +252,6 @@ impl Netlink {
         Ok(())
     }
 
-    /// Sends a request and returns the first message of the reply.
-    pub(crate) async fn answer(
-        &self,
-        call: impl Into<String>,
-        message: RouteNetlinkMessage,
-    ) -> Result<Option<RouteNetlinkMessage>, NetlinkError> {
-        self.request(message, 0).try_next().await.map_err(|source| NetlinkError::new(call, source))
-    }
-
     /// Sends a dump request and returns all messages of the reply.
     pub(crate) async fn dump(
         &self,
@@ -293,7 +286,7 @@ impl Netlink {
 }
 
 /// Returns the indices of the interfaces through which a route leaves.
-fn outgoing(route: &RouteMessage) -> Vec<u32> {
+pub(crate) fn outgoing(route: &RouteMessage) -> Vec<u32> {
     let mut interfaces = Vec::new();
     for attribute in &route.attributes {
         match attribute {

@@ -12,7 +12,7 @@ use std::{
 
 use comfy_table::{Table, presets::NOTHING};
 use imds_ebpf_common::{
-    Hook, Verdict,
+    Verdict,
     event_log::{DenialKey, DenialRecord},
 };
 use jiff::Timestamp;
@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use crate::{
     config::endpoint_set::Endpoint,
-    encode::{field_text, ip_address, nonempty_text, raw_field_text, timestamp},
+    encode::{field_text, hook_name, ip_address, nonempty_text, raw_field_text, timestamp},
     node::{kubepods, netns},
 };
 
@@ -103,7 +103,6 @@ impl DenialReport {
             let named = protected.iter().find(|endpoint| endpoint.address == address);
             let verdict =
                 if key.verdict == Verdict::Audited as u32 { Verdict::Audited } else { Verdict::Denied };
-            let of_hook = Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook);
             let denial = merged.entry((sender.clone(), address, key.verdict)).or_insert_with(|| Denial {
                 sender,
                 pod: None,
@@ -115,7 +114,7 @@ impl DenialReport {
                 first,
                 last,
             });
-            let count = denial.counts.entry(of_hook.map_or("unknown", Hook::name)).or_default();
+            let count = denial.counts.entry(hook_name(key.hook)).or_default();
             *count = count.saturating_add(record.count);
             denial.bytes = denial.bytes.saturating_add(record.bytes);
             denial.first = denial.first.min(first);

@@ -6,7 +6,7 @@ use imds_ebpf_common::{Event, Hook, Subject, SubjectKind, Verdict};
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::{escape::escape, kube::pod_ref::PodRef};
+use crate::{encode::hook_name, escape::escape, kube::pod_ref::PodRef};
 
 /// An event, resolved for users. Later versions only add fields to the JSON form.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
@@ -68,7 +68,7 @@ impl EventRecord {
         let source = Ipv6Addr::from(event.source);
         Self {
             time: wall_time(event, booted),
-            hook: Hook::ALL.into_iter().find(|&hook| hook as u8 == event.hook).map_or("unknown", Hook::name),
+            hook: hook_name(event.hook.into()),
             verdict: verdict(event.verdict),
             ifindex,
             interface: ifindex.and_then(&name),

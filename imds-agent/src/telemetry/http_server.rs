@@ -21,28 +21,26 @@ use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
-    header::{ALLOW, HeaderValue, VARY},
+    header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap, HeaderValue, VARY},
     server::conn::http1,
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    net::{TcpListener, UnixListener},
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{
-    EventStats, Progress,
-    http_response::{format, respond, text},
-};
+use super::{EventStats, Progress};
 use crate::{
     config::Listen,
     datapath::{maps::denial_records::Denials, object, pin::dir::PinDir},
+    escape::escape_lines,
     node::netlink::Netlink,
     telemetry::{
         metrics::{self, Denied, Format, Snapshot},
-        status::{self, StatusReport},
+        status,
     },
 };
 
@@ -173,18 +171,23 @@ impl Server {
             .filter(|&until| until > Instant::now())
     }
 
-    fn accept_connection(&mut self, stream: Stream) {
+    fn accept_connection(&mut self, stream: Box<dyn Stream>) {
         let by_time = |(_, connection): &(usize, &Connection)| connection.evictable_at();
         if self.connections.len() >= MAX_CONNECTIONS
             && let Some((first_evictable, _)) = self.connections.iter().enumerate().min_by_key(by_time)
         {
             drop(self.connections.swap_remove(first_evictable));
         }
-        self.connections.push(stream.serve(Rc::clone(&self.state)));
+        self.connections.push(Connection::new(stream, Rc::clone(&self.state)));
     }
 }
 
 impl Connection {
+    fn new(stream: Box<dyn Stream>, state: Rc<AppState>) -> Self {
+        let (since, has_request) = (Instant::now(), Rc::default());
+        Self { work: Box::pin(serve(stream, state, Rc::clone(&has_request))), since, has_request }
+    }
+
     fn evictable_at(&self) -> Instant {
         self.since + if self.has_request.get() { MIN_CONNECTION_TIME } else { HEADER_TIMEOUT }
     }
@@ -208,7 +211,7 @@ async fn pause(until: Option<Instant>) {
 }
 
 /// Waits for a connection on any of the sockets.
-async fn accept(sockets: &[Socket]) -> io::Result<Stream> {
+async fn accept(sockets: &[Socket]) -> io::Result<Box<dyn Stream>> {
     poll_fn(|context| {
         let ready = sockets.iter().map(|socket| socket.poll_accept(context)).find(Poll::is_ready);
         ready.unwrap_or(Poll::Pending)
@@ -227,10 +230,10 @@ enum Listener {
     Unix(UnixListener),
 }
 
-enum Stream {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
+/// Stream of a TCP or Unix socket.
+trait Stream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}
 
 impl Socket {
     fn bind(address: &Listen) -> io::Result<Self> {
@@ -245,13 +248,13 @@ impl Socket {
         Ok(Self { address: address.clone(), listener })
     }
 
-    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Stream>> {
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Box<dyn Stream>>> {
         match &self.listener {
             Listener::Tcp(listener) => {
-                listener.poll_accept(context).map_ok(|(stream, _)| Stream::Tcp(stream))
+                listener.poll_accept(context).map_ok(|(stream, _)| Box::new(stream) as _)
             }
             Listener::Unix(listener) => {
-                listener.poll_accept(context).map_ok(|(stream, _)| Stream::Unix(stream))
+                listener.poll_accept(context).map_ok(|(stream, _)| Box::new(stream) as _)
             }
         }
     }
@@ -283,24 +286,8 @@ fn is_stale_socket(path: &Path) -> bool {
             .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
-impl Stream {
-    fn serve(self, state: Rc<AppState>) -> Connection {
-        let (since, has_request) = (Instant::now(), Rc::default());
-        let request_in_task = Rc::clone(&has_request);
-        let work: Pin<Box<dyn Future<Output = ()>>> = match self {
-            Self::Tcp(stream) => Box::pin(serve(stream, state, request_in_task)),
-            Self::Unix(stream) => Box::pin(serve(stream, state, request_in_task)),
-        };
-        Connection { work, since, has_request }
-    }
-}
-
 /// Serves one request, and sets `has_request` once its header has arrived.
-async fn serve(
-    stream: impl AsyncRead + AsyncWrite + Unpin,
-    state: Rc<AppState>,
-    has_request: Rc<Cell<bool>>,
-) {
+async fn serve(stream: Box<dyn Stream>, state: Rc<AppState>, has_request: Rc<Cell<bool>>) {
     let answer = service_fn(|request| {
         has_request.set(true);
         let state = Rc::clone(&state);
@@ -325,12 +312,13 @@ async fn answer(request: &Request<Incoming>, state: &AppState) -> Response<Full<
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return response;
     }
-    match request.uri().path() {
-        "/healthz" => state.health(),
+    let response = match request.uri().path() {
+        "/healthz" => Ok(state.health()),
         "/readyz" => state.readiness().await,
         "/metrics" => state.metrics(format(request.headers())).await,
-        _ => text(StatusCode::NOT_FOUND, "not found: see /metrics, /healthz and /readyz"),
-    }
+        _ => Ok(text(StatusCode::NOT_FOUND, "not found: see /metrics, /healthz and /readyz")),
+    };
+    response.unwrap_or_else(|error| text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")))
 }
 
 impl AppState {
@@ -344,25 +332,16 @@ impl AppState {
     }
 
     /// Answers `/readyz`: 200 if every interface, cgroup and hook is enforced.
-    async fn readiness(&self) -> Response<Full<Bytes>> {
-        match self.report().await {
-            Ok(report) => match &report.not_enforced()[..] {
-                [] => text(StatusCode::OK, "ok"),
-                not_enforced => text(StatusCode::SERVICE_UNAVAILABLE, &not_enforced.join("\n")),
-            },
-            Err(response) => response,
-        }
+    async fn readiness(&self) -> anyhow::Result<Response<Full<Bytes>>> {
+        Ok(match &status::gather(&self.pins, &self.netlink).await?.not_enforced()[..] {
+            [] => text(StatusCode::OK, "ok"),
+            not_enforced => text(StatusCode::SERVICE_UNAVAILABLE, &not_enforced.join("\n")),
+        })
     }
 
-    async fn metrics(&self, format: Format) -> Response<Full<Bytes>> {
-        let report = match self.report().await {
-            Ok(report) => report,
-            Err(response) => return response,
-        };
-        let denials = match self.denials() {
-            Ok(denials) => denials,
-            Err(error) => return text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")),
-        };
+    async fn metrics(&self, format: Format) -> anyhow::Result<Response<Full<Bytes>>> {
+        let report = status::gather(&self.pins, &self.netlink).await?;
+        let denials = self.denials()?;
         let stats = self.progress().stats.clone();
         let collected = self.events.collected.get();
         let exemptions_hash = metrics::exemptions_hash(&self.pins);
@@ -370,7 +349,7 @@ impl AppState {
         let metrics = metrics::encode(&snapshot, &self.pins, format);
         let mut response = respond(StatusCode::OK, format.content_type(), metrics);
         response.headers_mut().insert(VARY, HeaderValue::from_static("accept"));
-        response
+        Ok(response)
     }
 
     fn progress(&self) -> MutexGuard<'_, Progress> {
@@ -385,10 +364,21 @@ impl AppState {
         }
         Ok(totals.denied().clone())
     }
+}
 
-    async fn report(&self) -> Result<StatusReport, Response<Full<Bytes>>> {
-        status::gather(&self.pins, &self.netlink).await.map_err(|error| {
-            text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{:#}", anyhow::Error::from(error)))
-        })
-    }
+/// Returns the format that the client prefers. A header can be given in several lines.
+fn format(headers: &HeaderMap) -> Format {
+    let lines: Vec<_> = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok()).collect();
+    Format::from_accept(&lines.join(","))
+}
+
+fn text(status: StatusCode, line: &str) -> Response<Full<Bytes>> {
+    respond(status, "text/plain; charset=utf-8", format!("{}\n", escape_lines(line)))
+}
+
+fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
 }

@@ -9,7 +9,6 @@ mod cgroup_units;
 mod collector;
 pub mod denial_report;
 pub mod event_record;
-mod http_response;
 mod http_server;
 pub mod logging;
 pub mod metrics;

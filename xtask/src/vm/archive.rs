@@ -4,12 +4,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::apt;
+use crate::{apt, workspace::output_of};
 
 /// Package that depends on the newest kernel for virtual machines.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
@@ -39,7 +39,8 @@ impl Archive {
         };
         write("status", String::new())?;
         write("sources.list", Mirrors::from_apt_sources()?.sources(suite))?;
-        let config = write("apt.conf", configuration(dir, &run(Command::new("apt-config").arg("dump"))?))?;
+        let config =
+            write("apt.conf", configuration(dir, &output_of(Command::new("apt-config").arg("dump"))?))?;
         let mut archive = Self { config, dir: dir.to_owned(), suite, complaints: String::new() };
         let update = archive.apt("apt-get").arg("update").output().context("failed to start apt-get")?;
         archive.complaints = String::from_utf8_lossy(&update.stderr).into_owned();
@@ -51,7 +52,7 @@ impl Archive {
         let mut packages: Vec<String> = Vec::new();
         let mut asked = META_PACKAGE.to_owned();
         for next in 0.. {
-            let answer = run(self.apt("apt-cache").args(["depends", &asked]));
+            let answer = output_of(self.apt("apt-cache").args(["depends", &asked]));
             let answer = answer.with_context(|| {
                 let complaints = self.complaints.trim().replace('\n', " ");
                 format!("failed to get the suite {} from apt's mirror: {complaints}", self.suite)
@@ -75,7 +76,7 @@ impl Archive {
     /// Downloads packages and unpacks them below `root`.
     pub(super) fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
         let dir = self.dir.join("packages");
-        run(self.apt("apt-get").arg("download").args(packages).current_dir(&dir))?;
+        output_of(self.apt("apt-get").arg("download").args(packages).current_dir(&dir))?;
         apt::unpack(&dir, root)
     }
 
@@ -119,7 +120,7 @@ impl Mirrors {
     fn from_apt_sources() -> Result<Self> {
         let mut targets = Command::new("apt-get");
         targets.args(["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"]);
-        Self::parse(&run(&mut targets)?)
+        Self::parse(&output_of(&mut targets)?)
             .context("no Debian mirror in apt's sources: add one and run `apt-get update`")
     }
 
@@ -155,17 +156,6 @@ fn is_kernel(package: &str) -> bool {
             .strip_prefix(prefix)
             .is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
     })
-}
-
-/// Runs a command and returns its standard output.
-fn run(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output();
-    let name = command.get_program().display().to_string();
-    let output = output.with_context(|| format!("failed to start {name}"))?;
-    if !output.status.success() {
-        bail!("{name} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[cfg(test)]

@@ -1,61 +1,47 @@
 //! Runs the tests on this machine's own kernel without emulation. Tests that may harm the machine are skipped.
 
 use std::{
-    fs::{self, File},
+    fs::File,
+    io::Write as _,
     path::Path,
     process::{Command, Stdio},
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, bail};
-use nix::{sys::utsname::uname, unistd::Uid};
+use anyhow::{Context as _, Result};
+use nix::sys::utsname::uname;
 
 use super::plan::{Plan, Planned};
+use crate::workspace::ensure_root;
+
+const LOG_FAILED: &str = "failed to write the log of the tests";
 
 /// Runs the planned tests and writes the same output to `log` as a machine's console. Calls `tell` with the name of
 /// each finished executable.
 pub(super) fn run(plan: &Plan, log: &Path, mut tell: impl FnMut(&str)) -> Result<()> {
-    if !Uid::effective().is_root() {
-        bail!("the tests load BPF programs and create network namespaces: run them as root");
-    }
+    ensure_root("the tests load BPF programs and create network namespaces: run them as root")?;
     let release = uname().context("failed to get the kernel release")?;
+    let mut log = File::create(log).with_context(|| format!("failed to write {}", log.display()))?;
     let brief = if plan.is_brief { "@brief\n" } else { "" };
-    let start = format!("@kernel {}\n{brief}", release.release().display());
-    fs::write(log, start).with_context(|| format!("failed to write {}", log.display()))?;
+    write!(log, "@kernel {}\n{brief}", release.release().display()).context(LOG_FAILED)?;
     let mut is_good = true;
     for planned in &plan.tests {
-        is_good &= run_one(planned, &plan.agent, log)?;
+        is_good &= run_one(planned, &plan.agent, &mut log)?;
         tell(&planned.name);
     }
-    append(log, &format!("TEST-RC={}", u8::from(!is_good)))
+    writeln!(log, "TEST-RC={}", u8::from(!is_good)).context(LOG_FAILED)
 }
 
-fn run_one(planned: &Planned, agent: &Path, log: &Path) -> Result<bool> {
+/// Runs a test and appends its output to the log.
+fn run_one(planned: &Planned, agent: &Path, log: &mut File) -> Result<bool> {
     let arguments: Vec<_> = planned.arguments().collect();
-    append(log, &format!("@begin {} {}", planned.name, arguments.join(" ")))?;
+    writeln!(log, "@begin {} {}", planned.name, arguments.join(" ")).context(LOG_FAILED)?;
     let start = Instant::now();
     let mut test = Command::new(&planned.path);
     test.arg("--show-output").args(arguments).env("IMDS_AGENT", agent);
-    let code = execute(&mut test, log)?;
-    append(log, &format!("@end {} {code} {}", planned.name, start.elapsed().as_secs()))?;
+    test.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log.try_clone()?);
+    let status = test.status().with_context(|| format!("failed to start {}", planned.path.display()))?;
+    let code = status.code().unwrap_or(-1);
+    writeln!(log, "@end {} {code} {}", planned.name, start.elapsed().as_secs()).context(LOG_FAILED)?;
     Ok(code == 0)
-}
-
-/// Appends a line to a log.
-fn append(log: &Path, line: &str) -> Result<()> {
-    let written = open(log)
-        .and_then(|mut log| Ok(std::io::Write::write_all(&mut log, format!("{line}\n").as_bytes())?));
-    written.with_context(|| format!("failed to write {}", log.display()))
-}
-
-fn open(log: &Path) -> Result<File> {
-    Ok(File::options().append(true).open(log)?)
-}
-
-/// Runs a command and appends its output to the log.
-fn execute(command: &mut Command, log: &Path) -> Result<i32> {
-    let (output, errors) = (open(log)?, open(log)?);
-    let status = command.stdin(Stdio::null()).stdout(output).stderr(errors).status();
-    let status = status.with_context(|| format!("failed to start {}", command.get_program().display()))?;
-    Ok(status.code().unwrap_or(-1))
 }

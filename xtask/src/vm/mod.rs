@@ -15,11 +15,8 @@ mod vm_report;
 
 use std::{
     env, fs,
-    num::NonZero,
     path::Path,
     process::ExitCode,
-    sync::Mutex,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -28,7 +25,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::{
     cache,
     setup::{self, Purpose},
-    workspace::{artifacts, print_status},
+    workspace::{artifacts, in_parallel, print_status},
 };
 use console::Guest;
 use kernels::{Kernel, Line};
@@ -124,24 +121,13 @@ impl Vm {
     /// Runs as many machines concurrently as there are CPUs. Each machine has one.
     fn run_all(&self, kernels: Vec<Result<Option<Kernel>>>, plan: &Plan, tools: &Tools) -> Result<Vec<Row>> {
         let results = artifacts("vm")?;
-        // Taken from the end: the newest kernels skip the fewest tests and take longest.
-        let queue = Mutex::new(kernels.into_iter().zip(&self.lines).collect::<Vec<_>>());
-        let rows = Mutex::new(Vec::new());
-        thread::scope(|scope| {
-            for _ in 0..thread::available_parallelism().map_or(1, NonZero::get) {
-                scope.spawn(|| {
-                    loop {
-                        let next = queue.lock().expect("no thread panicked").pop();
-                        let Some((kernel, &line)) = next else { return };
-                        let row = kernel
-                            .and_then(|kernel| self.run_one(line, kernel.as_ref(), plan, tools, &results))
-                            .unwrap_or_else(|error| Row::failed(line, format!("{error:#}")));
-                        rows.lock().expect("no thread panicked").push(row);
-                    }
-                });
-            }
+        // The newest kernels first: they skip the fewest tests and take longest.
+        let kernels = kernels.into_iter().zip(&self.lines).rev().collect();
+        let mut rows = in_parallel(kernels, |(kernel, &line)| {
+            kernel
+                .and_then(|kernel| self.run_one(line, kernel.as_ref(), plan, tools, &results))
+                .unwrap_or_else(|error| Row::failed(line, format!("{error:#}")))
         });
-        let mut rows = rows.into_inner().expect("no thread panicked");
         rows.sort_unstable_by_key(|row| row.line);
         Ok(rows)
     }

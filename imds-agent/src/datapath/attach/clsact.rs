@@ -265,7 +265,7 @@ pub async fn detach_all(netlink: &Netlink, point: AttachPoint) -> Result<bool, N
     Ok(any)
 }
 
-async fn detach(
+pub(crate) async fn detach(
     netlink: &Netlink,
     point: AttachPoint,
     filters: impl IntoIterator<Item = &TcFilter>,
@@ -279,7 +279,7 @@ async fn detach(
     Ok(())
 }
 
-async fn write(
+pub(crate) async fn write(
     netlink: &Netlink,
     point: AttachPoint,
     priority: u16,

@@ -67,8 +67,7 @@ pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), Datapath
     // `status` and `bpftool` read the records.
     let written = pinned_maps::sync(&mut maps.endpoints, &desired);
     written.map_err(|source| DatapathError::Map { map: MAP_ENDPOINTS, source })?;
-    let (configured, effective) =
-        (name_field(endpoint_set.configured()), name_field(endpoint_set.provider()));
+    let (configured, effective) = (name_field(endpoint_set.configured), name_field(endpoint_set.provider));
     let record = ProviderRecord { configured, effective };
     maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
 }

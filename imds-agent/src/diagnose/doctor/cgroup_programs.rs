@@ -18,7 +18,7 @@ use aya_obj::generated::{
 use imds_ebpf_common::names::SOCKET_LINKS;
 
 use super::{
-    doctor_report::{DoctorCheck, Program},
+    doctor_report::{DoctorCheck, Program, or_ok},
     tc_programs::{HookProgram, foreign, names},
 };
 use crate::{
@@ -43,17 +43,6 @@ const CALLS: [(&str, bpf_attach_type); 4] = [
 const PACKETS: [(&str, bpf_attach_type); 2] =
     [("ingress", BPF_CGROUP_INET_INGRESS), ("egress", BPF_CGROUP_INET_EGRESS)];
 
-/// Position of another program relative to the agent's.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum RunOrder {
-    /// The order does not matter, or the agent's program runs later.
-    NotAfter,
-    /// On the same cgroup, after the agent's program.
-    After,
-    /// On a cgroup above, whose programs run later.
-    AfterInAncestor,
-}
-
 /// Lists the programs of other owners, and names those that keep the agent's programs off a hook.
 pub(crate) fn programs(pins: &PinDir) -> Result<Vec<DoctorCheck>, DatapathError> {
     let links = SOCKET_LINKS.map(|name| dir::link_at(&pins.named_link(name)));
@@ -73,10 +62,7 @@ pub(crate) fn programs(pins: &PinDir) -> Result<Vec<DoctorCheck>, DatapathError>
             }
         }
     }
-    if checks.is_empty() {
-        checks.push(DoctorCheck::ok(NAME, format!("no other programs at {}", escape_path(&cgroup.path))));
-    }
-    Ok(checks)
+    Ok(or_ok(checks, NAME, format!("no other programs at {}", escape_path(&cgroup.path))))
 }
 
 struct Cgroup {
@@ -108,7 +94,11 @@ impl Cgroup {
             if entry.id.is_some() && entry.id == exclusive {
                 return alone(program, hook);
             }
-            check(run_order(&program, entry, &own, is_call), program)
+            let check = match remedy(&program, entry, &own, is_call) {
+                Some(remedy) => DoctorCheck::degraded(NAME, program.to_string(), remedy),
+                None => DoctorCheck::ok(NAME, program.to_string()),
+            };
+            DoctorCheck { program: Some(program), ..check }
         });
         Ok(checks.collect())
     }
@@ -126,34 +116,23 @@ impl Cgroup {
     }
 }
 
-fn run_order(program: &Program, entry: &HookProgram, own: &CgroupPrograms, is_call: bool) -> RunOrder {
+/// Returns the consequence of a program that runs after the agent's and can change the destination of a call, with its remedy.
+fn remedy(program: &Program, entry: &HookProgram, own: &CgroupPrograms, is_call: bool) -> Option<String> {
     if !is_call || program.first != Some(false) {
-        return RunOrder::NotAfter;
+        return None;
     }
-    if entry.id.is_some_and(|id| own.ids.contains(&id)) { RunOrder::After } else { RunOrder::AfterInAncestor }
-}
-
-fn check(order: RunOrder, program: Program) -> DoctorCheck {
-    let observed = program.to_string();
     let hook = program.hook;
-    let check = match order {
-        RunOrder::NotAfter => DoctorCheck::ok(NAME, observed),
-        RunOrder::After => {
-            let remedy = format!(
-                "runs after imds_{hook}: it may rewrite the destination, and the socket hook does not see the result; a running \
-                 agent moves its program to the end"
-            );
-            DoctorCheck::degraded(NAME, observed, remedy)
-        }
-        RunOrder::AfterInAncestor => {
-            let remedy = format!(
-                "runs after imds_{hook}, because its cgroup is above the agent's: it may rewrite the destination, and the socket \
-                 hook does not see the result; set `run --cgroup` to the cgroup of that program"
-            );
-            DoctorCheck::degraded(NAME, observed, remedy)
-        }
-    };
-    DoctorCheck { program: Some(program), ..check }
+    Some(if entry.id.is_some_and(|id| own.ids.contains(&id)) {
+        format!(
+            "runs after imds_{hook}: it may rewrite the destination, and the socket hook does not see the result; a running \
+             agent moves its program to the end"
+        )
+    } else {
+        format!(
+            "runs after imds_{hook}, because its cgroup is above the agent's: it may rewrite the destination, and the socket \
+             hook does not see the result; set `run --cgroup` to the cgroup of that program"
+        )
+    })
 }
 
 fn alone(program: Program, hook: &str) -> DoctorCheck {
@@ -197,14 +176,18 @@ mod tests {
         };
         let entries = [entry(1, false), entry(2, true), entry(3, false), entry(4, false)];
         let own = CgroupPrograms { ids: vec![1, 2, 3], flags: BPF_F_ALLOW_MULTI };
-        let orders = |is_call| -> Vec<_> {
+        let remedies = |is_call| -> Vec<_> {
             let programs = foreign(&entries, "/sys/fs/cgroup", "connect4");
-            programs.map(|(program, entry)| run_order(&program, entry, &own, is_call)).collect()
+            programs.map(|(program, entry)| remedy(&program, entry, &own, is_call)).collect()
         };
-        assert_eq!(orders(true), [RunOrder::NotAfter, RunOrder::After, RunOrder::AfterInAncestor]);
-        assert_eq!(orders(false), [RunOrder::NotAfter; 3]);
+        let [None, Some(after), Some(in_ancestor)] = &remedies(true)[..] else {
+            panic!("two run after ours")
+        };
+        assert!(after.contains("moves its program to the end"), "{after}");
+        assert!(in_ancestor.contains("its cgroup is above the agent's"), "{in_ancestor}");
+        assert_eq!(remedies(false), [None, None, None]);
         let alone = [entry(1, false)];
         let (program, of) = foreign(&alone, "/sys/fs/cgroup", "connect4").next().unwrap();
-        assert_eq!(run_order(&program, of, &own, true), RunOrder::NotAfter);
+        assert_eq!(remedy(&program, of, &own, true), None);
     }
 }

@@ -2,10 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use strum::EnumString;
+
 use super::traffic::Action;
 
-/// A netfilter hook to which base chains are attached.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+/// A netfilter hook to which base chains are attached. Parses from its name in nftables, and from that of a built-in chain of
+/// iptables.
+#[derive(Clone, Copy, Debug, EnumString, Eq, Ord, PartialEq, PartialOrd)]
+#[strum(ascii_case_insensitive)]
 pub(crate) enum BaseHook {
     Ingress,
     Prerouting,
@@ -32,20 +36,6 @@ pub(crate) struct Chains {
 }
 
 impl BaseHook {
-    /// Returns the hook by its name in nftables, or of a built-in chain of iptables.
-    pub(crate) fn named(name: &str) -> Option<Self> {
-        Some(match &*name.to_ascii_lowercase() {
-            "ingress" => Self::Ingress,
-            "prerouting" => Self::Prerouting,
-            "input" => Self::Input,
-            "forward" => Self::Forward,
-            "output" => Self::Output,
-            "postrouting" => Self::Postrouting,
-            "egress" => Self::Egress,
-            _ => return None,
-        })
-    }
-
     /// Reports whether the node's own processes send packets through the hook.
     pub(crate) const fn sees_node(self) -> bool {
         matches!(self, Self::Output | Self::Postrouting | Self::Egress)

@@ -21,7 +21,7 @@ use crate::{
         pin::dir::PinDir,
     },
     encode::ip_address,
-    telemetry::status::exemption_rules,
+    telemetry::status::{exemption_rules, rule_name},
 };
 
 /// Mode, hooks, endpoints and exemptions of the loaded configuration.
@@ -71,9 +71,7 @@ impl Enforcement {
             if record.flags == ExemptionRecord::BRIDGE {
                 continue;
             }
-            let number = record.rule as usize;
-            let name = number.checked_sub(1).and_then(|index| names.get(index));
-            let name = name.cloned().unwrap_or_else(|| number.to_string());
+            let name = rule_name(record.rule, &names);
             let covers = |address: &&IpAddr| {
                 exemption.address == Address::ANY || ip_address(exemption.address) == **address
             };
@@ -209,7 +207,7 @@ impl Enforcement {
         let Some(ranges) = &traffic.destinations else {
             return Some("all addresses except the protected ones".to_owned());
         };
-        let open = ranges.iter().filter(|range| !range.without(&protected).is_empty()).map(|range| {
+        let open = ranges.iter().filter(|range| !range.is_within(&protected)).map(|range| {
             let except: Vec<_> = protected
                 .iter()
                 .filter(|&&address| range.contains(address))

@@ -8,6 +8,7 @@ use std::{
 
 use comfy_table::{Table, presets::NOTHING};
 use serde::Serialize;
+use strum::AsRefStr;
 
 use crate::escape::escape;
 
@@ -46,8 +47,9 @@ pub struct DoctorCheck {
 }
 
 /// Result of a check in one word.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[derive(AsRefStr, Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum State {
     /// The check found no problem.
     Ok,
@@ -162,6 +164,19 @@ impl DoctorCheck {
     }
 }
 
+/// Returns the checks, or one that found no problem if there are none.
+pub(crate) fn or_ok(
+    checks: impl IntoIterator<Item = DoctorCheck>,
+    name: &'static str,
+    observed: impl Into<String>,
+) -> Vec<DoctorCheck> {
+    let mut checks: Vec<_> = checks.into_iter().collect();
+    if checks.is_empty() {
+        checks.push(DoctorCheck::ok(name, observed));
+    }
+    checks
+}
+
 impl DoctorReport {
     /// Returns the report as text that ends with a newline.
     #[must_use]
@@ -170,7 +185,7 @@ impl DoctorReport {
         table.load_style(NOTHING);
         table.set_header(["CHECK", "STATE", "OBSERVED"]);
         for check in &self.checks {
-            table.add_row([check.name, check.state.name(), &escape(&check.observed)]);
+            table.add_row([check.name, check.state.as_ref(), &escape(&check.observed)]);
         }
         let mut text = format!("{}\n", table.trim_fmt());
         let remedies: Vec<_> =
@@ -183,15 +198,5 @@ impl DoctorReport {
             let _ok = writeln!(text, "  {name}: {}", escape(remedy));
         }
         text
-    }
-}
-
-impl State {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Degraded => "degraded",
-            Self::Missing => "missing",
-        }
     }
 }

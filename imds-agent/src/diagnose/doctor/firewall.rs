@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use super::{
     chains::{BaseHook, Chains},
     coverage::Enforcement,
-    doctor_report::{DoctorCheck, Rule},
+    doctor_report::{DoctorCheck, Rule, or_ok},
     rulesets::{ListedRule, Rulesets},
     traffic::{Action, Branch, Traffic},
 };
@@ -48,16 +48,8 @@ struct Finding<'a> {
 pub(crate) fn rules(rulesets: &Rulesets, enforcement: &Enforcement) -> Vec<DoctorCheck> {
     let (chains, known) = (rulesets.chains(), presets());
     let findings = rulesets.rules.iter().filter_map(|rule| Finding::new(rule, &chains, &known, enforcement));
-    let checks: Vec<_> = findings.map(|finding| finding.check(enforcement)).collect();
-    if !checks.is_empty() {
-        return checks;
-    }
-    let observed = if rulesets.sources.is_empty() {
-        "unknown: neither iptables-save nor nft can be run here".to_owned()
-    } else {
-        format!("none for a metadata service ({})", rulesets.sources.join(", "))
-    };
-    vec![DoctorCheck::ok(NAME, observed)]
+    let checks = findings.map(|finding| finding.check(enforcement));
+    or_ok(checks, NAME, rulesets.none("none for a metadata service"))
 }
 
 /// Returns the addresses of all providers.

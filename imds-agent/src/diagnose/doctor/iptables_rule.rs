@@ -27,19 +27,19 @@ pub(crate) fn branch(words: &[String]) -> Branch {
             "-i" if !is_negated => value().clone_into(&mut traffic.interface),
             "-p" => {
                 if let Some(number) = protocol(value()) {
-                    traffic.limit_protocols(&NumberSet::new(vec![(number, number)]), is_negated);
+                    traffic.protocols.limit(&NumberSet::new(vec![(number, number)]), is_negated);
                 }
             }
             "--dport" | "--dports" => {
                 if let Some(ports) = ports(value()) {
-                    traffic.limit_ports(&ports, is_negated);
+                    traffic.ports.limit(&ports, is_negated);
                 }
             }
             "--uid-owner" => {
                 let users = value();
                 traffic.limit_owners("uid", users, is_negated);
                 if let Some(users) = uids(users) {
-                    traffic.limit_uids(&users, is_negated);
+                    traffic.uids.limit(&users, is_negated);
                 }
             }
             "--gid-owner" => traffic.limit_owners("gid", value(), is_negated),

@@ -1,11 +1,13 @@
 //! The effect of a rule or TC action on one bit of the packet mark.
 
 use serde_json::Value;
+use strum::IntoStaticStr;
 
 use super::rulesets::Body;
 
 /// The state of the bit after a rule, as far as the rule alone tells.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, IntoStaticStr, PartialEq)]
+#[strum(serialize_all = "lowercase")]
 pub(crate) enum Effect {
     /// The bit stays as it was.
     Unchanged,
@@ -16,16 +18,6 @@ pub(crate) enum Effect {
 }
 
 impl Effect {
-    /// Name of the effect in JSON.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Unchanged => "unchanged",
-            Self::Set => "set",
-            Self::Cleared => "cleared",
-            Self::Changed => "changed",
-        }
-    }
-
     /// Verb for sentences about a rule.
     pub(crate) const fn verb(self) -> &'static str {
         match self {
@@ -87,6 +79,9 @@ pub(crate) fn rule_effect(body: &Body, bit: u32) -> Effect {
     }
 }
 
+/// Returns the value and the mask that an option stands for, from those in its text.
+type MarkChange = fn(u32, u32) -> (u32, u32);
+
 /// Reads the target of a rule of `iptables-save`: MARK, CONNMARK, TPROXY and SET can write the mark.
 fn iptables_effect(words: &[String], bit: u32) -> Effect {
     let value = |name: &str| {
@@ -94,27 +89,22 @@ fn iptables_effect(words: &[String], bit: u32) -> Effect {
         words.get(position + 1).map(String::as_str)
     };
     let has = |name: &str| words.iter().any(|word| word == name);
-    let change = |text: &str, or: bool| {
+    let change = |text: &str, to: MarkChange| {
         let Some((value, mask)) = value_and_mask(text) else { return Effect::Changed };
-        let mask = if or { value | mask } else { mask };
+        let (value, mask) = to(value, mask);
         masked(value, mask, bit)
     };
-    let number = |text: &str| parse(text);
     match value("-j").unwrap_or_default() {
         "MARK" => {
-            if let Some(text) = value("--set-xmark") {
-                change(text, false)
-            } else if let Some(text) = value("--set-mark") {
-                change(text, true)
-            } else if let Some(bits) = value("--or-mark") {
-                number(bits).map_or(Effect::Changed, |bits| masked(bits, bits, bit))
-            } else if let Some(bits) = value("--and-mark") {
-                number(bits).map_or(Effect::Changed, |bits| masked(0, !bits, bit))
-            } else if let Some(bits) = value("--xor-mark") {
-                number(bits).map_or(Effect::Changed, |bits| masked(bits, 0, bit))
-            } else {
-                Effect::Changed
-            }
+            let options: [(&str, MarkChange); 5] = [
+                ("--set-xmark", |value, mask| (value, mask)),
+                ("--set-mark", |value, mask| (value, value | mask)),
+                ("--or-mark", |bits, _| (bits, bits)),
+                ("--and-mark", |bits, _| (0, !bits)),
+                ("--xor-mark", |bits, _| (bits, 0)),
+            ];
+            let option = options.into_iter().find_map(|(name, to)| Some((value(name)?, to)));
+            option.map_or(Effect::Changed, |(text, to)| change(text, to))
         }
         "CONNMARK" if has("--restore-mark") => {
             if has("--left-shift") || has("--right-shift") {
@@ -128,7 +118,9 @@ fn iptables_effect(words: &[String], bit: u32) -> Effect {
             let unchanged_bit = Effect::Unchanged.and(Effect::from_bit(!of_packet, bit));
             unchanged_bit.xor(Effect::Changed.and(Effect::from_bit(of_connection, bit)))
         }
-        "TPROXY" => value("--tproxy-mark").map_or(Effect::Unchanged, |text| change(text, false)),
+        "TPROXY" => {
+            value("--tproxy-mark").map_or(Effect::Unchanged, |text| change(text, |value, mask| (value, mask)))
+        }
         "SET" if has("--map-mark") => Effect::Changed,
         _ => Effect::Unchanged,
     }

@@ -1,16 +1,19 @@
 //! Firewall rules, TC actions and devices of other owners that change the bit of the packet mark with which `node_egress`
 //! identifies exempt pods behind a bridge.
 
-use imds_ebpf_common::{SubjectKind, maps::MARK};
+use imds_ebpf_common::{Subject, SubjectKind, maps::MARK};
 use serde_json::Value;
 
 use super::{
-    devices::{Device, MarkSource},
-    doctor_report::{DoctorCheck, MarkWriter},
+    doctor_report::{DoctorCheck, MarkWriter, or_ok},
     mark_rules::{self, Effect},
     rulesets::Rulesets,
 };
-use crate::datapath::{maps::exemption_maps, object::Maps, pin::dir::PinDir};
+use crate::{
+    datapath::{maps::exemption_maps, object::Maps, pin::dir::PinDir},
+    diagnose::devices::{Device, MarkSource},
+    node::link::{Link, LinkKind},
+};
 
 const RULES: &str = "mark_rules";
 const TUNNELS: &str = "mark_tunnels";
@@ -40,16 +43,16 @@ impl MarkUse {
         let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
         let bit = policy.map(|policy| policy.mark).filter(|&mark| mark != 0).unwrap_or(MARK);
         let exemptions = maps.as_ref().and_then(|maps| exemption_maps::read(maps).ok()).unwrap_or_default();
-        let is_exempt = |device: &Device| {
-            let subjects = exemptions.entries.keys().map(|exemption| exemption.subject);
-            let mut links = subjects.filter(|subject| subject.kind == SubjectKind::Interface as u64);
-            links.any(|subject| subject.id == u64::from(device.index))
+        let is_exempt = |link: &Link| {
+            let subject = Subject::new(SubjectKind::Interface, link.index.into());
+            exemptions.entries.keys().any(|exemption| exemption.subject == subject)
         };
-        let has_exempt_port = |bridge: &&Device| {
-            let mut ports = devices.iter().filter(|device| device.master == Some(bridge.index));
-            bridge.is_bridge && ports.any(is_exempt)
+        let links = || devices.iter().map(|device| &device.link);
+        let has_exempt_port = |bridge: &&Link| {
+            let mut ports = links().filter(|link| link.master == Some(bridge.index));
+            bridge.kind == LinkKind::Bridge && ports.any(is_exempt)
         };
-        let bridges = devices.iter().filter(has_exempt_port);
+        let bridges = links().filter(has_exempt_port);
         Self { bit, bridges: bridges.map(|bridge| (bridge.index, bridge.name.clone())).collect() }
     }
 
@@ -82,16 +85,8 @@ pub(crate) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<DoctorCheck> {
         let effect = mark_rules::action_effect(action, mark.bit);
         (effect != Effect::Unchanged).then(|| check(&action_text(action), None, effect, false, mark))
     });
-    let mut checks: Vec<_> = rules.chain(actions).collect();
-    if checks.is_empty() {
-        let observed = if rulesets.sources.is_empty() {
-            "unknown: neither iptables-save nor nft can be run here".to_owned()
-        } else {
-            format!("none writes bit {} of the packet mark ({})", mark.number(), rulesets.sources.join(", "))
-        };
-        checks.push(DoctorCheck::ok(RULES, observed));
-    }
-    checks
+    let none = rulesets.none(&format!("none writes bit {} of the packet mark", mark.number()));
+    or_ok(rules.chain(actions), RULES, none)
 }
 
 fn action_text(action: &Value) -> String {
@@ -110,7 +105,7 @@ fn check(
     let (table, chain) = table_and_chain.unzip();
     let position = chain.as_ref().map(|chain| format!(" (chain {chain})")).unwrap_or_default();
     let observed = format!("{text}{position}: {} bit {number} of the packet mark", effect.verb());
-    let writer = MarkWriter { table, chain, text: text.to_owned(), effect: effect.name(), bit: number };
+    let writer = MarkWriter { table, chain, text: text.to_owned(), effect: effect.into(), bit: number };
     let check = if is_local {
         DoctorCheck::ok(RULES, format!("{observed}; no effect: this chain sees only the node's own packets"))
     } else if mark.bridges.is_empty() {
@@ -144,15 +139,12 @@ fn consequence(effect: Effect, bridges: &str) -> String {
 /// Lists the devices that let a sender choose the mark of its packets.
 pub(crate) fn tunnels(devices: &[Device], mark: &MarkUse) -> Vec<DoctorCheck> {
     let sources = devices.iter().filter_map(|device| Some((device, device.mark_source?)));
-    let mut checks: Vec<_> = sources.map(|(device, source)| tunnel(device, source, mark)).collect();
-    if checks.is_empty() {
-        checks.push(DoctorCheck::ok(TUNNELS, "no VXLAN device with gbp, no netkit device with scrub none"));
-    }
-    checks
+    let checks = sources.map(|(device, source)| tunnel(device, source, mark));
+    or_ok(checks, TUNNELS, "no VXLAN device with gbp, no netkit device with scrub none")
 }
 
 fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {
-    let (name, number) = (&device.name, mark.number());
+    let (name, number) = (&device.link.name, mark.number());
     let observed = match source {
         MarkSource::Gbp => format!("{name} is a VXLAN device with gbp: a packet's sender chooses its mark"),
         MarkSource::NetkitScrubNone => {
@@ -162,7 +154,7 @@ fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {
     if source == MarkSource::Gbp && mark.bit & GBP_BITS == 0 {
         return DoctorCheck::ok(TUNNELS, format!("{observed}; no effect: gbp can't set bit {number}"));
     }
-    if !mark.exempts_on_bridge(device.master) {
+    if !mark.exempts_on_bridge(device.link.master) {
         let note = "no effect: the device is no port of a bridge with an exempt pod";
         return DoctorCheck::ok(TUNNELS, format!("{observed}; {note}"));
     }
@@ -210,11 +202,9 @@ mod tests {
 
     #[test]
     fn tunnels_matter_as_bridge_ports() {
-        let device = |master, mark_source| Device {
-            name: "vx0".to_owned(),
-            master,
-            mark_source: Some(mark_source),
-            ..Device::default()
+        let device = |master, mark_source| {
+            let link = Link { name: "vx0".to_owned(), master, ..Link::with_index(7) };
+            Device { mark_source: Some(mark_source), ..Device::new(link) }
         };
         let state = |device: Device, mark: &MarkUse| {
             let [check] = &tunnels(&[device], mark)[..] else { panic!("one check") };

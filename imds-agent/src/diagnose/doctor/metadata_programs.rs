@@ -7,7 +7,7 @@ use rtnetlink::packet_route::{
     rule::{RuleAttribute, RuleMessage},
 };
 
-use super::doctor_report::DoctorCheck;
+use super::doctor_report::{DoctorCheck, or_ok};
 use crate::node::netlink::{Netlink, NetlinkError};
 
 const NAME: &str = "metadata_programs";
@@ -63,15 +63,9 @@ fn process(proc: &Path, name: &str) -> Option<u32> {
 
 impl Observed {
     fn checks(self) -> Vec<DoctorCheck> {
-        let mut checks = Vec::new();
-        if self.has_imdsd_socket || self.has_imdsd_rule {
-            checks.push(self.imdsd());
-        }
-        checks.extend(self.gpa.map(gpa));
-        if checks.is_empty() {
-            checks.push(DoctorCheck::ok(NAME, "neither systemd-imdsd nor Azure's Guest Proxy Agent"));
-        }
-        checks
+        let imdsd = (self.has_imdsd_socket || self.has_imdsd_rule).then(|| self.imdsd());
+        let checks = imdsd.into_iter().chain(self.gpa.map(gpa));
+        or_ok(checks, NAME, "neither systemd-imdsd nor Azure's Guest Proxy Agent")
     }
 
     fn imdsd(self) -> DoctorCheck {

@@ -6,10 +6,10 @@ mod address_range;
 mod cgroup_programs;
 mod chains;
 mod coverage;
-mod devices;
 mod doctor_report;
 mod environment;
 mod firewall;
+mod hooked_interfaces;
 mod iptables_rule;
 mod kernel_features;
 mod mark_rules;
@@ -33,6 +33,7 @@ use imds_ebpf_common::Mode;
 use crate::{
     config::provider::Provider,
     datapath::{DatapathError, pin::dir::PinDir},
+    diagnose::devices,
     node::netlink::Netlink,
     version::VERSION,
 };

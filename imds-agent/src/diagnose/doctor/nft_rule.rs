@@ -182,21 +182,21 @@ fn limit_field(traffic: &mut Traffic, field: &Value, is_negated: bool, values: &
         ("ip" | "ip6", "saddr", _) => traffic.has_negated_source |= is_negated,
         (header, "dport", _) => {
             if let Some(number) = protocol(header) {
-                traffic.limit_protocols(&NumberSet::new(vec![(number, number)]), false);
+                traffic.protocols.limit(&NumberSet::new(vec![(number, number)]), false);
             }
             if let Some(ports) = numbers(values) {
-                traffic.limit_ports(&ports, is_negated);
+                traffic.ports.limit(&ports, is_negated);
             }
         }
         ("ip", "protocol", _) | ("ip6", "nexthdr", _) | (_, _, "l4proto") => {
             if let Some(protocols) = numbers(values) {
-                traffic.limit_protocols(&protocols, is_negated);
+                traffic.protocols.limit(&protocols, is_negated);
             }
         }
         (_, _, "skuid") => {
             traffic.limit_owners("uid", &listed(values), is_negated);
             if let Some(users) = uids(values) {
-                traffic.limit_uids(&users, is_negated);
+                traffic.uids.limit(&users, is_negated);
             }
         }
         (_, _, "skgid") => traffic.limit_owners("gid", &listed(values), is_negated),

@@ -1,6 +1,6 @@
 //! Veth pairs inside the node through which it routes packets to protected endpoints.
 
-use super::doctor_report::DoctorCheck;
+use super::doctor_report::{DoctorCheck, or_ok};
 use crate::{
     datapath::{maps::endpoint_maps, object::Maps, pin::dir::PinDir},
     encode::ip_address,
@@ -23,18 +23,13 @@ pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Docto
         let peer = links.iter().find(|peer| Some(peer.index) == link.lower && peer.master.is_none())?;
         Some((&link.name, &peer.name))
     });
-    let mut checks: Vec<_> = pairs
-        .map(|(name, peer)| {
-            let observed = format!("packets to an endpoint are routed through {name} to {peer}, both of the node");
-            let remedy = format!(
-                "packets of the node and of exempt pods that enter through {peer} are denied at the uplink behind it: route them \
-                 through another interface, or exclude that uplink ([interfaces] exclude)"
-            );
-            DoctorCheck::degraded(NAME, observed, remedy)
-        })
-        .collect();
-    if checks.is_empty() {
-        checks.push(DoctorCheck::ok(NAME, "no route to an endpoint leads through a veth pair of the node"));
-    }
-    Ok(checks)
+    let checks = pairs.map(|(name, peer)| {
+        let observed = format!("packets to an endpoint are routed through {name} to {peer}, both of the node");
+        let remedy = format!(
+            "packets of the node and of exempt pods that enter through {peer} are denied at the uplink behind it: route them \
+             through another interface, or exclude that uplink ([interfaces] exclude)"
+        );
+        DoctorCheck::degraded(NAME, observed, remedy)
+    });
+    Ok(or_ok(checks, NAME, "no route to an endpoint leads through a veth pair of the node"))
 }

@@ -47,6 +47,11 @@ impl NumberSet {
         Self(gaps)
     }
 
+    /// Keeps only the numbers of the other set, or only those that are not in it.
+    pub(crate) fn limit(&mut self, other: &Self, is_negated: bool) {
+        *self = if is_negated { self.intersection(&other.complement()) } else { self.intersection(other) };
+    }
+
     pub(crate) fn intersection(&self, other: &Self) -> Self {
         let of_both = self.0.iter().flat_map(|&(first, last)| {
             other.0.iter().map(move |&(from, to)| (first.max(from), last.min(to)))

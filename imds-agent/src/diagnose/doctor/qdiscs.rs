@@ -4,45 +4,35 @@ use std::collections::BTreeMap;
 
 use imds_ebpf_common::{AttachMode, InterfaceRecord, TcHook};
 
-use super::{doctor_report::DoctorCheck, tc_programs::desired_hooks};
+use super::{
+    doctor_report::{DoctorCheck, or_ok},
+    hooked_interfaces::HookedInterfaces,
+};
 use crate::{
-    config::Hooks,
     datapath::{
         DatapathError,
         attach::qdisc::{self, Qdisc},
-        maps::interface_records,
-        object::Maps,
         pin::dir::PinDir,
         sys::bpf,
     },
-    node::{interface_role::Uplinks, link::Link, netlink::Netlink},
+    node::{link::Link, netlink::Netlink},
 };
 
 const NAME: &str = "tc_qdiscs";
 
 /// Lists the hooks to which no filter can be attached because of a qdisc that another program has added.
 pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<DoctorCheck>, DatapathError> {
-    let maps = Maps::open(pins).ok();
-    let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
-    let hooks = policy.map_or_else(Hooks::default, |policy| Hooks::from_bits(policy.hooks));
-    let links = netlink.links().await?;
-    let uplinks = Uplinks::new(&netlink.endpoint_routes().await?, links.iter());
+    let interfaces = HookedInterfaces::read(pins, netlink).await?;
     let (qdiscs, has_tcx) = (qdisc::list(netlink).await?, bpf::has_tcx());
     let mut checks = Vec::new();
-    for link in &links {
-        let record = maps.as_ref().and_then(|maps| interface_records::get(maps, link.index));
-        let desired = desired_hooks(link, record, &uplinks);
-        let needed = desired.iter().filter(|&hook| {
-            hooks.contains(hook.hook())
-                && needs_filter(record.as_ref(), hook, has_tcx)
-                && !uplinks.is_optional(link, hook)
+    for link in &interfaces.links {
+        let record = interfaces.record(link);
+        let needed = interfaces.hooks(link).filter(|&hook| {
+            needs_filter(record.as_ref(), hook, has_tcx) && !interfaces.uplinks.is_optional(link, hook)
         });
         checks.extend(needed.filter_map(|hook| blocked(link, hook, &qdiscs, has_tcx)));
     }
-    if checks.is_empty() {
-        checks.push(DoctorCheck::ok(NAME, "none keeps the agent from an interface"));
-    }
-    Ok(checks)
+    Ok(or_ok(checks, NAME, "none keeps the agent from an interface"))
 }
 
 /// Reports whether the hook needs a filter: without TCX, or if the agent has attached a filter or failed to attach its program.

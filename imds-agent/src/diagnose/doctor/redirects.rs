@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use imds_ebpf_common::Role;
 use serde_json::Value;
 
-use super::{doctor_report::DoctorCheck, rulesets::Rulesets};
+use super::{
+    doctor_report::{DoctorCheck, or_ok},
+    rulesets::Rulesets,
+};
 use crate::{
     datapath::{maps::interface_records, object::Maps, pin::dir::PinDir},
     node::{
@@ -29,11 +32,8 @@ pub(crate) async fn checks(
     let excluded =
         Maps::open(pins).ok().and_then(|maps| interface_records::names(&maps, Role::Excluded).ok());
     let unhooked: BTreeSet<_> = ifbs.chain(excluded.unwrap_or_default()).collect();
-    let mut checks: Vec<_> = rulesets.actions.iter().filter_map(|action| check(action, &unhooked)).collect();
-    if checks.is_empty() {
-        checks.push(DoctorCheck::ok(NAME, "no mirred action sends packets to an interface with node_egress"));
-    }
-    Ok(checks)
+    let checks = rulesets.actions.iter().filter_map(|action| check(action, &unhooked));
+    Ok(or_ok(checks, NAME, "no mirred action sends packets to an interface with node_egress"))
 }
 
 /// Returns the check of an action, or `None` if it sends no packet to the egress of an interface with a hook.

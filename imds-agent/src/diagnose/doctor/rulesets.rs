@@ -30,7 +30,7 @@ const IPTABLES_TABLES: [&str; 5] = ["filter", "mangle", "nat", "raw", "security"
 #[derive(Debug, Default)]
 pub(crate) struct Rulesets {
     /// Names of the programs that ran successfully.
-    pub(crate) sources: Vec<&'static str>,
+    sources: Vec<&'static str>,
     pub(crate) rules: Vec<ListedRule>,
     /// TC actions, as `tc -json actions list` prints them.
     pub(crate) actions: Vec<Value>,
@@ -98,6 +98,14 @@ impl Rulesets {
         rulesets
     }
 
+    /// Describes that no rule was found, or that none could be listed.
+    pub(crate) fn none(&self, found: &str) -> String {
+        if self.sources.is_empty() {
+            return "unknown: neither iptables-save nor nft can be run here".to_owned();
+        }
+        format!("{found} ({})", self.sources.join(", "))
+    }
+
     /// Returns the hooks from which packets reach each chain.
     pub(crate) fn chains(&self) -> Chains {
         let actions = self
@@ -120,7 +128,7 @@ impl Rulesets {
                 table = name;
             } else if let Some(chain) = line.strip_prefix(':') {
                 let name = chain.split(' ').next().unwrap_or_default();
-                self.base_chains.extend(BaseHook::named(name).map(|hook| (id(name), hook)));
+                self.base_chains.extend(name.parse().map(|hook| (id(name), hook)));
             } else if let Some(rule) = line.strip_prefix("-A ") {
                 let words = words(rule);
                 self.rules.push(ListedRule {
@@ -143,7 +151,7 @@ impl Rulesets {
             table: text(&entry["table"]),
             name: text(&entry[name]),
         };
-        let base = |chain: &Value| Some((id(chain, "name"), BaseHook::named(chain["hook"].as_str()?)?));
+        let base = |chain: &Value| Some((id(chain, "name"), chain["hook"].as_str()?.parse().ok()?));
         self.base_chains.extend(entries().filter_map(|entry| base(entry.get("chain")?)));
         let sets = NamedSets::from_entries(entries());
         for rule in entries().filter_map(|entry| entry.get("rule")) {

@@ -3,25 +3,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aya::programs::loaded_programs;
-use imds_ebpf_common::{InterfaceRecord, TcHook, TcHookSet, names::TC_PROGRAMS};
+use imds_ebpf_common::{TcHook, names::TC_PROGRAMS};
 
 use super::{
-    devices::Device,
-    doctor_report::{DoctorCheck, Program},
+    doctor_report::{DoctorCheck, Program, or_ok},
+    hooked_interfaces::HookedInterfaces,
     marks::MarkUse,
 };
 use crate::{
-    config::{Hooks, Interfaces},
     datapath::{
         DatapathError,
         attach::clsact,
-        maps::interface_records,
-        object::{self, Maps},
+        object,
         pin::dir::{self, AttachPoint, PinDir},
         sys::bpf,
     },
+    diagnose::devices::Device,
     node::{
-        interface_role::{self, Uplinks},
         link::{Link, LinkKind},
         netlink::Netlink,
     },
@@ -47,29 +45,24 @@ pub(crate) async fn check_interfaces(
     devices: &[Device],
     mark: &MarkUse,
 ) -> Result<Vec<DoctorCheck>, DatapathError> {
-    let maps = Maps::open(pins).ok();
-    let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
-    let hooks = policy.map_or_else(Hooks::default, |policy| Hooks::from_bits(policy.hooks));
-    let ours = pinned_programs(pins);
-    let links = netlink.links().await?;
-    let (names, uplinks) = (names(), Uplinks::new(&netlink.endpoint_routes().await?, links.iter()));
+    let interfaces = HookedInterfaces::read(pins, netlink).await?;
+    let (ours, names) = (pinned_programs(pins), names());
     let (mut checks, mut of_xdp) = (Vec::new(), Vec::new());
     let (mut count, mut pods) = (0_usize, 0_usize);
-    for link in links {
-        let record = maps.as_ref().and_then(|maps| interface_records::get(maps, link.index));
-        for hook in desired_hooks(&link, record, &uplinks).iter().filter(|hook| hooks.contains(hook.hook())) {
+    for link in &interfaces.links {
+        for hook in interfaces.hooks(link) {
             count += 1;
             let point = AttachPoint { ifindex: link.index, hook };
             if hook == TcHook::FromPod {
                 pods += 1;
-                let device = devices.iter().find(|device| device.index == link.index);
-                of_xdp.extend(device.iter().flat_map(|device| xdp(device, &names, maps.is_some())));
+                let device = devices.iter().find(|device| device.link.index == link.index);
+                of_xdp.extend(device.iter().flat_map(|device| xdp(device, &names, interfaces.is_loaded())));
             }
             if hook == TcHook::FromPod && link.kind == LinkKind::Netkit {
                 // The kernel rejects the query for a device that is not the primary one of its pair: it has no peer hook.
                 let programs = bpf::entries(link.index, bpf::MprogHook::NetkitPeer).unwrap_or_default();
                 let entries = entries("netkit", programs, pins, point, &ours, &names);
-                checks.extend(check_programs(&link, "peer", &entries, mark));
+                checks.extend(check_programs(link, "peer", &entries, mark));
             }
             // A kernel without TCX returns an error, and has no TCX programs.
             let programs = bpf::entries(link.index, point.tcx_hook()).unwrap_or_default();
@@ -92,28 +85,13 @@ pub(crate) async fn check_interfaces(
                 TcHook::FromPod => "ingress",
                 TcHook::NodeEgress => "egress",
             };
-            checks.extend(check_programs(&link, hook, &entries, mark));
+            checks.extend(check_programs(link, hook, &entries, mark));
         }
     }
-    if checks.is_empty() {
-        checks.push(DoctorCheck::ok(
-            OF_INTERFACES,
-            format!("no other programs at {count} hooks of interfaces"),
-        ));
-    }
-    if of_xdp.is_empty() {
-        of_xdp.push(DoctorCheck::ok(XDP, format!("none at {pods} pod interfaces")));
-    }
-    checks.extend(of_xdp);
+    let mut checks =
+        or_ok(checks, OF_INTERFACES, format!("no other programs at {count} hooks of interfaces"));
+    checks.extend(or_ok(of_xdp, XDP, format!("none at {pods} pod interfaces")));
     Ok(checks)
-}
-
-/// Returns the hooks that the interface should have: as recorded, or as a default configuration assigns them.
-pub(crate) fn desired_hooks(link: &Link, record: Option<InterfaceRecord>, uplinks: &Uplinks) -> TcHookSet {
-    record.map_or_else(
-        || interface_role::assign(link, uplinks, &Interfaces::default(), false).hooks,
-        |record| TcHookSet::from_bits(record.hooks),
-    )
 }
 
 /// Checks of the XDP programs of a pod's host-side interface, which see the pod's frames before every TC program.
@@ -127,7 +105,7 @@ fn xdp<'a>(
             name: names.get(&id).cloned(),
             id: Some(id),
             kind: "xdp".to_owned(),
-            at: device.name.clone(),
+            at: device.link.name.clone(),
             hook: "xdp",
             position: 1,
             count: 1,
@@ -137,7 +115,7 @@ fn xdp<'a>(
             "the program sees the pod's frames before from_pod: frames that it sends on with XDP_TX or XDP_REDIRECT pass neither \
              from_pod nor node_egress; the socket hook still denies ordinary calls; to remove the program: `ip link set dev {} xdp \
              off`",
-            device.name
+            device.link.name
         );
         DoctorCheck { program: Some(program.clone()), ..DoctorCheck::degraded(XDP, program.to_string(), remedy) }
     })

@@ -68,21 +68,6 @@ impl Traffic {
         });
     }
 
-    /// Keeps only packets of these protocols, or of all others.
-    pub(crate) fn limit_protocols(&mut self, protocols: &NumberSet, is_negated: bool) {
-        self.protocols = limited(&self.protocols, protocols, is_negated);
-    }
-
-    /// Keeps only packets to these ports, or to all others.
-    pub(crate) fn limit_ports(&mut self, ports: &NumberSet, is_negated: bool) {
-        self.ports = limited(&self.ports, ports, is_negated);
-    }
-
-    /// Keeps only packets of sockets of these users, or of all others.
-    pub(crate) fn limit_uids(&mut self, uids: &NumberSet, is_negated: bool) {
-        self.uids = limited(&self.uids, uids, is_negated);
-    }
-
     /// Adds a condition on users or groups to the description of the owners.
     pub(crate) fn limit_owners(&mut self, kind: &str, owners: &str, is_negated: bool) {
         let not = if is_negated { "not " } else { "" };
@@ -116,10 +101,6 @@ impl Traffic {
             (false, false) => format!("{protocol}/{}", self.ports),
         }
     }
-}
-
-fn limited(before: &NumberSet, limit: &NumberSet, is_negated: bool) -> NumberSet {
-    if is_negated { before.intersection(&limit.complement()) } else { before.intersection(limit) }
 }
 
 /// Returns the number of a protocol by its name, as `iptables-save` and `nft` print it.

@@ -17,7 +17,7 @@ use crate::{
     datapath::{maps::interface_records, object::Maps},
     encode::field_text,
     node::link::VERIFY_PREFIX,
-    telemetry::status::{Interface, StatusReport},
+    telemetry::status::{HookAttachment, StatusReport},
 };
 
 /// Limit for the agent to attach to a new interface.
@@ -77,45 +77,27 @@ pub(crate) fn check(hook: TcHook, status: &StatusReport, excluded: &[String]) ->
         .interfaces
         .iter()
         .filter(|interface| !interface.name.starts_with(VERIFY_PREFIX))
-        .filter_map(|interface| attachment(interface, hook))
+        .filter_map(|interface| Some((&*interface.name, interface.attachment(hook)?)))
         .collect();
-    let names = |state, text: &str| {
-        let found = attachments.iter().filter(|(_, found)| *found == state).map(|&(name, _)| name);
+    let names = |is_wrong: fn(&HookAttachment) -> bool, text: &str| {
+        let found = attachments.iter().filter(|(_, attachment)| is_wrong(attachment)).map(|&(name, _)| name);
         let found: BTreeSet<_> = found.collect();
         let names: Vec<_> = found.into_iter().collect();
         (!names.is_empty()).then(|| format!("{} {text}", names.join(", ")))
     };
     let wrong: Vec<_> = [
         attachments.is_empty().then(|| format!("at 0 of 0: {nowhere}")),
-        names(AttachmentState::Missing, "not enforced"),
-        names(AttachmentState::NotFirst, "behind other programs"),
+        names(|attachment| !attachment.is_attached(), "not enforced"),
+        names(|attachment| attachment.is_attached() && !attachment.is_enforced(), "behind other programs"),
     ]
     .into_iter()
     .flatten()
     .chain(excluded.iter().map(|name| format!("uplink {name} is excluded")))
     .collect();
     if wrong.is_empty() {
-        return VerifyCheck::new(hook, EXPECTED, format!("at {} of {0}", attachments.len()), Outcome::Pass);
+        return VerifyCheck::new(hook, EXPECTED, format!("at {} of {0}", attachments.len()), Outcome::Passed);
     }
-    VerifyCheck::new(hook, EXPECTED, wrong.join("; "), Outcome::Fail)
-}
-
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum AttachmentState {
-    First,
-    NotFirst,
-    Missing,
-}
-
-/// Returns the state of a hook of an interface; `None` if the interface should not have the hook.
-fn attachment<'s>(interface: &'s Interface, hook: &str) -> Option<(&'s str, AttachmentState)> {
-    let attachment = interface.attachment(hook)?;
-    let state = match attachment {
-        _ if attachment.is_enforced() => AttachmentState::First,
-        _ if attachment.is_attached() => AttachmentState::NotFirst,
-        _ => AttachmentState::Missing,
-    };
-    Some((&interface.name, state))
+    VerifyCheck::new(hook, EXPECTED, wrong.join("; "), Outcome::Failed)
 }
 
 /// Reports whether the interface should have the hook.

@@ -97,8 +97,8 @@ impl Path<'_> {
         for (endpoint, skip) in endpoints {
             self.reset(Treatment::Denied)?;
             let (observed, outcome) = match self.send(last_hook, &[target(endpoint)]).await[..] {
-                [Arrival::Denied(hook)] => (format!("denied at {}", hook.name()), Outcome::Pass),
-                [Arrival::Arrived] => ("reached it".to_owned(), Outcome::Fail),
+                [Arrival::Denied(hook)] => (format!("denied at {}", hook.name()), Outcome::Passed),
+                [Arrival::Arrived] => ("reached it".to_owned(), Outcome::Failed),
                 _ => match skip {
                     Some(skip) => (skip.reason.clone(), skip.outcome),
                     None => (LOST.to_owned(), Outcome::Skipped),
@@ -141,10 +141,11 @@ impl Path<'_> {
                 arrival = self.send(last_hook, &[target(endpoint)]).await.pop().unwrap_or(Arrival::Lost);
             }
             let (observed, outcome) = match arrival {
-                Arrival::Arrived => ("reached it".to_owned(), Outcome::Pass),
-                Arrival::Denied(hook) => (format!("denied at {}", hook.name()), Outcome::Fail),
-                Arrival::Lost if self.has_lost_mark() => (MARK_LOST.to_owned(), Outcome::Fail),
-                Arrival::Lost => (LOST.to_owned(), Outcome::from_loss(fails_if_lost)),
+                Arrival::Arrived => ("reached it".to_owned(), Outcome::Passed),
+                Arrival::Denied(hook) => (format!("denied at {}", hook.name()), Outcome::Failed),
+                Arrival::Lost if self.has_lost_mark() => (MARK_LOST.to_owned(), Outcome::Failed),
+                Arrival::Lost if fails_if_lost => (LOST.to_owned(), Outcome::Failed),
+                Arrival::Lost => (LOST.to_owned(), Outcome::Skipped),
             };
             checks.push(self.exempt_check(endpoint, observed, outcome));
         }
@@ -224,12 +225,6 @@ impl Path<'_> {
 const LOST: &str = "lost, but not denied: another program or firewall rule of this node drops it";
 const MARK_LOST: &str =
     "a program or firewall rule of this node overwrites the exemption mark, or drops the packet";
-
-impl Outcome {
-    const fn from_loss(fails: bool) -> Self {
-        if fails { Self::Fail } else { Self::Skipped }
-    }
-}
 
 fn target(endpoint: &Endpoint) -> (IpAddr, Service) {
     (endpoint.address, closed(&endpoint.allow_ports, TCP))

@@ -10,17 +10,14 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use aya_obj::generated::bpf_map_type::{self, BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_HASH};
 use imds_ebpf_common::{TcHook, names::link_prefix};
 
-use super::{
-    VerifyError,
-    exits::NetDevice,
-    sink_filter::{self, SinkFilter},
-};
+use super::{VerifyError, sink_filter};
 use crate::{
     datapath::{
         attach::clsact::TcFilter,
         pin::dir::{self, PinDir},
         sys::bpf,
     },
+    diagnose::devices::Device,
     node::netlink::Netlink,
 };
 
@@ -32,7 +29,8 @@ pub(crate) struct LastHook {
     next_id: u16,
     /// Links that detach the sink when they are closed.
     links: Vec<OwnedFd>,
-    filters: Vec<SinkFilter>,
+    /// Interfaces on which the sink is a filter.
+    filtered: Vec<u32>,
 }
 
 impl LastHook {
@@ -40,7 +38,7 @@ impl LastHook {
     pub(crate) async fn attach(
         pins: &PinDir,
         netlink: &Netlink,
-        exits: Vec<&NetDevice>,
+        exits: Vec<&Device>,
     ) -> Result<Self, VerifyError> {
         if exits.is_empty() {
             return Err(VerifyError::NoExit);
@@ -56,7 +54,7 @@ impl LastHook {
             marker,
             next_id: 0,
             links: Vec::new(),
-            filters: Vec::new(),
+            filtered: Vec::new(),
         };
         for device in exits {
             if let Err(error) = hook.attach_to(pins, netlink, device, &program).await {
@@ -71,19 +69,20 @@ impl LastHook {
         &mut self,
         pins: &PinDir,
         netlink: &Netlink,
-        device: &NetDevice,
+        device: &Device,
         program: &OwnedFd,
     ) -> Result<(), VerifyError> {
-        let ifindex = device.index;
-        let filters = sink_filter::filters(netlink, ifindex).await?;
-        sink_filter::remove_leftover(netlink, ifindex, &filters).await?;
+        let ifindex = device.link.index;
+        let filters = sink_filter::remove(netlink, ifindex).await?;
         let agent = agents_link(pins, ifindex);
         let position = filters.iter().position(TcFilter::is_agent_filter);
         let link = match (agent, position.and_then(|position| filters.get(position..))) {
             (Some(agent), _) => bpf::link_create_after(program, ifindex, agent),
             (None, Some(filters)) => {
-                let filter = SinkFilter::add_after_agent(netlink, ifindex, filters, program.as_fd()).await?;
-                self.filters.push(filter.ok_or_else(|| VerifyError::Bypassed(device.name.clone()))?);
+                if !sink_filter::add_after_agent(netlink, ifindex, filters, program.as_fd()).await? {
+                    return Err(VerifyError::Bypassed(device.link.name.clone()));
+                }
+                self.filtered.push(ifindex);
                 return Ok(());
             }
             (None, None) => bpf::link_create_first(program, ifindex, bpf::MprogHook::TcxEgress),
@@ -120,8 +119,8 @@ impl LastHook {
     /// Detaches the sink. Without this call the kernel detaches links when the process ends, but not filters.
     pub(crate) async fn detach(&mut self, netlink: &Netlink) {
         self.links.clear();
-        for filter in self.filters.drain(..) {
-            if let Err(error) = filter.remove(netlink).await {
+        for ifindex in self.filtered.drain(..) {
+            if let Err(error) = sink_filter::remove(netlink, ifindex).await {
                 log::warn!("{error:#}");
             }
         }

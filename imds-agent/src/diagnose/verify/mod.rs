@@ -261,7 +261,7 @@ impl Fixture {
     ) -> Result<Vec<VerifyCheck>, VerifyError> {
         let mut checks = Vec::new();
         if enforced.endpoints.is_empty() {
-            checks.push(VerifyCheck::new("-", "an endpoint is protected", "no endpoint is", Outcome::Fail));
+            checks.push(VerifyCheck::new("-", "an endpoint is protected", "no endpoint is", Outcome::Failed));
         }
         for hook in TcHook::ALL.into_iter().filter(|hook| enforced.hooks.contains(hook.hook())) {
             checks.push(attached::check(hook, &enforced.status, &self.paths.excluded));

@@ -81,7 +81,7 @@ impl Call {
         while start.elapsed() < ARRIVAL_TIMEOUT {
             let result = timeout(POLL_INTERVAL, &mut connecting).await;
             if last_hook.has_received(self.id) {
-                return ("reached it".to_owned(), Outcome::Pass);
+                return ("reached it".to_owned(), Outcome::Passed);
             }
             if let Ok(result) = result {
                 // A connect program of the node, such as that of a proxy, changes the destination.
@@ -91,23 +91,23 @@ impl Call {
             }
         }
         let observed = "dropped on this node: by imds-agent, or by another program or firewall rule";
-        (observed.to_owned(), Outcome::Fail)
+        (observed.to_owned(), Outcome::Failed)
     }
 }
 
 /// Returns the result of a connection that ended before its segment arrived at the last hook.
 fn call_outcome(result: &io::Result<()>, is_local: bool) -> (String, Outcome) {
     match result.as_ref().map_err(io::Error::raw_os_error) {
-        Ok(()) if is_local => ("answered on this node".to_owned(), Outcome::Pass),
+        Ok(()) if is_local => ("answered on this node".to_owned(), Outcome::Passed),
         Ok(()) => {
             let observed = "not tested: a rule of this node redirects the packets, or they pass no last hook";
             (observed.to_owned(), Outcome::Skipped)
         }
-        Err(_) if is_refused(result) => (phrase(result), Outcome::Fail),
+        Err(_) if is_refused(result) => (phrase(result), Outcome::Failed),
         Err(_) if is_local => (format!("an address of this node: {}", phrase(result)), Outcome::Skipped),
         // A hook with `on_deny = "reject"` or a firewall rule sends a reset.
         Err(Some(libc::ECONNREFUSED | libc::ECONNRESET)) => {
-            ("reset on this node: by imds-agent, or by a firewall rule".to_owned(), Outcome::Fail)
+            ("reset on this node: by imds-agent, or by a firewall rule".to_owned(), Outcome::Failed)
         }
         Err(_) => (format!("not reachable from the node: {}", phrase(result)), Outcome::Skipped),
     }
@@ -131,12 +131,12 @@ mod tests {
     #[test]
     fn outcomes_of_calls() {
         let outcome = |errno, is_local| call_outcome(&Err(io::Error::from_raw_os_error(errno)), is_local).1;
-        assert_eq!(outcome(libc::EPERM, true), Outcome::Fail);
+        assert_eq!(outcome(libc::EPERM, true), Outcome::Failed);
         assert_eq!(outcome(libc::ENETUNREACH, false), Outcome::Skipped);
         assert_eq!(outcome(libc::EHOSTUNREACH, false), Outcome::Skipped);
-        assert_eq!(outcome(libc::ECONNREFUSED, false), Outcome::Fail);
+        assert_eq!(outcome(libc::ECONNREFUSED, false), Outcome::Failed);
         assert_eq!(outcome(libc::ECONNREFUSED, true), Outcome::Skipped);
-        assert_eq!(call_outcome(&Ok(()), true).1, Outcome::Pass);
+        assert_eq!(call_outcome(&Ok(()), true).1, Outcome::Passed);
         assert_eq!(call_outcome(&Ok(()), false).1, Outcome::Skipped);
     }
 }

@@ -6,11 +6,12 @@ use std::{
 };
 
 use imds_ebpf_common::{ExemptionRecord, Hook, Role, Subject, SubjectKind, TcHook, names::MAP_EXEMPT};
+use rtnetlink::packet_route::route::RouteType;
 
 use super::{
     Enforced, PATH, VerifyError,
     attached::wait_attached,
-    exits::{NetDevice, devices, lowest, route_to},
+    exits::lowest,
     fixture::{LinkName, TestDevice as _, TestPod},
     forwarding::{CONTROLS, Path},
     frames::{Frames, Mac},
@@ -20,7 +21,15 @@ use super::{
     routes,
     verify_report::{Outcome, Skip, VerifyCheck},
 };
-use crate::{config::endpoint_set::Endpoint, datapath::object, node::netlink::Netlink};
+use crate::{
+    config::endpoint_set::Endpoint,
+    datapath::object,
+    diagnose::devices::{self, Device},
+    node::{
+        link::Link,
+        netlink::{Netlink, outgoing},
+    },
+};
 
 /// Reason for a failure without the `from_pod` hook, which sets the exemption mark.
 const NO_MARK: &str = "denied at node_egress: exempt pods behind a bridge need `hooks.from_pod`";
@@ -28,7 +37,7 @@ const NO_MARK: &str = "denied at node_egress: exempt pods behind a bridge need `
 /// State of the path checks, with the last hook attached.
 pub(crate) struct Paths {
     last_hook: Result<LastHook, Skip>,
-    devices: BTreeMap<u32, NetDevice>,
+    devices: BTreeMap<u32, Device>,
     /// Endpoint addresses that are local to the node.
     local: BTreeSet<IpAddr>,
     /// Names of excluded interfaces with a route to an endpoint.
@@ -49,16 +58,19 @@ impl Paths {
         let mut uplinks: BTreeSet<_> = of_role(Role::Uplink).collect();
         let (mut local, mut routed) = (BTreeSet::new(), BTreeSet::new());
         for destination in enforced.endpoints.iter().map(|endpoint| endpoint.address).chain(CONTROLS) {
-            let route = route_to(netlink, destination).await?;
-            uplinks.extend(&route.interfaces);
-            if !CONTROLS.contains(&destination) {
-                routed.extend(route.interfaces);
-            }
-            if route.is_local {
+            let Some(route) = netlink.route_to(destination).await? else { continue };
+            if route.header.kind == RouteType::Local {
                 local.insert(destination);
+                continue;
+            }
+            let interfaces = outgoing(&route);
+            uplinks.extend(&interfaces);
+            if !CONTROLS.contains(&destination) {
+                routed.extend(interfaces);
             }
         }
-        let devices = devices(netlink).await?;
+        let devices = devices::list(netlink).await?;
+        let devices: BTreeMap<_, _> = devices.into_iter().map(|device| (device.link.index, device)).collect();
         let exits = lowest(&devices, uplinks.iter().copied(), &pods);
         let mut interfaces = enforced.status.interfaces.iter();
         let bypassed = interfaces.find(|interface| {
@@ -170,7 +182,7 @@ impl Paths {
             let obstacle =
                 (needs_mark && !enforced.hooks.contains(Hook::FromPod)).then(|| Skip::failed(NO_MARK));
             let on_bridge = Bridged { device, probe: &probe, at_bridge: &at_bridge, frames, obstacle };
-            pod.join_bridge(netlink, device.index, device.mtu).await?;
+            pod.join_bridge(netlink, device.link.index, device.mtu).await?;
             let result = on_bridge.check(netlink, last_hook, pod, endpoints, families).await;
             pod.leave_bridge(netlink).await?;
             routes::remove(netlink).await?;
@@ -185,9 +197,9 @@ impl Paths {
 fn skip_of_pods(node: Outcome, is_local: bool, is_restricted: bool) -> Option<Skip> {
     let reason = match node {
         _ if is_local => "an address of this node",
-        Outcome::Pass => return None,
+        Outcome::Passed => return None,
         _ if is_restricted => "not tested: needs the test of the path of the node, see the sender node",
-        Outcome::Fail | Outcome::Skipped => "the node itself does not reach it",
+        Outcome::Failed | Outcome::Skipped => "the node itself does not reach it",
     };
     Some(Skip::new(reason))
 }
@@ -206,7 +218,7 @@ async fn wait_ready(enforced: &Enforced, pod: &TestPod) -> Result<(), Skip> {
 
 /// Test pod whose link is a port of a bridge.
 struct Bridged<'p> {
-    device: &'p NetDevice,
+    device: &'p Device,
     probe: &'p Probe<'p>,
     at_bridge: &'p Probe<'p>,
     frames: Frames,
@@ -223,14 +235,15 @@ impl Bridged<'_> {
         endpoints: &[(&Endpoint, Option<Skip>)],
         families: [bool; 2],
     ) -> Result<Vec<VerifyCheck>, VerifyError> {
-        let bridge = LinkName { name: self.device.name.clone(), ifindex: self.device.index };
+        let Link { index, name, .. } = &self.device.link;
+        let bridge = LinkName { name: name.clone(), ifindex: *index };
         let to: Mac = self.device.address.as_slice().try_into().unwrap_or_default();
         let path = Path {
             pod,
             probe: self.probe,
             bridge: Some(self.at_bridge),
             frames: Frames { to, ..self.frames },
-            device_suffix: format!(" on {}", self.device.name),
+            device_suffix: format!(" on {name}"),
         };
         let skips = match &self.obstacle {
             Some(obstacle) => [(); 2].map(|()| Some(obstacle.clone())),
@@ -262,10 +275,10 @@ mod tests {
             skip_of_pods(node, is_local, is_restricted).map(|skip| skip.reason)
         };
         let has = |reason: Option<String>, text: &str| reason.is_some_and(|reason| reason.contains(text));
-        assert_eq!(reason(Outcome::Pass, false, false), None);
-        assert!(has(reason(Outcome::Pass, true, false), "an address of this node"));
+        assert_eq!(reason(Outcome::Passed, false, false), None);
+        assert!(has(reason(Outcome::Passed, true, false), "an address of this node"));
         assert!(has(reason(Outcome::Skipped, false, false), "does not reach it"));
-        assert!(has(reason(Outcome::Fail, false, false), "does not reach it"));
+        assert!(has(reason(Outcome::Failed, false, false), "does not reach it"));
         // A process that is not in the allow list tells nothing about the node's routes.
         assert!(has(reason(Outcome::Skipped, false, true), "see the sender node"));
         assert!(has(reason(Outcome::Skipped, true, true), "an address of this node"));

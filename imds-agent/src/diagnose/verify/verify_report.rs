@@ -5,6 +5,7 @@ use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
 use comfy_table::{Table, presets::NOTHING};
 use imds_ebpf_common::{Hook, Verdict};
 use serde::Serialize;
+use strum::AsRefStr;
 
 use crate::{
     config::endpoint_set::{AllowedPort, Endpoint},
@@ -50,16 +51,15 @@ pub struct VerifyCheck {
 }
 
 /// Outcome of a check.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[derive(AsRefStr, Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum Outcome {
     /// The observed result is the expected one.
-    #[serde(rename = "passed")]
-    Pass,
+    Passed,
     /// The observed result differs from the expected one.
-    #[serde(rename = "failed")]
-    Fail,
+    Failed,
     /// The check could not run here.
-    #[serde(rename = "skipped")]
     Skipped,
 }
 
@@ -78,21 +78,13 @@ impl Skip {
 
     /// Creates the reason of a failed check: a hook is not enforced.
     pub(crate) fn failed(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), outcome: Outcome::Fail }
+        Self { reason: reason.into(), outcome: Outcome::Failed }
     }
 }
 
 impl Outcome {
     pub(crate) const fn from_success(is_right: bool) -> Self {
-        if is_right { Self::Pass } else { Self::Fail }
-    }
-
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Pass => "passed",
-            Self::Fail => "failed",
-            Self::Skipped => "skipped",
-        }
+        if is_right { Self::Passed } else { Self::Failed }
     }
 }
 
@@ -145,7 +137,7 @@ impl VerifyCheck {
 /// Reports whether at least one check passed and none failed.
 pub(crate) fn is_passed(checks: &[VerifyCheck]) -> bool {
     let has = |outcome| checks.iter().any(|check| check.outcome == outcome);
-    has(Outcome::Pass) && !has(Outcome::Fail)
+    has(Outcome::Passed) && !has(Outcome::Failed)
 }
 
 impl VerifyReport {
@@ -165,12 +157,12 @@ impl VerifyReport {
                 &format!("{address}{service}"),
                 check.expected,
                 &escape(&check.observed),
-                check.outcome.name(),
+                check.outcome.as_ref(),
             ]);
         }
         let mut text = String::new();
         let count = |outcome| self.checks.iter().filter(|check| check.outcome == outcome).count();
-        let [passed, failed, skipped] = [Outcome::Pass, Outcome::Fail, Outcome::Skipped].map(count);
+        let [passed, failed, skipped] = [Outcome::Passed, Outcome::Failed, Outcome::Skipped].map(count);
         let sum =
             format!("{} checks: {passed} passed, {failed} failed, {skipped} skipped", self.checks.len());
         // Writing to a string does not fail.
@@ -200,9 +192,9 @@ mod tests {
         let checks = |outcomes: &[Outcome]| -> Vec<_> {
             outcomes.iter().map(|&outcome| VerifyCheck::new("path", "", "", outcome)).collect()
         };
-        assert!(is_passed(&checks(&[Outcome::Pass, Outcome::Skipped])));
+        assert!(is_passed(&checks(&[Outcome::Passed, Outcome::Skipped])));
         assert!(!is_passed(&checks(&[Outcome::Skipped])));
-        assert!(!is_passed(&checks(&[Outcome::Pass, Outcome::Fail])));
+        assert!(!is_passed(&checks(&[Outcome::Passed, Outcome::Failed])));
         assert!(!is_passed(&[]));
     }
 }

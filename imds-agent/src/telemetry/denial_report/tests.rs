@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use imds_ebpf_common::Address;
+use imds_ebpf_common::{Address, Hook};
 
 use super::*;
 use crate::{
@@ -31,7 +31,7 @@ fn key(hook: Hook, verdict: Verdict) -> DenialKey {
 
 fn report(records: &[(DenialKey, DenialRecord)]) -> DenialReport {
     let protected = Config::default().resolve(&Dmi::default()).unwrap().0;
-    DenialReport::new("/pins".into(), records, protected.endpoints(), &["tap0".to_owned()].into())
+    DenialReport::new("/pins".into(), records, &protected.endpoints, &["tap0".to_owned()].into())
 }
 
 /// Parses the rules of the report.

@@ -34,7 +34,7 @@ pub(crate) struct LineFormat {
 #[derive(Serialize)]
 struct JsonLine<'a> {
     timestamp: String,
-    level: &'static str,
+    level: String,
     target: &'a str,
     message: &'a str,
 }
@@ -53,8 +53,8 @@ impl LineFormat {
         let message = shortened(message);
         let line = match self.format {
             LogFormat::Json => {
-                let level = name(level);
-                let line = JsonLine { timestamp: format!("{time:.6}"), level, target, message: &message };
+                let (timestamp, level) = (format!("{time:.6}"), level.as_str().to_lowercase());
+                let line = JsonLine { timestamp, level, target, message: &message };
                 // Serializing a map of strings does not fail.
                 to_json(&line).unwrap_or_default()
             }
@@ -93,16 +93,6 @@ const fn priority(level: Level) -> u8 {
         Level::Warn => 4,
         Level::Info => 6,
         Level::Debug | Level::Trace => 7,
-    }
-}
-
-const fn name(level: Level) -> &'static str {
-    match level {
-        Level::Error => "error",
-        Level::Warn => "warn",
-        Level::Info => "info",
-        Level::Debug => "debug",
-        Level::Trace => "trace",
     }
 }
 

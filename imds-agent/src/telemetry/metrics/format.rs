@@ -1,8 +1,7 @@
 //! The text formats of Prometheus and their negotiation by the `Accept` header (RFC 9110, 12.5.1).
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 
-use super::family::{Families, Family, MetricKind, Sample};
 use crate::escape::escape;
 
 /// Text format of `/metrics`.
@@ -30,32 +29,82 @@ impl Format {
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
         }
     }
+}
 
-    pub(crate) fn encode(self, families: &Families) -> String {
-        let mut text = String::new();
-        families.iter().for_each(|family| self.encode_family(family, &mut text));
-        if self == Self::OpenMetrics {
-            text.push_str("# EOF\n");
-        }
-        text
+/// Metrics of one scrape, written in a text format as they are added.
+#[derive(Debug)]
+pub(crate) struct Exposition {
+    format: Format,
+    text: String,
+}
+
+/// A label with its value.
+pub(crate) type Label<V> = (&'static str, V);
+
+impl Exposition {
+    pub(crate) const fn new(format: Format) -> Self {
+        Self { format, text: String::new() }
     }
 
-    /// Appends a family to `text`. The results of `writeln!` are ignored, because writing to a string does not fail.
-    fn encode_family(self, family: &Family, text: &mut String) {
-        let Family { name, help, kind, samples } = family;
-        let suffix = if *kind == MetricKind::Counter { "_total" } else { "" };
-        // OpenMetrics names a family of counters without the suffix of its samples.
-        let of_family = if self == Self::OpenMetrics { "" } else { suffix };
-        let _ok = writeln!(text, "# HELP {name}{of_family} {}", escaped(help, self == Self::OpenMetrics));
-        let _ok = writeln!(text, "# TYPE {name}{of_family} {}", kind.name());
-        for Sample { labels, value } in samples {
-            let labels: Vec<_> = labels
-                .iter()
-                .map(|(label, value)| format!("{label}=\"{}\"", escaped(&escape(value), true)))
-                .collect();
-            let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+    /// Adds a counter without labels. Names of counters have no suffix `_total` here.
+    pub(crate) fn counter(&mut self, name: &str, help: &str, value: impl Display) {
+        self.counters(name, help, [([] as [Label<&str>; 0], value)]);
+    }
+
+    /// Adds a gauge without labels.
+    pub(crate) fn gauge(&mut self, name: &str, help: &str, value: impl Display) {
+        self.gauges(name, help, [([] as [Label<&str>; 0], value)]);
+    }
+
+    /// Adds counters with the same name, unless there are none.
+    pub(crate) fn counters<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = ([Label<impl AsRef<str>>; N], impl Display)>,
+    ) {
+        self.add("counter", "_total", name, help, samples);
+    }
+
+    /// Adds gauges with the same name, unless there are none.
+    pub(crate) fn gauges<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = ([Label<impl AsRef<str>>; N], impl Display)>,
+    ) {
+        self.add("gauge", "", name, help, samples);
+    }
+
+    /// Appends a family. The results of `writeln!` are ignored, because writing to a string does not fail.
+    fn add<const N: usize>(
+        &mut self,
+        kind: &str,
+        suffix: &str,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = ([Label<impl AsRef<str>>; N], impl Display)>,
+    ) {
+        let Self { format, text } = self;
+        let mut samples = samples.into_iter().peekable();
+        if samples.peek().is_some() {
+            let is_open_metrics = *format == Format::OpenMetrics;
+            // OpenMetrics names a family of counters without the suffix of its samples.
+            let of_family = if is_open_metrics { "" } else { suffix };
+            let _ok = writeln!(text, "# HELP {name}{of_family} {}", escaped(help, is_open_metrics));
+            let _ok = writeln!(text, "# TYPE {name}{of_family} {kind}");
+        }
+        for (labels, value) in samples {
+            let labels = labels
+                .map(|(label, value)| format!("{label}=\"{}\"", escaped(&escape(value.as_ref()), true)));
+            let labels = if N == 0 { String::new() } else { format!("{{{}}}", labels.join(",")) };
             let _ok = writeln!(text, "{name}{suffix}{labels} {value}");
         }
+    }
+
+    /// Returns the text of all metrics.
+    pub(crate) fn finish(self) -> String {
+        self.text + if self.format == Format::OpenMetrics { "# EOF\n" } else { "" }
     }
 }
 
@@ -111,19 +160,22 @@ mod tests {
 
     #[test]
     fn families_are_written_in_both_formats() {
-        let mut families = Families::default();
-        families.counter("a", "Has a \\ and a \"", [([("x", "1\n\"\\".to_owned())], 7_u64)]);
-        families.gauge("b", "Bytes", [([], 0.5)]);
-        families.gauge::<0, u64>("c", "Without a sample", []);
+        let encode = |format| {
+            let mut exposition = Exposition::new(format);
+            exposition.counters("a", "Has a \\ and a \"", [([("x", "1\n\"\\")], 7_u64)]);
+            exposition.gauge("b", "Bytes", 0.5);
+            exposition.gauges("c", "Without a sample", [] as [([Label<&str>; 0], u64); 0]);
+            exposition.finish()
+        };
         let sample = "a_total{x=\"1\\\\n\\\"\\\\\"} 7\n";
         assert_eq!(
-            Format::Text.encode(&families),
+            encode(Format::Text),
             format!(
                 "# HELP a_total Has a \\\\ and a \"\n# TYPE a_total counter\n{sample}# HELP b Bytes\n# TYPE b gauge\nb 0.5\n"
             )
         );
         assert_eq!(
-            Format::OpenMetrics.encode(&families),
+            encode(Format::OpenMetrics),
             format!(
                 "# HELP a Has a \\\\ and a \\\"\n# TYPE a counter\n{sample}# HELP b Bytes\n# TYPE b gauge\nb 0.5\n# EOF\n"
             )

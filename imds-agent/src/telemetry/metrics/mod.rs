@@ -1,7 +1,6 @@
 //! Metrics of the node and the agent, in the text formats of Prometheus.
 
 mod exemptions_hash;
-mod family;
 mod format;
 mod process_metrics;
 mod program_runs;
@@ -14,7 +13,7 @@ use imds_ebpf_common::{
     event_log::{DenialKey, DenialRecord},
 };
 
-use self::family::Families;
+use self::format::Exposition;
 pub use self::{
     exemptions_hash::exemptions_hash, format::Format, program_runs::RunTimeStats, snapshot::Snapshot,
 };
@@ -54,9 +53,9 @@ pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>
 /// Encodes all metrics of one scrape.
 #[must_use]
 pub fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
-    let mut families = Families::default();
-    snapshot.add(&mut families);
-    program_runs::add(&program_runs::read(pins), &mut families);
-    process_metrics::add(&mut families);
-    format.encode(&families)
+    let mut exposition = Exposition::new(format);
+    snapshot.add(&mut exposition);
+    program_runs::add(pins, &mut exposition);
+    process_metrics::add(&mut exposition);
+    exposition.finish()
 }

@@ -7,7 +7,7 @@ use nix::{
     unistd::{SysconfVar, sysconf},
 };
 
-use super::family::Families;
+use super::format::Exposition;
 
 /// Resource usage of a process.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,43 +19,24 @@ struct Process {
 }
 
 /// Adds the metrics of this process. Leaves out those that can't be read.
-pub(crate) fn add(families: &mut Families) {
+pub(crate) fn add(to: &mut Exposition) {
     match read() {
-        Ok(process) => process.add(families),
+        Ok(Process { cpu_seconds, virtual_bytes, resident_bytes, start_seconds }) => {
+            to.counter("process_cpu_seconds", "User and system CPU time spent in seconds", cpu_seconds);
+            to.gauge("process_virtual_memory_bytes", "Virtual memory size in bytes", virtual_bytes);
+            to.gauge("process_resident_memory_bytes", "Resident memory size in bytes", resident_bytes);
+            let help = "Start time of the process since the Unix epoch in seconds";
+            to.gauge("process_start_time_seconds", help, start_seconds);
+        }
         Err(error) => log::debug!("failed to read the resources of the process: {error}"),
     }
     if let Ok(descriptors) = fs::read_dir("/proc/self/fd") {
         // Reading the directory opens one descriptor itself.
-        let open = descriptors.count().saturating_sub(1) as u64;
-        families.gauge("process_open_fds", "Number of open file descriptors", [([], open)]);
+        let open = descriptors.count().saturating_sub(1);
+        to.gauge("process_open_fds", "Number of open file descriptors", open);
     }
     if let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        families.gauge("process_max_fds", "Maximum number of open file descriptors", [([], limit)]);
-    }
-}
-
-impl Process {
-    fn add(&self, families: &mut Families) {
-        families.counter(
-            "process_cpu_seconds",
-            "User and system CPU time spent in seconds",
-            [([], self.cpu_seconds)],
-        );
-        families.gauge(
-            "process_virtual_memory_bytes",
-            "Virtual memory size in bytes",
-            [([], self.virtual_bytes)],
-        );
-        families.gauge(
-            "process_resident_memory_bytes",
-            "Resident memory size in bytes",
-            [([], self.resident_bytes)],
-        );
-        families.gauge(
-            "process_start_time_seconds",
-            "Start time of the process since the Unix epoch in seconds",
-            [([], self.start_seconds)],
-        );
+        to.gauge("process_max_fds", "Maximum number of open file descriptors", limit);
     }
 }
 
@@ -91,7 +72,7 @@ fn as_float(ticks: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Format, *};
 
     #[test]
     fn proc_stat_line() {
@@ -111,8 +92,8 @@ mod tests {
 
     #[test]
     fn own_process_has_all_metrics() {
-        let mut families = Families::default();
-        add(&mut families);
-        assert_eq!(families.iter().count(), 6);
+        let mut exposition = Exposition::new(Format::Text);
+        add(&mut exposition);
+        assert_eq!(exposition.finish().matches("# TYPE ").count(), 6);
     }
 }

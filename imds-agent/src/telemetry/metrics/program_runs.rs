@@ -8,7 +8,7 @@ use aya::{
 };
 use imds_ebpf_common::{Hook, names::programs_of};
 
-use super::family::Families;
+use super::format::Exposition;
 use crate::datapath::pin::dir::PinDir;
 
 /// Switch for the measurement of run times of all BPF programs (`BPF_ENABLE_STATS`, Linux 5.8).
@@ -47,39 +47,23 @@ impl RunTimeStats {
     }
 }
 
-/// Run time and number of runs of one program.
-#[derive(Clone, Debug)]
-pub(crate) struct ProgramRuns {
-    hook: &'static str,
-    program: &'static str,
-    seconds: f64,
-    count: u64,
-}
-
-/// Reads the runs of all pinned programs. Leaves out programs that never ran during the measurement.
-pub(crate) fn read(pins: &PinDir) -> Vec<ProgramRuns> {
-    let runs = |(hook, program): (Hook, &'static str)| {
+/// Adds the runs of all pinned programs. Leaves out programs that never ran during the measurement.
+pub(crate) fn add(pins: &PinDir, to: &mut Exposition) {
+    let programs =
+        Hook::ALL.into_iter().flat_map(|hook| programs_of(hook).iter().map(move |&program| (hook, program)));
+    let infos = programs.filter_map(|(hook, program)| {
         let info = ProgramInfo::from_pin(pins.program(program)).ok()?;
-        let (seconds, count) = (info.run_time().as_secs_f64(), info.run_count());
-        (count > 0).then(|| ProgramRuns { hook: hook.name(), program, seconds, count })
-    };
-    programs().filter_map(runs).collect()
-}
-
-fn programs() -> impl Iterator<Item = (Hook, &'static str)> {
-    Hook::ALL.into_iter().flat_map(|hook| programs_of(hook).iter().map(move |&program| (hook, program)))
-}
-
-pub(crate) fn add(runs: &[ProgramRuns], families: &mut Families) {
-    let labels = |runs: &ProgramRuns| [("hook", runs.hook.to_owned()), ("program", runs.program.to_owned())];
-    families.counter(
+        (info.run_count() > 0).then(|| ([("hook", hook.name()), ("program", program)], info))
+    });
+    let runs: Vec<_> = infos.collect();
+    to.counters(
         "imds_agent_program_run_time_seconds",
         "Run time of the BPF program in seconds, while the kernel measures it",
-        runs.iter().map(|of_program| (labels(of_program), of_program.seconds)),
+        runs.iter().map(|(labels, info)| (*labels, info.run_time().as_secs_f64())),
     );
-    families.counter(
+    to.counters(
         "imds_agent_program_runs",
         "Number of runs of the BPF program, while the kernel measures them",
-        runs.iter().map(|of_program| (labels(of_program), of_program.count)),
+        runs.iter().map(|(labels, info)| (*labels, info.run_count())),
     );
 }

@@ -5,12 +5,15 @@ use std::{
     fs,
 };
 
-use imds_ebpf_common::{AttachMode, Hook, Mode, Verdict};
+use imds_ebpf_common::{AttachMode, Mode, Verdict};
 
-use super::{Denied, family::Families};
+use super::{
+    Denied,
+    format::{Exposition, Label},
+};
 use crate::{
     datapath::maps::counters::{Count, Counts},
-    encode::ip_address,
+    encode::{hook_name, ip_address},
     telemetry::{Collected, agent_stats::AgentStats, status::StatusReport},
     version::COMMIT,
 };
@@ -34,7 +37,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    pub(crate) fn add(&self, to: &mut Families) {
+    pub(crate) fn add(&self, to: &mut Exposition) {
         self.add_agent(to);
         self.add_counts(to);
         self.add_denials(to);
@@ -46,68 +49,51 @@ impl Snapshot {
         self.add_events(to);
     }
 
-    fn add_agent(&self, to: &mut Families) {
+    fn add_agent(&self, to: &mut Exposition) {
         let Self { report, .. } = self;
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let build = [
-            ("version", report.version.to_owned()),
-            ("commit", COMMIT.to_owned()),
-            ("kernel", kernel.trim().to_owned()),
-        ];
-        to.gauge("imds_agent_build_info", "Version of the agent and of the kernel; always 1", [(build, 1)]);
-        let is_active = |mode: Mode| report.mode == Some(mode.name());
-        let modes = [Mode::Enforce, Mode::Audit, Mode::Off];
-        to.gauge(
-            "imds_agent_mode",
-            "1 for the effective mode, 0 for the others",
-            modes.map(|mode| ([("mode", mode.name().to_owned())], is_active(mode))),
-        );
+        let build = [("version", report.version), ("commit", COMMIT), ("kernel", kernel.trim())];
+        to.gauges("imds_agent_build_info", "Version of the agent and of the kernel; always 1", [(build, 1)]);
+        let mode = |mode: Mode| ([("mode", mode.name())], u8::from(report.mode == Some(mode.name())));
+        let modes = [Mode::Enforce, Mode::Audit, Mode::Off].map(mode);
+        to.gauges("imds_agent_mode", "1 for the effective mode, 0 for the others", modes);
         let Some(configuration) = &report.configuration else { return };
         to.gauge(
             "imds_agent_config_generation",
             "Generation of the effective configuration",
-            [([], configuration.generation)],
+            configuration.generation,
         );
         to.gauge(
             "imds_agent_config_loaded_timestamp_seconds",
             "Time at which the effective configuration was loaded, in seconds since 1970",
-            [([], configuration.loaded_at.as_second().unsigned_abs())],
+            configuration.loaded_at.as_second().unsigned_abs(),
         );
         to.gauge(
             "imds_agent_config_last_reload_successful",
             "0 while the configuration file is rejected, at a reload or at the start, otherwise 1",
-            [([], configuration.rejected.is_none())],
+            u8::from(configuration.rejected.is_none()),
         );
     }
 
     /// Adds the counters of each enabled hook, also those that are 0: `increase()` misses the first packets of a time series
     /// that starts above 0.
-    fn add_counts(&self, to: &mut Families) {
+    fn add_counts(&self, to: &mut Exposition) {
         let mut by_hook: BTreeMap<_, Counts> =
             self.report.hooks.iter().map(|&hook| (hook, Counts::default())).collect();
         by_hook.extend(self.report.by_hook.iter().map(|(&hook, &counts)| (hook, counts)));
-        let samples = |unit: fn(Count) -> u64| {
-            let of_hook = |(hook, counts): (&&'static str, &Counts)| {
-                counts.named().map(|(verdict, count)| {
-                    ([("hook", (*hook).to_owned()), ("verdict", verdict.to_owned())], unit(count))
-                })
-            };
-            by_hook.iter().flat_map(of_hook).collect::<Vec<_>>()
+        let of_hook = |(&hook, counts): (&&'static str, &Counts)| {
+            counts.named().map(|(verdict, count)| ([("hook", hook), ("verdict", verdict)], count))
         };
-        to.counter(
-            "imds_agent_packets",
+        add_packets(
+            to,
+            ["imds_agent_packets", "imds_agent_bytes"],
             "Packets and calls to protected endpoints, by the hook that gave the verdict",
-            samples(|count| count.packets),
-        );
-        to.counter(
-            "imds_agent_bytes",
-            "Bytes of these packets, link-layer headers included",
-            samples(|count| count.bytes),
+            &by_hook.iter().flat_map(of_hook).collect::<Vec<_>>(),
         );
     }
 
     /// Adds the denials by namespace. The namespaces with the fewest beyond [`MAX_NAMESPACES`] share an empty label.
-    fn add_denials(&self, to: &mut Families) {
+    fn add_denials(&self, to: &mut Exposition) {
         let mut by_namespace: BTreeMap<&str, u64> = BTreeMap::new();
         for ((namespace, _), denied) in &self.denials {
             let count = by_namespace.entry(namespace).or_default();
@@ -117,148 +103,118 @@ impl Snapshot {
         most.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         let named: BTreeSet<_> =
             most.into_iter().take(MAX_NAMESPACES).map(|(namespace, _)| namespace).collect();
-        let mut sums: BTreeMap<[String; 4], Count> = BTreeMap::new();
+        let mut sums: BTreeMap<[&str; 4], Count> = BTreeMap::new();
         for ((namespace, key), denied) in &self.denials {
             let address = ip_address(key.address);
-            let named_endpoint = self.report.endpoints.iter().find(|endpoint| endpoint.address == address);
-            let hook =
-                Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook).map_or("unknown", Hook::name);
+            let endpoint = self.report.endpoints.iter().find(|endpoint| endpoint.address == address);
+            let endpoint = endpoint.map_or("unprotected", |endpoint| &endpoint.name);
             let verdict = if key.verdict == Verdict::Audited as u32 { "audited" } else { "denied" };
-            let namespace = Some(namespace).filter(|namespace| named.contains(namespace.as_str()));
-            let endpoint =
-                named_endpoint.map_or_else(|| "unprotected".to_owned(), |endpoint| endpoint.name.clone());
-            let labels =
-                [namespace.cloned().unwrap_or_default(), endpoint, hook.to_owned(), verdict.to_owned()];
-            *sums.entry(labels).or_default() += *denied;
+            let namespace = named.get(namespace.as_str()).copied().unwrap_or_default();
+            *sums.entry([namespace, endpoint, hook_name(key.hook), verdict]).or_default() += *denied;
         }
-        let samples = |unit: fn(Count) -> u64| {
-            let sample = |(labels, &count): (&[String; 4], &Count)| {
-                let [namespace, endpoint, hook, verdict] = labels.clone();
-                let labels =
-                    [("namespace", namespace), ("endpoint", endpoint), ("hook", hook), ("verdict", verdict)];
-                (labels, unit(count))
-            };
-            sums.iter().map(sample).collect::<Vec<_>>()
-        };
-        to.counter(
-            "imds_agent_denials",
+        let samples = sums.into_iter().map(|([namespace, endpoint, hook, verdict], count)| {
+            let labels =
+                [("namespace", namespace), ("endpoint", endpoint), ("hook", hook), ("verdict", verdict)];
+            (labels, count)
+        });
+        add_packets(
+            to,
+            ["imds_agent_denials", "imds_agent_denial_bytes"],
             "Denied and audited packets and calls by namespace of the pod; the namespace is empty if no pod is known",
-            samples(|count| count.packets),
-        );
-        to.counter(
-            "imds_agent_denial_bytes",
-            "Bytes of these packets, link-layer headers included",
-            samples(|count| count.bytes),
+            &samples.collect::<Vec<_>>(),
         );
     }
 
-    fn add_interfaces(&self, to: &mut Families) {
+    fn add_interfaces(&self, to: &mut Exposition) {
         let Self { report, .. } = self;
         let count = |hook: &str, is_counted: &dyn Fn(Option<&str>) -> bool| {
             let of_hook = report.interfaces.iter().filter_map(|interface| interface.attachment(hook));
-            of_hook.filter(|attachment| is_counted(attachment.attach_mode)).count() as u64
+            of_hook.filter(|attachment| is_counted(attachment.attach_mode)).count()
         };
         let samples = report.hooks.iter().flat_map(|&hook| {
             [("enforced", true), ("unenforced", false)].map(|(state, is_enforced)| {
-                let labels = [("hook", hook.to_owned()), ("state", state.to_owned())];
+                let labels = [("hook", hook), ("state", state)];
                 (labels, count(hook, &|mode| mode.is_some() == is_enforced))
             })
         });
-        to.gauge("imds_agent_interfaces", "Interfaces that need the hook, by state", samples);
+        to.gauges("imds_agent_interfaces", "Interfaces that need the hook, by state", samples);
         let samples = report.hooks.iter().flat_map(|&hook| {
             [AttachMode::Tcx, AttachMode::Clsact, AttachMode::Netkit].map(|backend| {
-                let labels = [("hook", hook.to_owned()), ("backend", backend.name().to_owned())];
+                let labels = [("hook", hook), ("backend", backend.name())];
                 (labels, count(hook, &|mode| mode == Some(backend.name())))
             })
         });
-        to.gauge("imds_agent_attachments", "Attached interfaces of a hook, by attach mode", samples);
+        to.gauges("imds_agent_attachments", "Attached interfaces of a hook, by attach mode", samples);
         let by_cgroup = [
             ("socket", report.sockets.as_ref().map(|sockets| sockets.attached)),
             ("local_service", report.local_service.filter(|local| local.desired).map(|local| local.attached)),
             ("host_network", report.host_network.as_ref().map(|hosts| hosts.attached)),
             ("node_allow", report.node_allow.as_ref().map(|node| node.attached)),
         ];
-        let samples = by_cgroup
-            .into_iter()
-            .filter_map(|(hook, attached)| attached.map(|attached| ([("hook", hook.to_owned())], attached)));
-        to.gauge(
+        to.gauges(
             "imds_agent_cgroup_hook_attached",
             "1 if all programs of a hook on cgroups are attached",
-            samples,
+            by_cgroup
+                .into_iter()
+                .filter_map(|(hook, attached)| Some(([("hook", hook)], u8::from(attached?)))),
         );
     }
 
-    fn add_exemptions(&self, to: &mut Families) {
-        to.gauge(
+    fn add_exemptions(&self, to: &mut Exposition) {
+        to.gauges(
             "imds_agent_exempt_subjects",
             "Interfaces, network namespaces and cgroups that an exemption covers, counted for each of its endpoints",
-            self.report
-                .senders_by_rule()
-                .into_iter()
-                .map(|(rule, senders)| ([("rule", rule.to_owned())], senders as u64)),
+            by("rule", self.report.senders_by_rule()),
         );
-        to.gauge(
-            "imds_agent_exemptions_hash",
-            "Hash of the exemptions of the effective configuration",
-            self.exemptions_hash.map(|hash| ([], hash)),
-        );
+        if let Some(hash) = self.exemptions_hash {
+            let help = "Hash of the exemptions of the effective configuration";
+            to.gauge("imds_agent_exemptions_hash", help, hash);
+        }
     }
 
-    fn add_state(&self, to: &mut Families) {
+    fn add_state(&self, to: &mut Exposition) {
         let Self { report, .. } = self;
-        to.gauge("imds_agent_endpoints", "Protected endpoints", [([], report.endpoints.len() as u64)]);
-        to.gauge(
-            "imds_agent_problems",
-            "Problems that `imds-agent status` lists",
-            [([], report.problems.len() as u64)],
-        );
+        to.gauge("imds_agent_endpoints", "Protected endpoints", report.endpoints.len());
+        to.gauge("imds_agent_problems", "Problems that `imds-agent status` lists", report.problems.len());
         to.gauge(
             "imds_agent_ready",
             "1 if all interfaces, cgroups and hooks are enforced",
-            [([], report.not_enforced().is_empty())],
+            u8::from(report.not_enforced().is_empty()),
         );
     }
 
-    fn add_watch(&self, to: &mut Families) {
+    fn add_watch(&self, to: &mut Exposition) {
         let Some(watch) = &self.stats.watch else { return };
         to.gauge(
             "imds_agent_kubernetes_connected",
             "1 while the watch of this node's pods is established",
-            [([], watch.connected)],
+            u8::from(watch.connected),
         );
-        let synced = watch.last_sync.map(|time| ([], time.as_second().unsigned_abs()));
-        to.gauge(
-            "imds_agent_kubernetes_synced_timestamp_seconds",
-            "Time at which the list of pods was last known to be complete, in seconds since 1970",
-            synced,
-        );
-        let pods = self.report.kubernetes.iter().flat_map(|watch_status| {
-            [
-                ("known", watch_status.pods),
-                ("unresolved", watch_status.unresolved),
-                ("disputed", watch_status.disputed),
-            ]
-            .map(|(state, count)| ([("state", state.to_owned())], u64::from(count)))
+        if let Some(time) = watch.last_sync {
+            to.gauge(
+                "imds_agent_kubernetes_synced_timestamp_seconds",
+                "Time at which the list of pods was last known to be complete, in seconds since 1970",
+                time.as_second().unsigned_abs(),
+            );
+        }
+        let states = self.report.kubernetes.iter().flat_map(|status| {
+            [("known", status.pods), ("unresolved", status.unresolved), ("disputed", status.disputed)]
         });
-        to.gauge(
+        to.gauges(
             "imds_agent_kubernetes_pods",
             "Known pods of this node, those whose sandbox was not found, and those that claim the cgroup of another pod",
-            pods,
+            by("state", states),
         );
-        to.counter("imds_agent_kubernetes_relists", "Full lists of all pods", [([], watch.relists)]);
-        to.counter("imds_agent_kubernetes_events", "Received events of pods", [([], watch.events)]);
-        let errors = watch.errors.iter().map(|(kind, &count)| ([("kind", kind.name().to_owned())], count));
-        to.counter("imds_agent_kubernetes_errors", "Errors of the pod watch", errors);
+        to.counter("imds_agent_kubernetes_relists", "Full lists of all pods", watch.relists);
+        to.counter("imds_agent_kubernetes_events", "Received events of pods", watch.events);
+        let errors = watch.errors.iter().map(|(kind, count)| (kind.name(), count));
+        to.counters("imds_agent_kubernetes_errors", "Errors of the pod watch", by("kind", errors));
     }
 
-    fn add_corrections(&self, to: &mut Families) {
+    fn add_corrections(&self, to: &mut Exposition) {
         let AgentStats { reloads, corrections, map_updates, .. } = &self.stats;
         let results = [("succeeded", reloads.succeeded), ("failed", reloads.failed)];
-        to.counter(
-            "imds_agent_config_reloads",
-            "Reloads of the configuration",
-            results.map(|(result, count)| ([("result", result.to_owned())], count)),
-        );
+        to.counters("imds_agent_config_reloads", "Reloads of the configuration", by("result", results));
         let actions = [
             ("attached", corrections.attached),
             ("replaced", corrections.replaced),
@@ -266,41 +222,60 @@ impl Snapshot {
             ("reordered", corrections.reordered),
             ("postponed", corrections.postponed),
         ];
-        to.counter(
+        to.counters(
             "imds_agent_drift_corrections",
             "Corrections of changes that other programs made to attachments and pins",
-            actions.map(|(action, count)| ([("action", action.to_owned())], count)),
+            by("action", actions),
         );
-        to.counter(
+        to.counters(
             "imds_agent_map_updates",
             "Map entries that the agent wrote because pods or exemptions changed",
-            [("imds_exempt", map_updates.exemptions), ("imds_pods", map_updates.pods)]
-                .map(|(map, count)| ([("map", map.to_owned())], count)),
+            by("map", [("imds_exempt", map_updates.exemptions), ("imds_pods", map_updates.pods)]),
         );
         to.counter(
             "imds_agent_netlink_overruns",
             "Overruns of the netlink receive buffer, each followed by a full resync",
-            [([], corrections.overruns)],
+            corrections.overruns,
         );
     }
 
-    fn add_events(&self, to: &mut Families) {
+    fn add_events(&self, to: &mut Exposition) {
         let Collected { emitted, suppressed } = self.collected.unwrap_or_default();
-        to.counter("imds_agent_events", "Events of packets and calls", [([], emitted)]);
+        to.counter("imds_agent_events", "Events of packets and calls", emitted);
         to.counter(
             "imds_agent_events_suppressed",
             "Packets and calls beyond the rate limit, which an event reports only as a number",
-            [([], suppressed)],
+            suppressed,
         );
         to.gauge(
             "imds_agent_events_pending",
             "Rate-limited packets and calls that no event accounts for yet",
-            [([], self.report.pending_events)],
+            self.report.pending_events,
         );
         to.counter(
             "imds_agent_log_lines_dropped",
             "Log lines that were dropped, because standard error was not read",
-            [([], self.stats.log_lines_dropped)],
+            self.stats.log_lines_dropped,
         );
     }
+}
+
+/// Adds counters of packets, and counters of their bytes with the same labels.
+fn add_packets<const N: usize>(
+    to: &mut Exposition,
+    [packets, bytes]: [&str; 2],
+    help: &str,
+    samples: &[([Label<&str>; N], Count)],
+) {
+    to.counters(packets, help, samples.iter().map(|(labels, count)| (*labels, count.packets)));
+    let help = "Bytes of these packets, link-layer headers included";
+    to.counters(bytes, help, samples.iter().map(|(labels, count)| (*labels, count.bytes)));
+}
+
+/// Returns samples with one label.
+fn by<'v, V>(
+    label: &'static str,
+    values: impl IntoIterator<Item = (&'v str, V)>,
+) -> impl Iterator<Item = ([Label<&'v str>; 1], V)> {
+    values.into_iter().map(move |(value, count)| ([(label, value)], count))
 }

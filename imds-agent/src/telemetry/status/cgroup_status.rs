@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use imds_ebpf_common::{
     CounterKey, Hook,
     cgroup::SENDMSG_OFF,
-    names::{MAP_CGROUP, MAP_CONFIG, MAP_NODE_ALLOW, PROG_LOCAL_SERVICE},
+    names::{MAP_CGROUP, MAP_NODE_ALLOW, PROG_LOCAL_SERVICE},
 };
-use toml::{Table, Value};
+use toml::Value;
 
 use super::{
-    CgroupProgram, HostNetworkReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport,
-    SendmsgReport, SocketReport, StatusReport, unreadable,
+    CgroupProgram, HostNetworkReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PartReport,
+    SocketReport, StatusReport, effective_table, unreadable,
 };
 use crate::{
     config::Hooks,
@@ -24,7 +24,7 @@ use crate::{
             netns_identity::{no_cookie, no_cookie_remedy},
             sendmsg::SendmsgReason,
         },
-        maps::{config_record, counters::Counts, node_allow_map},
+        maps::{counters::Counts, node_allow_map},
         object::{self, Maps},
         pin::dir::PinDir,
     },
@@ -79,7 +79,7 @@ impl StatusReport {
         self.sockets = Some(SocketReport {
             attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
             programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
-            sendmsg: SendmsgReport {
+            sendmsg: PartReport {
                 attached: !programs.is_empty() && sendmsg.all(|program| program.is_attached),
                 reason: text,
             },
@@ -148,7 +148,7 @@ impl StatusReport {
         self.node_allow = Some(NodeAllowReport {
             attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
             programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
-            packets: PacketsReport {
+            packets: PartReport {
                 attached: !programs.is_empty() && packets.all(|program| program.is_attached),
                 reason: (!has_packets).then_some(reason),
             },
@@ -206,11 +206,7 @@ fn cgroup_programs_of<'p>(
 
 /// Returns the allow list of the effective configuration, in the order of the file.
 pub(crate) fn node_allow_entries(maps: &Maps) -> Result<Vec<String>, DatapathError> {
-    let text = config_record::read(maps)
-        .map_err(unreadable(MAP_CONFIG))?
-        .map(|record| record.text)
-        .unwrap_or_default();
-    let table: Table = text.parse().unwrap_or_default();
+    let table = effective_table(maps)?;
     let allow = table.get("node").and_then(|node| node.get("allow")).and_then(Value::as_array);
     Ok(allow.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect())
 }

@@ -3,18 +3,13 @@
 use std::collections::BTreeMap;
 
 use imds_ebpf_common::{
-    Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict,
-    names::{MAP_CONFIG, MAP_EXEMPT},
+    Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict, names::MAP_EXEMPT,
 };
-use toml::{Table, Value};
+use toml::Value;
 
-use super::{ExemptSender, StatusReport, unreadable};
+use super::{ExemptSender, StatusReport, effective_table, unreadable};
 use crate::{
-    datapath::{
-        DatapathError,
-        maps::{config_record, exemption_maps},
-        object::Maps,
-    },
+    datapath::{DatapathError, maps::exemption_maps, object::Maps},
     encode::ip_address,
     kube::pod_ref::PodRef,
 };
@@ -51,24 +46,16 @@ impl StatusReport {
         names: &BTreeMap<Subject, PodRef>,
     ) -> ExemptSender {
         let ExemptionKey { address, subject } = exemption;
-        let number = record.rule as usize;
+        let is_audited = record.verdict == Verdict::Audited as u32;
+        let verdict = if is_audited { Verdict::Audited } else { Verdict::Exempt };
         let mut sender = ExemptSender {
-            rule: number
-                .checked_sub(1)
-                .and_then(|index| rules.get(index))
-                .cloned()
-                .unwrap_or(number.to_string()),
+            rule: rule_name(record.rule, rules),
             interface: None,
             netns_cookie: None,
             cgroup: None,
             pod: names.get(&subject).cloned(),
             endpoint: (address != Address::ANY).then(|| self.endpoint_name(address)),
-            verdict: if record.verdict == Verdict::Audited as u32 {
-                Verdict::Audited
-            } else {
-                Verdict::Exempt
-            }
-            .name(),
+            verdict: verdict.name(),
         };
         match SubjectKind::from_u64(subject.kind) {
             Some(SubjectKind::Interface) => {
@@ -102,14 +89,16 @@ impl StatusReport {
     }
 }
 
+/// Returns the name of the rule with this number, counted from 1, or the number if `rules` does not contain it.
+pub(crate) fn rule_name(number: u32, rules: &[String]) -> String {
+    let name = (number as usize).checked_sub(1).and_then(|index| rules.get(index));
+    name.cloned().unwrap_or_else(|| number.to_string())
+}
+
 /// Returns the names of the exemptions of the effective configuration, in their order.
 pub(crate) fn exemption_rules(maps: &Maps) -> Result<Vec<String>, DatapathError> {
-    let text = config_record::read(maps)
-        .map_err(unreadable(MAP_CONFIG))?
-        .map(|record| record.text)
-        .unwrap_or_default();
-    let table: Table = text.parse().unwrap_or_default();
-    let rules = table.get("exempt").and_then(Value::as_array).cloned().unwrap_or_default();
+    let table = effective_table(maps)?;
+    let rules = table.get("exempt").and_then(Value::as_array);
     let name = |rule: &Value| rule.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
-    Ok(rules.iter().map(name).collect())
+    Ok(rules.into_iter().flatten().map(name).collect())
 }

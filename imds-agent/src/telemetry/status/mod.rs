@@ -17,13 +17,18 @@ use imds_ebpf_common::{
     },
 };
 
+use toml::Table;
+
 use self::status_report::NOT_ATTACHED;
 pub use self::status_report::{
     Agent, CgroupProgram, Configuration, Endpoint, ExemptSender, HookAttachment, HostNetworkReport,
-    Interface, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport, Problem, Provider,
-    RejectedConfigReport, RejectedProgram, SendmsgReport, SocketReport, State, StatusReport,
+    Interface, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PartReport, Problem, Provider,
+    RejectedConfigReport, RejectedProgram, SocketReport, State, StatusReport,
 };
-pub(crate) use self::{cgroup_status::node_allow_entries, exemption_status::exemption_rules};
+pub(crate) use self::{
+    cgroup_status::node_allow_entries,
+    exemption_status::{exemption_rules, rule_name},
+};
 use crate::{
     config::{
         Hooks,
@@ -270,6 +275,12 @@ pub(crate) struct Node<'a> {
     uplinks: Uplinks,
     hooks: Hooks,
     names: &'a BTreeMap<Subject, PodRef>,
+}
+
+/// Returns the effective configuration as TOML; empty if none is recorded.
+fn effective_table(maps: &Maps) -> Result<Table, DatapathError> {
+    let record = config_record::read(maps).map_err(unreadable(MAP_CONFIG))?;
+    Ok(record.and_then(|record| record.text.parse().ok()).unwrap_or_default())
 }
 
 /// Returns the conversion of errors of the map `name`.

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 use imds_ebpf_common::{Hook, Mode};
 use jiff::Timestamp;
 use serde::Serialize;
+use strum::Display;
 
 use crate::{
     datapath::{attach::attachment::Order, maps::counters::Counts},
@@ -138,8 +139,9 @@ pub struct RejectedProgram {
 }
 
 /// State of the node in one word.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Display, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum State {
     /// Mode `enforce` without problems: requests of pods are denied.
     Enforcing,
@@ -304,16 +306,16 @@ pub struct SocketReport {
     /// Needed programs.
     pub programs: Vec<CgroupProgram>,
     /// State of the programs for unconnected UDP sockets.
-    pub sendmsg: SendmsgReport,
+    pub sendmsg: PartReport,
     /// Number of calls by verdict; bytes are not counted.
     #[serde(flatten)]
     pub counts: Counts,
 }
 
-/// State of the sendmsg programs of the `socket` hook.
+/// State of those programs of a hook that are not always attached.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct SendmsgReport {
-    /// True if both programs are attached.
+pub struct PartReport {
+    /// True if all of them are attached.
     pub attached: bool,
     /// Reason why they are needed, or why not.
     pub reason: Option<&'static str>,
@@ -338,8 +340,8 @@ pub struct NodeAllowReport {
     pub attached: bool,
     /// Programs that the kernel supports.
     pub programs: Vec<CgroupProgram>,
-    /// State of the program for packets.
-    pub packets: PacketsReport,
+    /// State of the program for packets. The reason says why the kernel does not support it.
+    pub packets: PartReport,
     /// Id of the cgroup to which the programs are attached; `None` if no cgroup v2 hierarchy is mounted.
     pub cgroup: Option<u64>,
     /// Entries of the allow list.
@@ -347,15 +349,6 @@ pub struct NodeAllowReport {
     /// Counters of the hook: calls, which have no bytes, and packets.
     #[serde(flatten)]
     pub counts: Counts,
-}
-
-/// State of the program for packets of the node's processes.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct PacketsReport {
-    /// True if the program is attached.
-    pub attached: bool,
-    /// Reason why the kernel does not support the program.
-    pub reason: Option<&'static str>,
 }
 
 /// Entry of the allow list of the node.

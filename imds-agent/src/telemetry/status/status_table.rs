@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
 use super::{
-    CgroupProgram, Configuration, Endpoint, HookAttachment, NodeAllowReport, Provider, SendmsgReport, State,
+    CgroupProgram, Configuration, Endpoint, HookAttachment, NodeAllowReport, PartReport, Provider, State,
     StatusReport,
 };
 use crate::{
@@ -26,7 +26,7 @@ impl StatusReport {
 
     fn write(&self, text: &mut String) -> std::fmt::Result {
         if self.state == State::Unloaded {
-            let (state, pins) = (self.state.name(), self.pin_dir.display());
+            let (state, pins) = (self.state, self.pin_dir.display());
             return writeln!(text, "state      {state}\npins       nothing is loaded at {pins}");
         }
         let word = if self.agent.ready { "running" } else { "not ready" };
@@ -35,7 +35,7 @@ impl StatusReport {
             (true, None) => word.to_owned(),
             (false, _) => "not running".to_owned(),
         };
-        writeln!(text, "state      {}", self.state.name())?;
+        writeln!(text, "state      {}", self.state)?;
         self.write_configuration(text)?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
         writeln!(text, "on_deny    {}", self.on_deny.unwrap_or("unknown"))?;
@@ -43,8 +43,7 @@ impl StatusReport {
         self.write_exemptions(text)?;
         self.write_kubernetes(text)?;
         writeln!(text, "hooks      {}", self.hooks.join(" "))?;
-        if let Some(SendmsgReport { attached, reason }) = self.sockets.as_ref().map(|sockets| sockets.sendmsg)
-        {
+        if let Some(PartReport { attached, reason }) = self.sockets.as_ref().map(|sockets| sockets.sendmsg) {
             let state = if attached { "attached" } else { "not attached" };
             let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
             writeln!(text, "sendmsg    {state}{reason}")?;
@@ -166,44 +165,26 @@ impl StatusReport {
             let pod = interface.pod.as_ref().map(Cell::new);
             table.add_row(known.map(Cell::new).into_iter().chain(cells(&interface.counts)).chain(pod));
         }
-        let blank = || Cell::new("");
+        let mut row = |title: &str, attached: String, counts: [Cell; 4]| {
+            let known = [title.to_owned(), String::new(), String::new(), attached];
+            table.add_row(known.map(Cell::new).into_iter().chain(counts));
+        };
         if let Some(sockets) = &self.sockets {
-            let attach = Cell::new(phrase_programs(&sockets.programs));
-            let row = [Cell::new("(sockets)"), blank(), blank(), attach].into_iter();
-            table.add_row(row.chain(calls(&sockets.counts)));
+            row("(sockets)", phrase_programs(&sockets.programs), calls(&sockets.counts));
         }
         if let Some(local) = self.local_service.filter(|local| local.desired || local.attached) {
-            let attach = Cell::new(if local.attached { "cgroup" } else { "-" });
-            let row = [Cell::new("(local_service)"), blank(), blank(), attach].into_iter();
-            table.add_row(row.chain(cells(&local.counts)));
+            let attached = if local.attached { "cgroup" } else { "-" };
+            row("(local_service)", attached.to_owned(), cells(&local.counts));
         }
         if let Some(hosts) = &self.host_network {
-            let attach = phrase_programs(&hosts.programs);
-            let row = [Cell::new("(host_network)"), blank(), blank(), Cell::new(attach)].into_iter();
-            table.add_row(row.chain(calls(&hosts.counts)));
+            row("(host_network)", phrase_programs(&hosts.programs), calls(&hosts.counts));
         }
         if let Some(node) = &self.node_allow {
-            let attached = Cell::new(phrase_programs(&node.programs));
-            let row = [Cell::new("(node_allow)"), blank(), blank(), attached].into_iter();
-            table.add_row(row.chain(calls(&node.counts)));
+            row("(node_allow)", phrase_programs(&node.programs), calls(&node.counts));
         }
-        let sum =
-            |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));
-        table.add_row(sum("(deleted)", &self.deleted));
-        table.add_row(sum("total", &self.total));
+        row("(deleted)", String::new(), cells(&self.deleted));
+        row("total", String::new(), cells(&self.total));
         table
-    }
-}
-
-impl State {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Enforcing => "enforcing",
-            Self::Auditing => "auditing",
-            Self::Off => "off",
-            Self::Degraded => "degraded",
-            Self::Unloaded => "unloaded",
-        }
     }
 }
 

@@ -204,12 +204,9 @@ fn row(interface: &status::Interface) -> Row {
 }
 
 fn header(report: &StatusReport) -> Vec<String> {
-    let attached = report
-        .interfaces
-        .iter()
-        .filter(|interface| !interface.attachments.is_empty() && interface.is_attached())
-        .count();
-    let desired = report.interfaces.iter().filter(|interface| !interface.attachments.is_empty()).count();
+    let hooked = || report.interfaces.iter().filter(|interface| !interface.attachments.is_empty());
+    let (desired, attached) =
+        (hooked().count(), hooked().filter(|interface| interface.is_attached()).count());
     let agent = match (report.agent.running, report.agent.pid) {
         (true, Some(pid)) => format!("running, pid {pid}"),
         (true, None) => "running".to_owned(),

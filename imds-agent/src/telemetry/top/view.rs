@@ -57,15 +57,7 @@ fn draw_header(frame: &mut Frame<'_>, model: &Model, area: Rect) {
 fn draw_table(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let has_pods = model.rows.iter().any(|row| row.pod.is_some());
     let mut titles = vec!["INTERFACE", "INDEX", "ROLE", "DENIED/S", "AUDITED/S", "EXEMPT/S", "DENIED"];
-    let mut widths = vec![
-        Constraint::Length(15),
-        Constraint::Length(6),
-        Constraint::Length(7),
-        Constraint::Length(9),
-        Constraint::Length(9),
-        Constraint::Length(9),
-        Constraint::Length(10),
-    ];
+    let mut widths = [15, 6, 7, 9, 9, 9, 10].map(Constraint::Length).to_vec();
     if has_pods {
         titles.push("POD");
         widths.push(Constraint::Fill(1));

@@ -1,24 +1,32 @@
-//! Interfaces of the node, with the details that only `doctor` reads.
+//! Interfaces of the node, with the details that only `doctor` and `verify` read.
 
 use std::collections::BTreeSet;
 
 use rtnetlink::packet_route::{
-    AddressFamily, RouteNetlinkMessage,
+    RouteNetlinkMessage,
     link::{
-        InfoData, InfoKind, InfoNetkit, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage, LinkXdp, NetkitScrub,
+        InfoData, InfoKind, InfoNetkit, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
+        NetkitScrub,
     },
 };
 
-use crate::node::netlink::{Netlink, NetlinkError};
+use crate::node::{
+    link::{Link, LinkKind},
+    netlink::{Netlink, NetlinkError},
+};
 
 /// One interface of the node.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Device {
-    pub(crate) index: u32,
-    pub(crate) name: String,
-    /// Index of the bridge, bond or VRF that has this interface as a port.
-    pub(crate) master: Option<u32>,
-    pub(crate) is_bridge: bool,
+    pub(crate) link: Link,
+    /// MAC address; empty if the kernel does not report one.
+    pub(crate) address: Vec<u8>,
+    pub(crate) mtu: u32,
+    pub(crate) is_running: bool,
+    /// True for a device without a kind in rtnetlink, such as a NIC.
+    pub(crate) is_plain: bool,
+    /// True for a virtual device that sends through the device that it is linked to.
+    pub(crate) is_stacked: bool,
     /// Ids of the XDP programs, one for each mode.
     pub(crate) xdp: BTreeSet<u32>,
     pub(crate) mark_source: Option<MarkSource>,
@@ -45,18 +53,32 @@ pub(crate) async fn list(netlink: &Netlink) -> Result<Vec<Device>, NetlinkError>
 }
 
 impl Device {
-    fn from_message(message: LinkMessage) -> Option<Self> {
-        if message.header.interface_family != AddressFamily::Unspec {
-            return None;
+    /// Creates a NIC.
+    pub(crate) const fn new(link: Link) -> Self {
+        Self {
+            link,
+            address: Vec::new(),
+            mtu: 0,
+            is_running: false,
+            is_plain: true,
+            is_stacked: false,
+            xdp: BTreeSet::new(),
+            mark_source: None,
         }
-        let mut device = Self { index: message.header.index, ..Self::default() };
+    }
+
+    fn from_message(message: LinkMessage) -> Option<Self> {
+        let mut device = Self::new(Link::from_message(message.clone())?);
+        device.is_running = message.header.flags.contains(LinkFlags::Running);
+        device.is_stacked = matches!(device.link.kind, LinkKind::Vlan | LinkKind::Macvlan | LinkKind::Ipvlan);
         for attribute in message.attributes {
             match attribute {
-                LinkAttribute::IfName(name) => device.name = name,
-                LinkAttribute::Controller(index) => device.master = Some(index),
+                LinkAttribute::Address(address) => device.address = address,
+                LinkAttribute::Mtu(mtu) => device.mtu = mtu,
                 LinkAttribute::Xdp(xdp) => device.xdp = xdp.iter().filter_map(xdp_program).collect(),
                 LinkAttribute::LinkInfo(info) => {
-                    device.is_bridge = info.contains(&LinkInfo::Kind(InfoKind::Bridge));
+                    device.is_plain = !info.iter().any(|info| matches!(info, LinkInfo::Kind(_)));
+                    device.is_stacked |= info.contains(&LinkInfo::Kind(InfoKind::MacSec));
                     device.mark_source = info.iter().find_map(mark_source);
                 }
                 _ => {}
@@ -101,20 +123,22 @@ mod tests {
         Device::from_message(message).unwrap()
     }
 
-    fn source(kind: InfoKind, data: InfoData) -> Option<MarkSource> {
-        let info = vec![LinkInfo::Kind(kind), LinkInfo::Data(data)];
-        device(vec![LinkAttribute::LinkInfo(info)]).mark_source
+    fn virtual_device(kind: InfoKind, data: Option<InfoData>) -> Device {
+        let info = [LinkInfo::Kind(kind)].into_iter().chain(data.map(LinkInfo::Data));
+        device(vec![LinkAttribute::LinkInfo(info.collect())])
     }
 
     #[test]
     fn devices_that_keep_a_mark() {
-        let vxlan = |options: &[InfoVxlan]| source(InfoKind::Vxlan, InfoData::Vxlan(options.to_vec()));
+        let vxlan = |options: &[InfoVxlan]| {
+            virtual_device(InfoKind::Vxlan, Some(InfoData::Vxlan(options.to_vec()))).mark_source
+        };
         assert_eq!(vxlan(&[InfoVxlan::Id(5), InfoVxlan::Gbp]), Some(MarkSource::Gbp));
         assert_eq!(vxlan(&[InfoVxlan::Id(5)]), None);
         assert_eq!(vxlan(&[InfoVxlan::Gbp, InfoVxlan::CollectMetadata(true)]), None);
         let netkit = |scrub| {
             let options = vec![InfoNetkit::Scrub(NetkitScrub::None), InfoNetkit::PeerScrub(scrub)];
-            source(InfoKind::Netkit, InfoData::Netkit(options))
+            virtual_device(InfoKind::Netkit, Some(InfoData::Netkit(options))).mark_source
         };
         assert_eq!(netkit(NetkitScrub::None), Some(MarkSource::NetkitScrubNone));
         assert_eq!(netkit(NetkitScrub::Default), None);
@@ -127,13 +151,22 @@ mod tests {
             LinkAttribute::Controller(3),
             LinkAttribute::Xdp(vec![LinkXdp::ProgId(9), LinkXdp::SkbProgId(9)]),
         ]);
-        let expected = Device {
-            index: 7,
-            name: "veth0".to_owned(),
-            master: Some(3),
-            xdp: BTreeSet::from([9]),
-            ..Device::default()
-        };
-        assert_eq!(observed, expected);
+        let link = Link { name: "veth0".to_owned(), master: Some(3), ..Link::with_index(7) };
+        assert_eq!(observed, Device { xdp: BTreeSet::from([9]), ..Device::new(link) });
+    }
+
+    #[test]
+    fn only_stacked_devices_send_through_others() {
+        for (kind, is_stacked) in [
+            (InfoKind::Vlan, true),
+            (InfoKind::MacVtap, true),
+            (InfoKind::IpVlan, true),
+            (InfoKind::MacSec, true),
+            (InfoKind::Veth, false),
+            (InfoKind::Bond, false),
+        ] {
+            let device = virtual_device(kind, None);
+            assert_eq!((device.is_plain, device.is_stacked), (false, is_stacked), "{device:?}");
+        }
     }
 }
