@@ -114,11 +114,14 @@ fn mark_source(info: &LinkInfo) -> Option<MarkSource> {
 
 #[cfg(test)]
 mod tests {
+    use rtnetlink::packet_route::link::LinkLayerType;
+
     use super::*;
 
     fn device(attributes: Vec<LinkAttribute>) -> Device {
         let mut message = LinkMessage::default();
         message.header.index = 7;
+        message.header.link_layer_type = LinkLayerType::Ether;
         message.attributes = attributes;
         Device::from_message(message).unwrap()
     }
