@@ -122,9 +122,9 @@ impl ForeignProgram {
         Self::load(&instructions, kind).expect("load a program of four instructions")
     }
 
-    /// Attaches the program to a cgroup, after all others. Closing the link detaches it.
+    /// Attaches the program to a cgroup, after all others.
     #[must_use]
-    pub fn attach_cgroup(&self, cgroup: &Path, attach_type: u32) -> OwnedFd {
+    pub fn attach_cgroup(&self, cgroup: &Path, attach_type: u32) -> ForeignLink {
         let cgroup = File::open(cgroup).expect("open a cgroup").into();
         let mut attributes = LinkCreate {
             prog_fd: raw(&self.program),
@@ -132,7 +132,7 @@ impl ForeignProgram {
             attach_type,
             ..LinkCreate::default()
         };
-        bpf_fd(BPF_LINK_CREATE, &mut attributes).expect("create a link of a cgroup")
+        ForeignLink(bpf_fd(BPF_LINK_CREATE, &mut attributes).expect("create a link of a cgroup"))
     }
 
     /// Attaches the program to a cgroup without `BPF_F_ALLOW_MULTI`, so that no other program can be attached there.
@@ -177,9 +177,9 @@ impl ForeignProgram {
         &self.pin
     }
 
-    /// Attaches the program to a TCX hook before all others. Closing the link detaches it.
+    /// Attaches the program to a TCX hook before all others.
     #[must_use]
-    pub fn attach_tcx_first(&self, netns: &Netns, ifindex: u32, hook: TcAttachType) -> OwnedFd {
+    pub fn attach_tcx_first(&self, netns: &Netns, ifindex: u32, hook: TcAttachType) -> ForeignLink {
         let attach_type = match hook {
             TcAttachType::Egress => BPF_TCX_EGRESS,
             TcAttachType::Ingress | TcAttachType::Custom(_) => BPF_TCX_INGRESS,
@@ -188,13 +188,12 @@ impl ForeignProgram {
     }
 
     /// Attaches the program before all others at the peer of the netkit pair whose primary device has this index.
-    /// Closing the link detaches it.
     #[must_use]
-    pub fn attach_netkit_peer_first(&self, netns: &Netns, ifindex: u32) -> OwnedFd {
+    pub fn attach_netkit_peer_first(&self, netns: &Netns, ifindex: u32) -> ForeignLink {
         self.attach_first(netns, ifindex, BPF_NETKIT_PEER)
     }
 
-    fn attach_first(&self, netns: &Netns, ifindex: u32, attach_type: u32) -> OwnedFd {
+    fn attach_first(&self, netns: &Netns, ifindex: u32, attach_type: u32) -> ForeignLink {
         let mut attributes = LinkCreate {
             prog_fd: raw(&self.program),
             target_ifindex: ifindex,
@@ -203,7 +202,7 @@ impl ForeignProgram {
             ..LinkCreate::default()
         };
         // The kernel looks the index up in the caller's namespace.
-        netns.run(|| bpf_fd(BPF_LINK_CREATE, &mut attributes)).expect("create a link")
+        ForeignLink(netns.run(|| bpf_fd(BPF_LINK_CREATE, &mut attributes)).expect("create a link"))
     }
 
     /// Adds the program as a direct-action filter to clsact, which the interface must have.
@@ -212,6 +211,26 @@ impl ForeignProgram {
         let filter =
             ["filter", "add", "dev", interface, direction(hook), "prio", &priority, "protocol", "all"];
         run_tc(netns, &[&filter[..], &["bpf", "direct-action", "pinned", pin]].concat());
+    }
+}
+
+/// Link of a foreign program. Dropping it detaches the program immediately, also if a new process has not yet closed its copy of the
+/// descriptor.
+#[derive(Debug)]
+pub struct ForeignLink(OwnedFd);
+
+impl ForeignLink {
+    /// Returns the descriptor of the link.
+    #[must_use]
+    pub fn fd(&self) -> &OwnedFd {
+        &self.0
+    }
+}
+
+impl Drop for ForeignLink {
+    fn drop(&mut self) {
+        // Fails if the kernel has detached the program with its interface or cgroup.
+        let _detached = bpf(BPF_LINK_DETACH, &mut raw(&self.0));
     }
 }
 

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AttachMode, METADATA, PacketSocket, Pod, PodLink, SERVICE, TestEnv, WHOLE_TEST,
-    foreign_bpf::{ForeignProgram, TC_ACT_OK},
+    foreign_bpf::{ForeignLink, ForeignProgram, TC_ACT_OK},
     hook::{self, Attached, run_tc},
     lacks_program, output, packets,
     poll::poll_until,
@@ -172,7 +172,7 @@ fn foreign_dropper_still_sees_traffic() {
 
 /// A foreign attachment at a hook, which is removed on drop.
 enum Attachment {
-    Tcx(#[expect(dead_code, reason = "detached when dropped")] std::os::fd::OwnedFd),
+    Tcx(#[expect(dead_code, reason = "detached when dropped")] ForeignLink),
     Filter,
 }
 

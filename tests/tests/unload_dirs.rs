@@ -120,7 +120,7 @@ fn foreign_pins_in_the_directory_stay() {
     let foreign = ForeignProgram::returning(TC_ACT_OK);
     let theirs = foreign.attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
     let elsewhere = bpffs.0.join("link");
-    pin_object_over(&theirs, &elsewhere);
+    pin_object_over(theirs.fd(), &elsewhere);
     drop(theirs);
     env.start_agent(AttachMode::Tcx).kill9();
     let pin_dir = env.pin_dir();

@@ -1,14 +1,16 @@
 //! Alternatives that are compared with each other.
 
-use std::{fs::File, os::fd::OwnedFd, process::Command};
+use std::process::Command;
 
 use aya::programs::tc::TcAttachType;
 use aya_obj::generated::bpf_attach_type::{
     self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG,
     BPF_CGROUP_UDP6_SENDMSG,
 };
-use imds_agent::datapath::sys::bpf::link_create_cgroup;
-use imds_tests::{Netns, Pod, TestEnv, foreign_bpf::ForeignProgram};
+use imds_tests::{
+    Netns, Pod, TestEnv,
+    foreign_bpf::{ForeignLink, ForeignProgram},
+};
 
 const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
@@ -54,7 +56,7 @@ pub(crate) struct On<'w> {
 }
 
 /// A foreign program and its link. Closing the descriptor removes the link.
-type Foreign = (ForeignProgram, OwnedFd);
+type Foreign = (ForeignProgram, ForeignLink);
 
 impl Restriction {
     pub(crate) const ALL: [Self; 14] = [
@@ -219,8 +221,7 @@ fn at_egress(action: i32, node: &Netns, ifindex: u32) -> Foreign {
 fn at_calls(env: &TestEnv, calls: &[bpf_attach_type]) -> Vec<Foreign> {
     let attach = |&call| {
         let foreign = ForeignProgram::allowing_calls(call as u32);
-        let cgroup = File::open(env.cgroup()).expect("the environment's cgroup");
-        let link = link_create_cgroup(foreign.program(), &cgroup, call).expect("attach to a cgroup");
+        let link = foreign.attach_cgroup(env.cgroup(), call as u32);
         (foreign, link)
     };
     calls.iter().map(attach).collect()
