@@ -53,7 +53,7 @@ fn find_cookie(skb: *mut __sk_buff, ip: IpOffset) -> u64 {
 /// `node_egress` hook before, which has set the mark. The record of the interface alone is not sufficient: the interface may
 /// be deleted, or moved into a pod, before the agent handles the event. Most pods can't set the mark, because the kernel clears
 /// it when a packet leaves a network namespace (`skb_scrub_packet`). macvlan and ipvlan devices clear neither mark nor ingress
-/// interface, so that the source address must be the node's or an exempt pod's, too: no response to it returns to another pod.
+/// interface, so that the source address must be the node's or an exempt pod's, too: responses go to the owner of that address.
 ///
 /// A bridge that floods a packet, and a bond or team that broadcasts it, send copies without a socket (`skb_clone`), which have
 /// passed the hook of that device before.
