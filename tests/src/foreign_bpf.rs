@@ -132,7 +132,7 @@ impl ForeignProgram {
             attach_type,
             ..LinkCreate::default()
         };
-        ForeignLink(bpf_fd(BPF_LINK_CREATE, &mut attributes).expect("create a link of a cgroup"))
+        ForeignLink(Some(bpf_fd(BPF_LINK_CREATE, &mut attributes).expect("create a link of a cgroup")))
     }
 
     /// Attaches the program to a cgroup without `BPF_F_ALLOW_MULTI`, so that no other program can be attached there.
@@ -202,7 +202,7 @@ impl ForeignProgram {
             ..LinkCreate::default()
         };
         // The kernel looks the index up in the caller's namespace.
-        ForeignLink(netns.run(|| bpf_fd(BPF_LINK_CREATE, &mut attributes)).expect("create a link"))
+        ForeignLink(Some(netns.run(|| bpf_fd(BPF_LINK_CREATE, &mut attributes)).expect("create a link")))
     }
 
     /// Adds the program as a direct-action filter to clsact, which the interface must have.
@@ -217,20 +217,26 @@ impl ForeignProgram {
 /// Link of a foreign program. Dropping it detaches the program immediately, also if a new process has not yet closed its copy of the
 /// descriptor.
 #[derive(Debug)]
-pub struct ForeignLink(OwnedFd);
+pub struct ForeignLink(Option<OwnedFd>);
 
 impl ForeignLink {
-    /// Returns the descriptor of the link.
-    #[must_use]
-    pub fn fd(&self) -> &OwnedFd {
-        &self.0
+    /// Pins the link over the object at `to`.
+    pub fn pin_over(&self, to: &Path) {
+        pin_object_over(self.0.as_ref().expect("an open link"), to);
+    }
+
+    /// Closes the link, which stays attached as long as it has a pin.
+    pub fn close(mut self) {
+        self.0 = None;
     }
 }
 
 impl Drop for ForeignLink {
     fn drop(&mut self) {
         // Fails if the kernel has detached the program with its interface or cgroup.
-        let _detached = bpf(BPF_LINK_DETACH, &mut raw(&self.0));
+        if let Some(link) = &self.0 {
+            let _detached = bpf(BPF_LINK_DETACH, &mut raw(link));
+        }
     }
 }
 

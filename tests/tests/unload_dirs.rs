@@ -9,7 +9,7 @@ use std::{
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AgentCommand, AttachMode, PodLink, TestEnv,
-    foreign_bpf::{ForeignProgram, TC_ACT_OK, pin_object_over, replace_pin},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK, replace_pin},
     hook, skip_without_tcx,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -120,8 +120,8 @@ fn foreign_pins_in_the_directory_stay() {
     let foreign = ForeignProgram::returning(TC_ACT_OK);
     let theirs = foreign.attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
     let elsewhere = bpffs.0.join("link");
-    pin_object_over(theirs.fd(), &elsewhere);
-    drop(theirs);
+    theirs.pin_over(&elsewhere);
+    theirs.close();
     env.start_agent(AttachMode::Tcx).kill9();
     let pin_dir = env.pin_dir();
     let kept = [pin_dir.join("maps/other"), pin_dir.join("progs/other"), pin_dir.join("other")];

@@ -12,7 +12,7 @@ use std::{
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AttachMode, Pod, PodLink, Status, TestEnv,
-    foreign_bpf::{ForeignProgram, TC_ACT_OK, pin_object_over, replace_pin},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK, replace_pin},
     hook,
     http::{DEFAULT, try_get},
     output,
@@ -369,7 +369,7 @@ fn foreign_link_at_pin_path_is_kept() {
     let program = hook::tcx(&case.env.node, &pod.host_ifname)[0].id;
     case.under_flood(|| {
         let pin = case.env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex));
-        pin_object_over(theirs.fd(), &pin);
+        theirs.pin_over(&pin);
         case.agent().spawn_ready().kill9();
     });
     let programs = hook::tcx(&case.env.node, &pod.host_ifname);
