@@ -23,7 +23,7 @@ const MIN_INTERVAL: u64 = 2500;
 #[unsafe(no_mangle)]
 static mut LAST_WARNING: u64 = u64::MAX / 2;
 
-/// Logs that a map of counters or rate limits is full. The packet or call at this hook got a verdict, but is neither counted nor reported.
+/// Logs that a map of counters or rate limits is full. The packet or call has a verdict, but is not counted or reported.
 ///
 /// A separate function, so that the verifier checks it apart from its callers.
 #[inline(never)]

@@ -191,19 +191,19 @@ fn has_from_pod_link(ifindex: u32) -> bool {
 #[inline(never)]
 fn has_source(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, other: u32) -> bool {
     let Some(address) = source(&Skb::new(skb), ip) else { return false };
-    let is_source_of = |ifindex: u32| {
-        let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-        maps::is_exempt_source(&ExemptionKey { address, subject })
-    };
-    is_source_of(ifindex) || is_source_of(other)
+    is_registered(address, ifindex) || is_registered(address, other)
 }
 
 /// Reports whether the packet's source address is registered for the interface.
 #[inline(always)]
 pub(crate) fn is_source_of(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32) -> bool {
+    source(&Skb::new(skb), ip).is_some_and(|address| is_registered(address, ifindex))
+}
+
+#[inline(always)]
+fn is_registered(address: Address, ifindex: u32) -> bool {
     let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-    source(&Skb::new(skb), ip)
-        .is_some_and(|address| maps::is_exempt_source(&ExemptionKey { address, subject }))
+    maps::is_exempt_source(&ExemptionKey { address, subject })
 }
 
 /// Looks up the exemption of a subject. Takes the number of a verdict. Returns the number of the verdict with the exemption

@@ -20,10 +20,14 @@ const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
 struct Expedited(String);
 
 impl Expedited {
+    fn unchanged() -> Self {
+        Self(fs::read_to_string(EXPEDITED).unwrap())
+    }
+
     fn set() -> Self {
-        let before = fs::read_to_string(EXPEDITED).unwrap();
+        let before = Self::unchanged();
         fs::write(EXPEDITED, "1").unwrap();
-        Self(before)
+        before
     }
 }
 
@@ -124,7 +128,7 @@ fn killed_unload_leaves_no_expedited_grace_periods() {
     }
     let env = TestEnv::new();
     add_links(&env.node, 100);
-    let _restore = Expedited(fs::read_to_string(EXPEDITED).unwrap());
+    let _restore = Expedited::unchanged();
     kill_unload(&env);
     let agent = env.agent().hooks(&["node_egress"]).spawn();
     agent.wait_for_log("restored /sys/kernel/rcu_expedited", LONG);
