@@ -90,13 +90,13 @@ impl AttachQueue {
         }
     }
 
-    /// Returns the interfaces with an attachment whose `not_before` is in the future, and the time that it has waited.
-    pub(super) fn delayed(&self) -> impl Iterator<Item = (u32, Duration)> {
+    /// Returns the interfaces with an attachment whose `not_before` is in the future, and the time since which it waits.
+    pub(super) fn delayed(&self) -> impl Iterator<Item = (u32, Instant)> {
         let now = Instant::now();
         self.waiting
             .iter()
             .filter(move |(_, waiting)| waiting.not_before > now)
-            .map(move |(point, waiting)| (point.ifindex, now - waiting.since))
+            .map(move |(point, waiting)| (point.ifindex, waiting.since))
     }
 
     /// Reports whether this attachment is queued.
@@ -246,11 +246,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn delayed_attachments_are_released() {
         let mut queue = AttachQueue::new();
-        let later = Instant::now() + Duration::from_secs(5);
+        let (now, later) = (Instant::now(), Instant::now() + Duration::from_secs(5));
         queue.push(point(7, TcHook::FromPod), later, false);
         assert_eq!(queue.next().unwrap().1, later);
         tokio::time::advance(PAUSE).await;
-        assert_eq!(queue.delayed().collect::<Vec<_>>(), [(7, PAUSE)]);
+        assert_eq!(queue.delayed().collect::<Vec<_>>(), [(7, now)]);
         queue.release(|ifindex| ifindex == 7);
         assert!(queue.next().unwrap().1 <= Instant::now());
         queue.remove_link(7);

@@ -124,20 +124,20 @@ impl Reconciler {
     pub(super) async fn release_started_pods(&mut self) {
         let netns = |ifindex| self.node.links.get(&ifindex).and_then(|link| link.peer_netns);
         let delayed = self.attaching.queue.delayed();
-        let delayed: BTreeMap<u32, (i32, Duration)> =
-            delayed.filter_map(|(ifindex, waited)| Some((ifindex, (netns(ifindex)?, waited)))).collect();
+        let delayed: BTreeMap<u32, (i32, Instant)> =
+            delayed.filter_map(|(ifindex, since)| Some((ifindex, (netns(ifindex)?, since)))).collect();
         if delayed.is_empty() {
             return;
         }
         let namespaces = delayed.values().map(|&(id, _)| id).collect();
-        let ages = self.exemptions.resolver.container_ages(&self.netlink, &namespaces).await;
+        let starts = self.exemptions.resolver.container_starts(&self.netlink, &namespaces).await;
         // The plugins of links that exist at the start have probably finished.
         let initial: BTreeSet<u32> = self.attaching.initial.iter().map(|point| point.ifindex).collect();
         let is_denied = self.datapath.has_node_wide_hook();
         self.attaching.queue.release(|ifindex| {
-            delayed.get(&ifindex).is_some_and(|(id, waited)| {
+            delayed.get(&ifindex).is_some_and(|(id, since)| {
                 let may_wait = is_denied && !initial.contains(&ifindex);
-                ages.get(id).is_some_and(|age| age < waited || !may_wait)
+                starts.get(id).is_some_and(|start| start > since || !may_wait)
             })
         });
     }
@@ -180,6 +180,10 @@ impl Reconciler {
             (false, true) => (OPTIONAL_DELAY, true),
             (false, false) => (Duration::ZERO, false),
         };
+        if waits_for_plugin && !self.attaching.queue.contains(point) {
+            let Link { name, index, .. } = link;
+            log::debug!("waiting up to {delay:?} for the CNI plugins of {name} (ifindex {index})");
+        }
         self.attaching.queue.push(point, Instant::now() + delay, is_optional);
         if is_clsact && !waits_for_plugin {
             self.attaching.queue.release(|ifindex| ifindex == link.index);

@@ -8,8 +8,9 @@ use std::{
     net::IpAddr,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    time::Duration,
 };
+
+use tokio::time::Instant;
 
 use super::{
     cgroup,
@@ -133,9 +134,13 @@ impl SenderResolver {
         self.fresh.clear();
     }
 
-    /// Returns the age of the oldest container process in each of these network namespaces, which are identified as in
+    /// Returns the start of the oldest container process in each of these network namespaces, which are identified as in
     /// [`Link::peer_netns`]. CNI plugins also enter these namespaces, but stay in the mount namespace of process 1.
-    pub async fn container_ages(&self, netlink: &Netlink, behind: &BTreeSet<i32>) -> BTreeMap<i32, Duration> {
+    pub async fn container_starts(
+        &self,
+        netlink: &Netlink,
+        behind: &BTreeSet<i32>,
+    ) -> BTreeMap<i32, Instant> {
         let mounts = |process: &Path| fs::metadata(process.join("ns/mnt")).ok().map(|file| file.ino());
         let node_mounts = mounts(&Path::new(PROC).join("1"));
         let directory = |file: &Path| file.ancestors().nth(2).map(Path::to_owned);
@@ -149,21 +154,22 @@ impl SenderResolver {
             let id = netlink.netns_id(&namespace.file).await.ok().flatten();
             ids.extend(id.filter(|id| behind.contains(id)).map(|id| (namespace.inode, id)));
         }
-        let age = |file: &Path| {
+        let start = |file: &Path| {
             let pid = directory(file)?.file_name()?.to_str()?.parse().ok()?;
-            Process::open(pid).ok()??.age().ok()?
+            let age = Process::open(pid).ok()??.age().ok()??;
+            Instant::now().checked_sub(age)
         };
-        let mut ages = BTreeMap::new();
+        let mut starts = BTreeMap::new();
         for file in files {
             let inode = fs::metadata(&file).map(|metadata| metadata.ino());
             if let Some(&id) = inode.ok().and_then(|inode| ids.get(&inode))
-                && let Some(age) = age(&file)
+                && let Some(start) = start(&file)
             {
-                let oldest = ages.entry(id).or_insert(age);
-                *oldest = age.max(*oldest);
+                let oldest = starts.entry(id).or_insert(start);
+                *oldest = start.min(*oldest);
             }
         }
-        ages
+        starts
     }
 
     /// Drops the cached identities of all links except these.

@@ -97,6 +97,13 @@ fn assert_attached(env: &TestEnv, mode: Mode, pods: &[&CniPod<'_>]) {
     });
 }
 
+/// Waits until the agent leaves the pod's link to its CNI plugins. A process that starts after that is the pod's first
+/// process after its plugins.
+#[track_caller]
+fn wait_delayed(agent: &Agent<'_>, pod: &CniPod<'_>) {
+    agent.wait_for_log(&format!("for the CNI plugins of {} ", pod.veth()), ATTACHED);
+}
+
 /// Starts a process in the pod, which ends with the network namespace. Like a container's process and unlike a plugin's,
 /// it has its own mount namespace.
 #[track_caller]
@@ -277,10 +284,12 @@ fn clsact_waits_for_a_process() {
     let before = network.add_pod();
     assert!(reaches(&env, &before.netns));
     before.delete();
-    let agent = spawn(&env, agent(&env, Some(AttachMode::Clsact), PODS, LONG_CLSACT_DELAY));
+    let command = agent(&env, Some(AttachMode::Clsact), PODS, LONG_CLSACT_DELAY);
+    let agent = spawn(&env, command.args(&["--log-level", "debug"]));
     let pod = env.assert_nothing_arrives(|| connect(&network)).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(qdisc_kinds(&env.node, pod.veth()), ["noqueue"]);
 
+    wait_delayed(&agent, &pod);
     start_process(&pod.netns);
     poll_until(ATTACHED, "from_pod on the new link", || {
         env.status().has_attached(pod.veth(), "from_pod").then_some(())
@@ -310,9 +319,10 @@ fn clsact_ignores_earlier_processes() {
             });
         };
         let command = || agent(&env, Some(AttachMode::Clsact), PODS, LONG_CLSACT_DELAY);
-        let agent = spawn(&env, command());
+        let agent = spawn(&env, command().args(&["--log-level", "debug"]));
         let early = connect_started();
         let later = network.add_pod();
+        wait_delayed(&agent, &later);
         start_process(&later.netns);
         wait_attached(&later);
         assert_eq!(qdisc_kinds(&env.node, early.veth()), ["noqueue"]);
