@@ -36,7 +36,6 @@ impl Target {
         [Self::Classify, Self::Config, Self::Netlink, Self::Records, Self::Kubernetes, Self::Rulesets];
 
     /// Returns the name on the command line, which is also the directory of the seeds.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Classify => "classify",
@@ -49,7 +48,6 @@ impl Target {
     }
 
     /// Returns the target with this name.
-    #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|target| target.name() == name)
     }

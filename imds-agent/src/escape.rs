@@ -21,19 +21,16 @@ const fn is_unsafe(c: char) -> bool {
 }
 
 /// Escapes text for one line, such as `\n` or `\u{1b}`.
-#[must_use]
 pub fn escape(text: &str) -> Cow<'_, str> {
     escape_all(text, is_unsafe)
 }
 
 /// Escapes text of several lines, such as a table. Newlines are not escaped.
-#[must_use]
 pub fn escape_lines(text: &str) -> Cow<'_, str> {
     escape_all(text, |c| c != '\n' && is_unsafe(c))
 }
 
 /// Escapes bytes for one line. Bytes that are not UTF-8 become `\xff`.
-#[must_use]
 pub fn escape_bytes(bytes: &[u8]) -> String {
     let mut escaped = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
@@ -47,7 +44,6 @@ pub fn escape_bytes(bytes: &[u8]) -> String {
 }
 
 /// Escapes a path for one line. Bytes that are not UTF-8 become `\xff`.
-#[must_use]
 pub fn escape_path(path: &Path) -> String {
     escape_bytes(path.as_os_str().as_bytes())
 }

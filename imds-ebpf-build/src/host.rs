@@ -18,7 +18,6 @@ pub struct Host {
 
 impl Host {
     /// Returns the machine and the environment of this process.
-    #[must_use]
     pub fn current() -> Self {
         let bin_below = |variable, dir| Some(PathBuf::from(env::var_os(variable)?).join(dir));
         Self {
@@ -37,14 +36,12 @@ impl Host {
     }
 
     /// Returns a machine whose files are below `root`, with `bin` as its PATH.
-    #[must_use]
     pub fn below(root: &Path) -> Self {
         Self { root: root.to_owned(), path: root.join("bin").into_os_string(), cargo_bins: Vec::new() }
     }
 
     /// Returns the first program with this name on the PATH, in the directories of `cargo install`, or in the `sbin`
     /// directories, which are not on the PATH of unprivileged users.
-    #[must_use]
     pub fn find(&self, program: &str) -> Option<PathBuf> {
         self.find_all(program).next()
     }
@@ -59,13 +56,11 @@ impl Host {
     }
 
     /// Returns the path of the file that has the absolute path `path` on this machine.
-    #[must_use]
     pub fn file(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
     }
 
     /// Returns the PATH with `dir` as first directory.
-    #[must_use]
     pub fn path_after(&self, dir: &Path) -> OsString {
         prepended(dir, &self.path)
     }

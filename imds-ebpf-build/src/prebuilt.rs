@@ -93,13 +93,11 @@ impl Object {
     }
 
     /// Returns the content of the object.
-    #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
     /// Returns the versions of compiler, LLVM and linker, one per line.
-    #[must_use]
     pub fn toolchain(&self) -> &str {
         self.record.splitn(3, '\n').nth(2).unwrap_or_default()
     }

@@ -82,7 +82,6 @@ pub struct NoToolchain {
 
 impl Survey {
     /// Searches `host` for all parts.
-    #[must_use]
     pub fn new(host: &Host) -> Self {
         Self { linker: linker(host), nightly: nightly(host), debian: debian(host) }
     }

@@ -46,20 +46,17 @@ impl Toolchain {
     }
 
     /// Returns the compiler of the toolchain.
-    #[must_use]
     pub const fn compiler(&self) -> Compiler {
         self.compiler
     }
 
     /// Returns the path of bpf-linker.
-    #[must_use]
     pub fn linker(&self) -> &Path {
         &self.linker
     }
 
     /// Returns the `cargo build` command for the BPF object of the workspace at `workspace`, with `target_dir` as target
     /// directory.
-    #[must_use]
     pub fn build(&self, workspace: &Path, target_dir: &Path) -> Command {
         let program = match self.compiler {
             Compiler::Nightly => "cargo",
@@ -70,7 +67,6 @@ impl Toolchain {
 
     /// Returns the `cargo clippy` command for the BPF object, with warnings as errors. The arguments are those of
     /// [`Toolchain::build`].
-    #[must_use]
     pub fn clippy(&self, workspace: &Path, target_dir: &Path) -> Command {
         // Runs cargo-clippy directly, because `cargo clippy` prefers the cargo-clippy in cargo's home, which is rustup's.
         let program = match self.compiler {
@@ -125,7 +121,6 @@ impl Toolchain {
 
 impl Compiler {
     /// Reports whether clippy is installed for this compiler.
-    #[must_use]
     pub fn has_clippy(self, host: &Host) -> bool {
         match self {
             Self::Nightly => {
@@ -138,13 +133,11 @@ impl Compiler {
 }
 
 /// Returns the compiler argument that replaces the path prefix `from` by `to` in its output.
-#[must_use]
 pub fn remap(from: &Path, to: &str) -> String {
     format!("--remap-path-prefix={}={to}", from.display())
 }
 
 /// Returns cargo's home, which contains the sources of dependencies, or `None` if neither `CARGO_HOME` nor `HOME` is set.
-#[must_use]
 pub fn cargo_home() -> Option<PathBuf> {
     let home = || Some(PathBuf::from(env::var_os("HOME")?).join(".cargo"));
     env::var_os("CARGO_HOME").map(PathBuf::from).or_else(home)
@@ -168,7 +161,6 @@ fn stdout(command: &mut Command) -> Result<String> {
 
 /// Returns the command that builds and installs a bpf-linker with Debian's LLVM of this major version. Replaces an
 /// installed one.
-#[must_use]
 pub fn linker_install(llvm: u32) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     leave_outer_cargo(&mut cargo);

@@ -165,7 +165,6 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 const EXIT_CHECK_FAILED: u8 = 3;
 
 /// Runs a command and returns its exit code.
-#[must_use]
 pub fn main(cli: Cli) -> ExitCode {
     let level = cli.log.log_level.map(LogLevel::filter);
     // Only `run` must not block on the reader of its standard error. The other commands may.

@@ -45,7 +45,6 @@ impl Endpoint {
     }
 
     /// Returns the endpoint that a map entry describes.
-    #[must_use]
     pub fn from_entry(address: Address, entry: &Entry) -> Self {
         Self {
             name: field_text(&entry.name),
@@ -68,7 +67,6 @@ pub struct EndpointSet {
 
 impl EndpointSet {
     /// Returns the addresses of the endpoints.
-    #[must_use]
     pub fn addresses(&self) -> Vec<IpAddr> {
         self.endpoints.iter().map(|endpoint| endpoint.address).collect()
     }

@@ -85,7 +85,6 @@ pub struct NameGlob(GlobMatcher);
 
 impl NameGlob {
     /// Reports whether the glob matches an interface name.
-    #[must_use]
     pub fn matches(&self, name: &str) -> bool {
         self.0.is_match(name)
     }

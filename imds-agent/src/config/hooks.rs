@@ -14,25 +14,21 @@ pub struct Hooks {
 
 impl Hooks {
     /// Creates the set from the bits of [`Policy::hooks`](imds_ebpf_common::Policy::hooks).
-    #[must_use]
     pub const fn from_bits(bits: u32) -> Self {
         Self { bits }
     }
 
     /// Returns the set as the bits of [`Policy::hooks`](imds_ebpf_common::Policy::hooks).
-    #[must_use]
     pub const fn bits(self) -> u32 {
         self.bits
     }
 
     /// Reports whether a hook is enabled.
-    #[must_use]
     pub const fn contains(self, hook: Hook) -> bool {
         self.bits & hook.bit() != 0
     }
 
     /// Reports whether a hook is enabled that denies requests to a service beyond the node.
-    #[must_use]
     pub const fn deny_remote(self) -> bool {
         self.bits & !Hook::LocalService.bit() != 0
     }

@@ -22,13 +22,11 @@ pub(super) struct InterfacesTable {
 
 impl Interfaces {
     /// Reports whether the operator declares an interface to be a pod's.
-    #[must_use]
     pub fn includes(&self, name: &str) -> bool {
         self.include.is_match(name)
     }
 
     /// Reports whether the operator excludes an interface from enforcement.
-    #[must_use]
     pub fn excludes(&self, name: &str) -> bool {
         self.exclude.is_match(name)
     }

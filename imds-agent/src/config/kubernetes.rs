@@ -67,7 +67,6 @@ pub struct Environment {
 
 impl Environment {
     /// Reads the environment of this process.
-    #[must_use]
     pub fn read() -> Self {
         let hostname = nix::unistd::gethostname().unwrap_or_default();
         Self {
@@ -81,7 +80,6 @@ impl Environment {
 
 impl Kubernetes {
     /// Returns how to access the API server, or `None` if pods are not watched.
-    #[must_use]
     pub fn access(&self, environment: &Environment) -> Option<Access> {
         let is_enabled = match self.enabled {
             Enabled::Auto => environment.in_pod || self.kubeconfig.is_some(),
@@ -92,7 +90,6 @@ impl Kubernetes {
     }
 
     /// Returns the name of this node in the cluster.
-    #[must_use]
     pub fn node_name(&self, environment: &Environment) -> String {
         let configured = self.node_name.as_ref().or(environment.node_name.as_ref());
         // Like the kubelet, which registers the host name in lower case.

@@ -50,13 +50,11 @@ pub struct LastGoodStore {
 
 impl LastGoodStore {
     /// Creates a store in `dir`. The directory is created when a configuration is written.
-    #[must_use]
     pub fn new(dir: PathBuf) -> Self {
         Self { dir }
     }
 
     /// Returns the path of the stored file.
-    #[must_use]
     pub fn path(&self) -> PathBuf {
         self.dir.join(FILE_NAME)
     }

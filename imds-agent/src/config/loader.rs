@@ -25,7 +25,6 @@ pub(crate) struct Content(Option<String>);
 impl ConfigLoader {
     /// Creates a loader of the file at `path`. `listen` replaces the addresses of the metrics server unless it is
     /// empty.
-    #[must_use]
     pub fn new(path: Option<PathBuf>, listen: Vec<Listen>, store: LastGoodStore) -> Self {
         Self { path, listen, store, last_read: Content::default() }
     }
@@ -44,7 +43,6 @@ impl ConfigLoader {
     }
 
     /// Returns the path of the configuration file, if one is named.
-    #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
     }

@@ -243,7 +243,6 @@ impl Config {
     /// Other keys are ignored, because a key that depends on an invalid one could weaken enforcement. The allow list of
     /// the node only restricts, and depends on no other key. The metrics address is used because the probes of a cluster
     /// restart an agent that does not answer there.
-    #[must_use]
     pub fn fallback(text: &str, path: &Path) -> Self {
         let File { mode, metrics, .. } = File::read(&mut Diagnostics::new(text, path));
         let mut metrics_diagnostics = Diagnostics::new(text, path);
@@ -273,7 +272,6 @@ impl Config {
     }
 
     /// Returns the configuration as TOML, including every default.
-    #[must_use]
     pub fn to_toml(&self) -> &str {
         &self.text
     }

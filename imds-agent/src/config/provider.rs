@@ -87,13 +87,11 @@ pub static EXTRAS: &[Provider] = &[Provider { name: "ecs", endpoints: &[("ecs", 
 
 impl Provider {
     /// Returns the provider with this name, including `generic` and `none`.
-    #[must_use]
     pub fn named(name: &str) -> Option<&'static Self> {
         PROVIDERS.iter().chain([&GENERIC, &NO_PROVIDER]).find(|provider| provider.name == name)
     }
 
     /// Returns the extra with this name.
-    #[must_use]
     pub fn extra(name: &str) -> Option<&'static Self> {
         EXTRAS.iter().find(|extra| extra.name == name)
     }
@@ -123,7 +121,6 @@ pub struct Dmi {
 impl Dmi {
     /// Reads the files in `dir`, usually [`DMI_DIR`]. A missing file leaves its field empty, as does one that cannot be
     /// read, which is logged.
-    #[must_use]
     pub fn read(dir: &Path) -> Self {
         let file = |name| match fs::read(dir.join(name)) {
             Ok(contents) => String::from_utf8_lossy(&contents).trim().to_owned(),
@@ -144,7 +141,6 @@ impl Dmi {
     }
 
     /// Returns the provider of the machine, or [`GENERIC`] if the fields do not identify one.
-    #[must_use]
     pub fn provider(&self) -> &'static Provider {
         Provider::named(self.provider_name()).unwrap_or(&GENERIC)
     }

@@ -30,7 +30,6 @@ enum Condition {
 impl Selector {
     /// Reports whether labels satisfy all requirements. `label` returns the value of a label. `NotIn` also holds if the label is
     /// missing.
-    #[must_use]
     pub fn matches<'l>(&self, label: impl Fn(&str) -> Option<&'l str>) -> bool {
         self.requirements.iter().all(|Requirement { key, condition }| {
             let value = label(key);

@@ -113,7 +113,6 @@ impl Reconciler {
     }
 
     /// Reports whether each pod that was there at the start has its program.
-    #[must_use]
     pub fn is_ready(&self) -> bool {
         self.progress.is_ready
     }

@@ -101,7 +101,6 @@ impl Agent {
     }
 
     /// Returns the numbers of configuration reloads.
-    #[must_use]
     pub fn reloads(&self) -> Reloads {
         self.reloads
     }

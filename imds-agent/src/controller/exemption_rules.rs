@@ -31,13 +31,11 @@ pub struct ExemptionRules {
 
 impl ExemptionRules {
     /// Creates the set of effective rules from those of the configuration.
-    #[must_use]
     pub fn new(exempt: Vec<Exempt>) -> Self {
         Self { exempt, ..Self::default() }
     }
 
     /// Returns the rules in the order of the configuration.
-    #[must_use]
     pub fn as_slice(&self) -> &[Exempt] {
         &self.exempt
     }
@@ -51,7 +49,6 @@ impl ExemptionRules {
     }
 
     /// Reports whether the rule with this number, counted from 1, is for Kubernetes pods.
-    #[must_use]
     pub fn selects_pods(&self, rule: u32) -> bool {
         let rule = usize::try_from(rule).ok().and_then(|rule| self.exempt.get(rule.checked_sub(1)?));
         rule.is_some_and(|rule| matches!(rule.sender, RuleSubject::Pods(_)))
@@ -64,19 +61,16 @@ impl ExemptionRules {
     }
 
     /// Returns the reasons why rules cannot be applied completely, by name of the rule.
-    #[must_use]
     pub fn errors(&self) -> &BTreeMap<String, String> {
         &self.errors
     }
 
     /// Reports whether a rule depends on paths whose changes the kernel does not report.
-    #[must_use]
     pub fn need_polling(&self) -> bool {
         self.exempt.iter().any(|rule| rule.sender.path().is_some())
     }
 
     /// Reports whether rules with a path may match other senders than at the last [`ExemptionRules::resolve`].
-    #[must_use]
     pub fn may_have_changed(&self) -> bool {
         self.fingerprints() != self.fingerprints
     }

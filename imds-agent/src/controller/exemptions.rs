@@ -111,7 +111,6 @@ impl Reconciler {
     }
 
     /// Reports whether pods are queued whose sandboxes have to be resolved.
-    #[must_use]
     pub fn is_resolving(&self) -> bool {
         self.exemptions.pods.has_pending()
     }

@@ -67,7 +67,6 @@ pub struct Reconciler {
 
 impl Reconciler {
     /// Returns a reconciler that knows no interface yet.
-    #[must_use]
     pub fn new(
         datapath: Datapath,
         netlink: Netlink,
@@ -100,7 +99,6 @@ impl Reconciler {
     }
 
     /// Returns the numbers of drift corrections since the agent started.
-    #[must_use]
     pub fn corrections(&self) -> DriftCorrections {
         DriftCorrections { postponed: self.attaching.backoff.suppressed(), ..self.corrections }
     }
@@ -173,7 +171,6 @@ impl Reconciler {
     }
 
     /// Returns one line that sums up mode, attachments and endpoints.
-    #[must_use]
     pub fn summary(&self, ResolvedConfig { datapath_config, endpoint_set, .. }: &ResolvedConfig) -> String {
         let [pods, nodes] = self.count_interfaces();
         let pins = self.datapath.pins().root().display();
@@ -196,7 +193,6 @@ impl Reconciler {
     }
 
     /// Returns a line for `systemctl status`: mode, number of interfaces, and the first of the current errors.
-    #[must_use]
     pub fn state(&self, ResolvedConfig { datapath_config, .. }: &ResolvedConfig) -> String {
         let [pods, nodes] = self.count_interfaces();
         let sockets = if datapath_config.cgroup_of(Hook::Socket).is_some() { "on" } else { "off" };

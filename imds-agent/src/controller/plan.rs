@@ -7,7 +7,6 @@ use crate::datapath::attach::attachment::{Action, Attachment, Order};
 
 /// Plans the actions that bring a hook from `observed` to `desired`, in order. A new attachment precedes the detachment of
 /// one with another mode, so that no packet passes between the two.
-#[must_use]
 pub fn plan(desired: AttachMode, observed: &[Attachment]) -> Vec<Action> {
     let mut actions = Vec::new();
     if desired != AttachMode::None {

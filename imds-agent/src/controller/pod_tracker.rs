@@ -71,7 +71,6 @@ enum SyncState {
 
 impl PodTracker {
     /// Returns an empty set of pods. `is_enabled`: a pod watch will fill it.
-    #[must_use]
     pub fn new(is_enabled: bool) -> Self {
         Self {
             index: Index::default(),
@@ -109,7 +108,6 @@ impl PodTracker {
     }
 
     /// Returns the number of pods that claim the cgroup of another pod.
-    #[must_use]
     pub fn disputed(&self) -> u32 {
         self.disputed
     }
@@ -132,7 +130,6 @@ impl PodTracker {
     }
 
     /// Returns the status of the pod watch. `state` is the state of the watch of this node.
-    #[must_use]
     pub fn watch_status(&self, node: &str, state: &WatchState) -> PodWatchStatus {
         let (failed_at, error) =
             state.last_error.as_ref().map(|failure| (failure.time, failure.message.clone())).unzip();
@@ -151,7 +148,6 @@ impl PodTracker {
     }
 
     /// Reports whether the API server has listed all pods. Until then the exempt pods are not known completely.
-    #[must_use]
     pub fn is_synced(&self) -> bool {
         self.is_synced
     }
@@ -163,13 +159,11 @@ impl PodTracker {
     }
 
     /// Reports whether the pod watch is enabled.
-    #[must_use]
     pub fn is_enabled(&self) -> bool {
         self.sync != Some(SyncState::Disabled)
     }
 
     /// Reports whether the link leads to a known pod.
-    #[must_use]
     pub fn has_link(&self, index: u32) -> bool {
         self.sandboxes.values().any(|sandbox| sandbox.senders.interfaces.contains(&index))
     }
@@ -244,7 +238,6 @@ impl PodTracker {
     }
 
     /// Reports whether pods are queued whose sandboxes have to be resolved.
-    #[must_use]
     pub fn has_pending(&self) -> bool {
         !self.pending.is_empty()
     }
@@ -284,7 +277,6 @@ impl PodTracker {
 
     /// Returns the time after which the next [`PodTracker::enqueue_changed`] is due, or `None` if no pod waits for its sandbox.
     /// The interval grows with the time since the last event.
-    #[must_use]
     pub fn retry_delay(&self) -> Option<Duration> {
         let (shortest, longest) = RETRY_DELAYS;
         let needs_polling = self.unresolved().next().is_some() || !self.host_network_pods.is_empty();
@@ -292,7 +284,6 @@ impl PodTracker {
     }
 
     /// Returns the identities of the pods that a rule matches.
-    #[must_use]
     pub fn senders(&self, rule: &config::PodSelector) -> IdentitySet {
         let mut senders = IdentitySet::default();
         match self.sync {
@@ -311,7 +302,6 @@ impl PodTracker {
     }
 
     /// Reports whether [`PodTracker::names`] has to be written to the maps: it changed, and all pods are resolved.
-    #[must_use]
     pub fn needs_name_sync(&self) -> bool {
         self.names_dirty && self.is_synced && !self.has_pending()
     }
@@ -322,7 +312,6 @@ impl PodTracker {
     }
 
     /// Returns the pod and container behind each subject that the datapath knows.
-    #[must_use]
     pub fn names(&self) -> BTreeMap<Subject, PodContainer<'_>> {
         let mut names = BTreeMap::new();
         for (pod, sandbox) in self.resolved() {

@@ -59,13 +59,11 @@ impl RepairBackoff {
     }
 
     /// Returns when a suppressed repair of `point` may run, or `None` if none is pending.
-    #[must_use]
     pub fn next_retry(&self, point: AttachPoint) -> Option<Instant> {
         self.points.get(&point).filter(|repairs| repairs.is_waiting).map(|repairs| repairs.next)
     }
 
     /// Returns the suppressed repair that may run first, and its time.
-    #[must_use]
     pub fn first_retry(&self) -> Option<(AttachPoint, Instant)> {
         let waiting = self.points.iter().filter(|(_, repairs)| repairs.is_waiting);
         waiting.map(|(&point, repairs)| (point, repairs.next)).min_by_key(|&(_, next)| next)
@@ -84,7 +82,6 @@ impl RepairBackoff {
     }
 
     /// Returns the number of suppressed repairs since the start.
-    #[must_use]
     pub fn suppressed(&self) -> u64 {
         self.suppressed
     }

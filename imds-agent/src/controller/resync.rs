@@ -77,7 +77,6 @@ impl Reconciler {
     }
 
     /// Reports whether a resync is in progress.
-    #[must_use]
     pub fn resync_in_progress(&self) -> bool {
         !self.progress.resync_queue.is_empty()
     }

@@ -55,7 +55,6 @@ pub enum DatapathError {
 
 impl DatapathError {
     /// Reports whether the interface was deleted concurrently, which is not a failure.
-    #[must_use]
     pub fn is_interface_deleted(&self) -> bool {
         self.errno() == Some(libc::ENODEV)
     }
@@ -74,7 +73,6 @@ impl DatapathError {
     }
 
     /// Returns the obstacle, if that is the error. Retries fail until the operator or another program removes it.
-    #[must_use]
     pub fn obstacle(&self) -> Option<&ObstacleError> {
         match self {
             Self::Obstacle(error) => Some(error),

@@ -89,7 +89,6 @@ pub struct DatapathConfig {
 
 impl DatapathConfig {
     /// Returns the cgroup to which the programs of a hook are attached; `None` if the hook is off or can't be attached.
-    #[must_use]
     pub fn cgroup_of(&self, hook: Hook) -> Option<&Path> {
         let lacks_identity = hooks_without_identity(self.hooks, self.identity).contains(&hook);
         self.cgroup.as_deref().filter(|_| self.hooks.contains(hook) && !lacks_identity)
@@ -178,13 +177,11 @@ impl Datapath {
     }
 
     /// Returns the pin directory of this agent.
-    #[must_use]
     pub fn pins(&self) -> &PinDir {
         self.pin_lock.dir()
     }
 
     /// Returns the reason why nothing is pinned; `None` if a bpffs is mounted.
-    #[must_use]
     pub fn pin_failure(&self) -> Option<&str> {
         self.pin_lock.failure()
     }
@@ -210,14 +207,12 @@ impl Datapath {
     }
 
     /// Returns the desired attach mode of a hook, on an interface with the desired `hooks`.
-    #[must_use]
     pub fn desired_mode(&self, link: &Link, hooks: TcHookSet, hook: TcHook) -> AttachMode {
         let is_desired = self.hooks.contains(hook.hook()) && hooks.contains(hook);
         if is_desired { self.attach_mode(link, hook) } else { AttachMode::None }
     }
 
     /// Returns the indices of interfaces with a pinned link or a record.
-    #[must_use]
     pub fn recorded_ifindexes(&self) -> Vec<u32> {
         let mut ifindexes: Vec<u32> =
             self.links.ifindexes().chain(self.maps.interfaces.keys().flatten()).collect();

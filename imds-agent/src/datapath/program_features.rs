@@ -10,7 +10,6 @@ pub(super) fn tc_has_cookie() -> bool {
 }
 
 /// Returns name and value of the variables of the object that depend on the features of the running kernel.
-#[must_use]
 pub fn kernel_features() -> [(&'static str, u8); 3] {
     [
         (GLOBAL_TC_HAS_COOKIE, has_cookie(ProgramType::SchedClassifier).into()),
@@ -29,13 +28,11 @@ fn has_cookie(program_type: ProgramType) -> bool {
 }
 
 /// Reports whether `cgroup_skb` programs can read the network namespace cookie of a packet's socket (Linux 6.15).
-#[must_use]
 pub fn cgroup_has_cookie() -> bool {
     has_cookie(ProgramType::CgroupSkb)
 }
 
 /// Reports whether connect and sendmsg programs can set the error of a denied call (`bpf_set_retval`, Linux 6.1).
-#[must_use]
 pub fn can_choose_errno() -> bool {
     is_helper_supported(ProgramType::CgroupSockAddr, bpf_func_id::BPF_FUNC_set_retval).unwrap_or(false)
 }

@@ -150,7 +150,6 @@ impl Programs {
     }
 
     /// Returns the id of a program, or `None` if it is not loaded.
-    #[must_use]
     pub fn id(&self, name: &str) -> Option<u32> {
         self.loaded.get(name).map(|program| program.id)
     }
@@ -172,7 +171,6 @@ impl Programs {
     }
 
     /// Reports whether all programs of a hook are loaded.
-    #[must_use]
     pub fn has_programs_of(&self, hook: Hook) -> bool {
         programs_of(hook).iter().all(|name| self.loaded.contains_key(name))
     }
@@ -203,7 +201,6 @@ impl Programs {
     }
 
     /// Reports whether a loaded program is not pinned, or its pin belongs to another program.
-    #[must_use]
     pub fn is_unpinned(&self, pins: &PinDir) -> bool {
         self.loaded.iter().any(|(name, program)| pinned_program(pins, name).ok() != Some(program.id))
     }

@@ -101,7 +101,6 @@ pub fn lift_limits() -> Result<(), PreflightError> {
 
 /// Reports whether the kernel counts maps and programs as locked memory. Since Linux 5.11 they are charged to the
 /// cgroup.
-#[must_use]
 pub fn counts_locked_memory() -> bool {
     KernelVersion::current().is_ok_and(|kernel| kernel < KernelVersion::new(5, 11, 0))
 }

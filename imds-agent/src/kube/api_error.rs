@@ -68,7 +68,6 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// Returns the name in metrics and JSON.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Config => "config",

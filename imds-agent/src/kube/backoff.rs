@@ -29,7 +29,6 @@ pub struct Attempts {
 
 impl Attempts {
     /// Creates a counter without failed attempts.
-    #[must_use]
     pub fn new(backoff: Backoff) -> Self {
         Self { backoff, failed: 0 }
     }

@@ -49,13 +49,11 @@ impl Cluster {
     }
 
     /// Returns the node's name in the cluster, or `None` if there is no watch.
-    #[must_use]
     pub fn node(&self) -> Option<&str> {
         self.watched.as_ref().map(|(desired, ..)| desired.node.as_str())
     }
 
     /// Returns the state of the watch, or `None` if there is no watch.
-    #[must_use]
     pub fn state(&self) -> Option<WatchState> {
         self.watched.as_ref().map(|(.., state)| state.borrow().clone())
     }

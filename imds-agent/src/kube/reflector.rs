@@ -46,7 +46,6 @@ pub struct Options {
 
 impl Options {
     /// Returns settings that suit clusters of any size.
-    #[must_use]
     pub fn new(node: String) -> Self {
         Self {
             node,
@@ -100,7 +99,6 @@ impl PodWatcher {
     /// Starts the watch. Must be called within a tokio runtime.
     ///
     /// The watch retries forever, even if the kubeconfig file does not exist yet.
-    #[must_use]
     pub fn start(access: Access, options: Options) -> Self {
         let (to_events, events) = mpsc::channel(64);
         let (to_state, state) = watch::channel(WatchState::new());
@@ -124,7 +122,6 @@ impl PodWatcher {
     }
 
     /// Returns a receiver of the state of the watch.
-    #[must_use]
     pub fn state(&self) -> watch::Receiver<WatchState> {
         self.state.clone()
     }

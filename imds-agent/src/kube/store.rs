@@ -72,7 +72,6 @@ impl Index {
     }
 
     /// Returns the pod with this UID.
-    #[must_use]
     pub fn get(&self, uid: &str) -> Option<&Pod> {
         self.pods.get(uid)
     }

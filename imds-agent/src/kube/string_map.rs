@@ -9,7 +9,6 @@ pub struct StringMap(Box<[(String, String)]>);
 
 impl StringMap {
     /// Returns the value of `key`.
-    #[must_use]
     pub fn get(&self, key: &str) -> Option<&str> {
         let index = self.0.binary_search_by(|(other, _)| other.as_str().cmp(key)).ok()?;
         self.0.get(index).map(|(_, value)| value.as_str())

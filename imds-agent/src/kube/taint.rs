@@ -21,7 +21,6 @@ pub struct TaintError {
 
 impl TaintError {
     /// Returns the pause that the server requests before the next attempt.
-    #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after
     }

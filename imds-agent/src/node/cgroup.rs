@@ -30,7 +30,6 @@ pub fn root() -> io::Result<Option<PathBuf>> {
 }
 
 /// Returns the ID of the root of the hierarchy; `None` if it is not visible.
-#[must_use]
 pub fn root_id() -> Option<u64> {
     // The inode number of a cgroup is its ID (kernfs).
     fs::metadata(root().ok()??).ok().map(|metadata| metadata.ino())

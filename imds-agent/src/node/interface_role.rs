@@ -51,7 +51,6 @@ impl Uplinks {
     ///
     /// Ports of one bridge, bond or VRF belong together, and a stacked device belongs to the one below it. All ports of
     /// Open vSwitch belong together, too, because the agent does not read its flows.
-    #[must_use]
     pub fn new<'l>(
         endpoint_routes: &EndpointRoutes,
         links: impl IntoIterator<Item = &'l Link, IntoIter: Clone>,
@@ -70,20 +69,17 @@ impl Uplinks {
     }
 
     /// Reports whether a route to a protected endpoint names the interface.
-    #[must_use]
     pub fn are_routed(&self, index: u32) -> bool {
         self.routed.contains(&index)
     }
 
     /// Reports whether packets of the node to a protected endpoint can leave through the interface.
-    #[must_use]
     pub fn contain(&self, index: u32) -> bool {
         self.related.contains(&index)
     }
 
     /// Reports whether `node_egress` on the link is only a precaution: the link leads to another network namespace, and no route
     /// to an endpoint uses it yet.
-    #[must_use]
     pub fn is_optional(&self, link: &Link, hook: TcHook) -> bool {
         hook == TcHook::NodeEgress && link.leads_elsewhere() && !self.contain(link.index)
     }
@@ -116,7 +112,6 @@ fn with_related<'l>(
 /// Returns the devices that can be the ingress interface of a packet from a port after the port's bridge has passed it
 /// up: the bridge, the devices on top of it, and a VRF. For Open vSwitch these are all internal ports. Empty if a port
 /// of the bridge is a netkit device, whose pod may set the mark.
-#[must_use]
 pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32> {
     let mut devices = BTreeSet::new();
     let master = |link: &Link| link.master.and_then(|index| links.get(&index));
@@ -159,7 +154,6 @@ pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32
 /// A veth or netkit device whose peer is in another network namespace is either a pod's link or an uplink of the node
 /// (in kind, LXD or Incus), and routes can change. Such a device gets both hooks unless it is known to be a pod's. A
 /// wrong guess or a change of the role then leaves no moment without the hook.
-#[must_use]
 pub fn assign(link: &Link, uplinks: &Uplinks, interfaces: &Interfaces, is_known_pod: bool) -> Assignment {
     let assignment = |role, hooks| Assignment { role, hooks };
     if link.kind == LinkKind::Loopback {

@@ -39,7 +39,6 @@ struct CgroupWatcher {
 
 impl Kubepods {
     /// Creates the set for `root`, without searching it.
-    #[must_use]
     pub fn new(root: PathBuf) -> Self {
         let watcher = CgroupWatcher::new().inspect_err(|error| {
             log::warn!("failed to watch {}, the resync finds changes: {error}", root.display());
@@ -48,13 +47,11 @@ impl Kubepods {
     }
 
     /// Returns the root of the search.
-    #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
     }
 
     /// Returns the cgroups found so far.
-    #[must_use]
     pub fn found(&self) -> &BTreeSet<PathBuf> {
         &self.found
     }
@@ -158,7 +155,6 @@ impl CgroupWatcher {
 }
 
 /// Returns a hint why no cgroup of Kubernetes pods was found, and how to fix it.
-#[must_use]
 pub fn missing_kubepods_hint() -> String {
     match in_v1() {
         Some(path) => format!(
@@ -187,7 +183,6 @@ pub fn below(root: &Path) -> io::Result<BTreeSet<PathBuf>> {
 }
 
 /// Reports whether the path of a cgroup is that of a Kubernetes pod or container.
-#[must_use]
 pub fn contains(path: &Path) -> bool {
     path.iter().any(|name| name.to_string_lossy().contains(NAME))
 }

@@ -83,7 +83,6 @@ pub enum LinkKind {
 }
 
 /// Returns the name of the interface with this index in the calling thread's network namespace, if it exists.
-#[must_use]
 pub fn name_of(index: u32) -> Option<String> {
     // Invalid UTF-8 is escaped like in the name of [`Link::unreadable`].
     let name = if_indextoname(index).ok()?;
@@ -91,20 +90,17 @@ pub fn name_of(index: u32) -> Option<String> {
 }
 
 /// Reports whether the calling thread's network namespace has no interface with this index.
-#[must_use]
 pub fn is_deleted(index: u32) -> bool {
     matches!(if_indextoname(index), Err(Errno::ENXIO | Errno::ENODEV))
 }
 
 impl Link {
     /// Creates an interface whose other properties are unknown.
-    #[must_use]
     pub fn unreadable(index: u32, name: String) -> Self {
         Self { name, kind: LinkKind::Unreadable, ..Self::with_index(index) }
     }
 
     /// Creates an Ethernet interface of kind [`LinkKind::Other`] without a name.
-    #[must_use]
     pub const fn with_index(index: u32) -> Self {
         Self {
             index,
@@ -121,33 +117,28 @@ impl Link {
     }
 
     /// Reports whether the interface is one end of a veth pair with both ends in this network namespace.
-    #[must_use]
     pub fn is_internal_pair(&self) -> bool {
         self.kind == LinkKind::Veth && self.peer_netns.is_none() && self.lower.is_some()
     }
 
     /// Reports whether packets that the node sends may return through the interface, to leave through another one: ifb devices,
     /// and ports of bridges whose veth peer is in this network namespace.
-    #[must_use]
     pub fn may_return_packets(&self) -> bool {
         self.kind == LinkKind::Ifb || (self.is_internal_pair() && self.master.is_some())
     }
 
     /// Reports whether the interface with this index is the master or the veth peer of this one.
-    #[must_use]
     pub fn is_port_or_peer_of(&self, index: u32) -> bool {
         self.master == Some(index) || (self.is_internal_pair() && self.lower == Some(index))
     }
 
     /// Reports whether the interface is one end of a pair: a veth or a netkit.
-    #[must_use]
     pub fn is_pair(&self) -> bool {
         matches!(self.kind, LinkKind::Veth | LinkKind::Netkit | LinkKind::NetkitPeer)
     }
 
     /// Reports whether the other end is, or may be, in another network namespace: the link of a pod, or an uplink of a
     /// node that is itself a container.
-    #[must_use]
     pub fn leads_elsewhere(&self) -> bool {
         match self.kind {
             LinkKind::Veth | LinkKind::Netkit | LinkKind::NetkitPeer => self.peer_netns.is_some(),
@@ -157,14 +148,12 @@ impl Link {
     }
 
     /// Reports whether the interface can be a pod's link, now or once its peer is moved to the pod.
-    #[must_use]
     pub fn may_be_pod(&self) -> bool {
         self.is_pair() || self.kind == LinkKind::Unreadable
     }
 
     /// Parses a `RTM_NEWLINK` message. Returns `None` for a bridge's message about a port, which has the same type but
     /// another family.
-    #[must_use]
     pub fn from_message(message: LinkMessage) -> Option<Self> {
         if message.header.interface_family != AddressFamily::Unspec {
             return None;

@@ -40,7 +40,6 @@ pub struct Destination {
 
 impl Event {
     /// Converts a message to an event. Returns `None` if the message is irrelevant.
-    #[must_use]
     pub fn from_payload(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Self> {
         let message = match payload {
             NetlinkPayload::Overrun(_) => return Some(Self::Overrun),

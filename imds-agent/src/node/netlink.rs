@@ -35,7 +35,6 @@ pub struct NetlinkError {
 
 impl NetlinkError {
     /// Returns the kernel's error number, if the kernel returned the error.
-    #[must_use]
     pub fn errno(&self) -> Option<i32> {
         self.source.raw_os_error()
     }
@@ -90,7 +89,6 @@ impl Netlink {
 
     /// Reports whether a route to `destination` may lead to a protected endpoint: true for a default route, false for
     /// the host route of a pod.
-    #[must_use]
     pub fn may_lead_to_endpoint(&self, destination: Destination) -> bool {
         destination.prefix_length == 0
             || self.endpoints.iter().any(|&endpoint| destination.contains(endpoint))

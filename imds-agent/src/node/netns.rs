@@ -36,7 +36,6 @@ pub enum OwnNetns {
 
 impl OwnNetns {
     /// Returns the value for [`Policy::netns_cookie`](imds_ebpf_common::Policy::netns_cookie).
-    #[must_use]
     pub const fn cookie(self) -> u64 {
         match self {
             Self::Cookie(cookie) => cookie,
@@ -71,7 +70,6 @@ fn identify(cookie: io::Result<u64>, is_initial: impl FnOnce() -> bool) -> io::R
 }
 
 /// Reports whether the agent runs in the node's pid namespace, where kernel threads are visible.
-#[must_use]
 pub fn is_node_pid_namespace() -> bool {
     fs::read_to_string("/proc/2/comm").is_ok_and(|comm| comm.trim() == "kthreadd")
 }

@@ -27,13 +27,11 @@ pub struct NodeProcesses {
 
 impl NodeProcesses {
     /// Creates the allow list with these entries.
-    #[must_use]
     pub fn new(entries: Vec<NodeProcess>) -> Self {
         Self { entries, ..Self::default() }
     }
 
     /// Reports whether there are cgroups, which come and go without an event of the kernel.
-    #[must_use]
     pub fn has_cgroups(&self) -> bool {
         self.entries.iter().any(|entry| matches!(entry, NodeProcess::Cgroup(_)))
     }
@@ -45,7 +43,6 @@ impl NodeProcesses {
     }
 
     /// Returns the last result of [`NodeProcesses::resolve`].
-    #[must_use]
     pub fn resolved(&self) -> &AllowedProcesses {
         &self.resolved
     }

@@ -41,7 +41,6 @@ impl KubepodsCgroups {
     }
 
     /// Reports whether a new search is due: no cgroup of the kubelet was found, or one was removed since.
-    #[must_use]
     pub fn is_stale(&self) -> bool {
         let mut roots = self.hierarchies.iter().flat_map(|hierarchy| &hierarchy.roots).peekable();
         roots.peek().is_none() || roots.any(|root| !root.exists())
@@ -49,14 +48,12 @@ impl KubepodsCgroups {
 
     /// Returns the cgroups of the pod with this UID in their names: one in each hierarchy, v2 first. Ignores cgroups
     /// that a pod created below its own, because it could name them after another pod.
-    #[must_use]
     pub fn of_pod(&self, uid: &str) -> Vec<PathBuf> {
         self.hierarchies.iter().flat_map(|hierarchy| hierarchy.of_pod(uid)).collect()
     }
 
     /// Returns the populated cgroups that have this UID in their names, if one hierarchy has more than one. Only one of
     /// them can be the pod's. A container that may create cgroups can have created the others.
-    #[must_use]
     pub fn ambiguous(&self, uid: &str) -> Option<Vec<PathBuf>> {
         self.hierarchies.iter().find_map(|hierarchy| {
             let mut cgroups = hierarchy.of_pod(uid);
@@ -109,7 +106,6 @@ fn child(parent: &Path, name: &str, owner: u32) -> Option<PathBuf> {
 }
 
 /// Reports whether a process of any pod is visible in the pid namespace of the caller.
-#[must_use]
 pub fn are_processes_visible() -> bool {
     let mut cgroups = KubepodsCgroups::default();
     cgroups.rescan();
@@ -117,7 +113,6 @@ pub fn are_processes_visible() -> bool {
 }
 
 /// Reports whether the name is that of a pod's cgroup: `pod<uid>`, or `kubepods-burstable-pod<uid>.slice`.
-#[must_use]
 pub fn is_pod(name: &str) -> bool {
     let last = name.strip_suffix(".slice").map_or(Some(name), |stem| stem.rsplit('-').next());
     let uid = last.and_then(|last| last.strip_prefix("pod"));
@@ -127,7 +122,6 @@ pub fn is_pod(name: &str) -> bool {
 
 /// Returns the container ID in the name of a container's cgroup: `cri-containerd-<id>.scope`, `crio-<id>.scope` or
 /// `<id>`.
-#[must_use]
 pub fn container(name: &str) -> Option<String> {
     let stem = name.strip_suffix(".scope").unwrap_or(name);
     let id = stem.rsplit('-').next().unwrap_or(stem);

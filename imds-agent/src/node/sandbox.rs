@@ -29,7 +29,6 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// Creates a sandbox without identities, for a pod with processes in several `cgroups` of one hierarchy.
-    #[must_use]
     pub fn ambiguous(Pod { namespace, name, .. }: &Pod, cgroups: &[PathBuf]) -> Self {
         let paths: Vec<_> = cgroups.iter().map(|path| path.display().to_string()).collect();
         let mut sandbox = Self::default();
@@ -140,13 +139,11 @@ fn containers(cgroups: &[PathBuf]) -> BTreeMap<u64, Option<String>> {
 }
 
 /// Returns the IDs of these cgroups v2 and of those below.
-#[must_use]
 pub fn cgroup_ids(cgroups: &[PathBuf]) -> BTreeSet<u64> {
     containers(cgroups).into_keys().collect()
 }
 
 /// Reports whether one of these cgroups, or one below, has a visible process.
-#[must_use]
 pub fn is_populated(cgroups: &[PathBuf]) -> bool {
     cgroups.iter().flat_map(|cgroup| below(cgroup)).any(|path| !pids(&path.join("cgroup.procs")).is_empty())
 }

@@ -223,7 +223,6 @@ impl SenderResolver {
 
     /// Returns the fingerprint of `path`, which changes when [`SenderResolver::from_netns`] or [`SenderResolver::from_cgroup`] may
     /// find other senders.
-    #[must_use]
     pub fn fingerprint(path: &Path) -> Fingerprint {
         let directories = directories(path);
         let inode = |path: &PathBuf| fs::metadata(path).ok().map(|metadata| metadata.ino());

@@ -120,13 +120,11 @@ impl Collector {
     }
 
     /// Returns the number of events that this collector has read.
-    #[must_use]
     pub fn collected(&self) -> Collected {
         self.collected
     }
 
     /// Reports whether the last [`Collector::collect`] left events in the ring buffer.
-    #[must_use]
     pub fn has_more(&self) -> bool {
         self.has_more
     }

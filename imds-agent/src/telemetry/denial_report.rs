@@ -89,7 +89,6 @@ pub struct DenialSubject {
 impl DenialReport {
     /// Builds the report from the records in `pin_dir`. `protected` are the protected endpoints, `pods` the names of pod
     /// interfaces that a rule can name.
-    #[must_use]
     pub fn new(
         pin_dir: PathBuf,
         records: &[(DenialKey, DenialRecord)],
@@ -130,7 +129,6 @@ impl DenialReport {
     }
 
     /// Returns the report as text that ends with a newline.
-    #[must_use]
     pub fn table(&self) -> String {
         if self.denials.is_empty() {
             return "no denials are recorded\n".to_owned();

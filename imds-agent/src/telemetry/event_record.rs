@@ -54,7 +54,6 @@ pub struct EventRecord {
 impl EventRecord {
     /// Converts an event. `booted` is the wall-clock time of boot, `interface` returns the name of an interface, and `pod` is
     /// the pod of the sender.
-    #[must_use]
     pub fn new(
         event: &Event,
         booted: Timestamp,
@@ -91,7 +90,6 @@ impl EventRecord {
 }
 
 /// Decodes an event. Returns `None` if the bytes are too few, as from programs of another version.
-#[must_use]
 pub fn decode(bytes: &[u8]) -> Option<Event> {
     let bytes = bytes.first_chunk::<{ size_of::<Event>() }>()?;
     // SAFETY: `Event` has only integers and no padding, so that any bytes of its size are a valid value; `read_unaligned`
@@ -100,20 +98,17 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
 }
 
 /// Returns the wall-clock time of an event. `booted` is the wall-clock time of boot.
-#[must_use]
 pub fn wall_time(event: &Event, booted: Timestamp) -> Timestamp {
     let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
     booted.checked_add(since_boot).unwrap_or(Timestamp::MAX)
 }
 
 /// Returns the name of the calling thread; empty for packets.
-#[must_use]
 pub fn comm(event: &Event) -> String {
     crate::encode::field_text(&event.comm)
 }
 
 /// Returns the index of the interface through which a packet entered the node; 0 if it entered through none.
-#[must_use]
 pub fn ingress(event: &Event) -> u32 {
     // At `node_egress` the interface of the event is the one through which the packet leaves the node.
     match event.hook {
@@ -199,7 +194,6 @@ fn protocol(number: u8) -> Option<String> {
 }
 
 /// Returns the wall-clock time of boot. Setting the clock moves it.
-#[must_use]
 pub fn boot_time() -> Timestamp {
     let now = Timestamp::now();
     let since_boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)

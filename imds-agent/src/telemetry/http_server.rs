@@ -90,7 +90,6 @@ struct AppState {
 
 impl Server {
     /// Creates a server that does not listen yet, for the agent of `pins`, which reports `progress` at least once per `period`.
-    #[must_use]
     pub(super) fn new(
         pins: PinDir,
         netlink: Netlink,

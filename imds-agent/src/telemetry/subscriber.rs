@@ -67,13 +67,11 @@ impl EventSubscriber {
     }
 
     /// Returns the number of events that were overwritten before the last [`EventSubscriber::read`] could return them.
-    #[must_use]
     pub fn missed(&self) -> u64 {
         self.missed.unwrap_or_default()
     }
 
     /// Reports whether the last [`EventSubscriber::read`] left events in the ring buffer.
-    #[must_use]
     pub fn has_more(&self) -> bool {
         self.collector.as_ref().is_some_and(Collector::has_more)
     }

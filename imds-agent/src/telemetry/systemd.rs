@@ -18,7 +18,6 @@ pub struct Systemd {
 
 impl Systemd {
     /// Connects to the service manager that `NOTIFY_SOCKET` and `WATCHDOG_USEC` name.
-    #[must_use]
     pub fn from_env() -> Self {
         let watchdog = sd_notify::watchdog_enabled().map(|timeout| {
             // Half of the timeout, as sd_watchdog_enabled(3) advises.

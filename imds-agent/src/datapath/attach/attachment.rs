@@ -29,7 +29,6 @@ pub enum Order {
 
 impl Order {
     /// Returns the name that `status` prints.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::First => "first",
@@ -57,7 +56,6 @@ pub enum Action {
 impl Action {
     /// Reports whether the action repairs a hook that this agent had attached to and that another program changed.
     /// Repeated repairs should back off.
-    #[must_use]
     pub fn is_repair(self) -> bool {
         match self {
             Self::Attach(_) | Self::Replace(_) | Self::Reorder(_) => true,

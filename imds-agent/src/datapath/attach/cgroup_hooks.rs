@@ -201,7 +201,6 @@ impl Cgroups {
 
 impl Datapath {
     /// Reports whether the hook is on but can't be attached, because its programs can't identify the node's network namespace.
-    #[must_use]
     pub fn lacks_identity(&self, hook: Hook) -> bool {
         self.cgroups.lacks_identity(hook)
     }
@@ -226,7 +225,6 @@ impl Datapath {
     }
 
     /// Reports whether a hook of the whole node denies requests of a new pod until `from_pod` is attached to its interface.
-    #[must_use]
     pub fn has_node_wide_hook(&self) -> bool {
         let sockets = self.cgroups.links.get(&Hook::Socket);
         let has_sockets = sockets.is_some_and(|sockets| sockets.failures().next().is_none());

@@ -296,7 +296,6 @@ impl CgroupLink {
 }
 
 /// Describes a failure to attach a program, including the program that prevents it.
-#[must_use]
 pub(crate) fn attach_error(
     program: &str,
     cgroup: &Path,
@@ -316,7 +315,6 @@ fn not_loaded(error: ObjectError, cgroup: &Path) -> String {
 }
 
 /// Describes a program that is not attached, including the program that prevents it.
-#[must_use]
 pub(crate) fn not_attached(
     program: &str,
     cgroup: Option<&Path>,
@@ -328,7 +326,6 @@ pub(crate) fn not_attached(
 }
 
 /// Describes a program that is not the last one to run.
-#[must_use]
 pub(crate) fn not_last(program: &str, cgroup: &Path, later: &OtherProgram) -> String {
     format!(
         "{program} on cgroup {} is not last: {later} runs after it and can change the destination",

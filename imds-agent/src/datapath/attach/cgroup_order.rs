@@ -49,7 +49,6 @@ pub struct ExclusiveProgram {
 impl ExclusiveProgram {
     /// Finds the program that prevents attachments to a hook of the cgroup at `path`: a program of the cgroup itself, or of the
     /// nearest ancestor with programs (`hierarchy_allows_attach`, kernel/bpf/cgroup.c).
-    #[must_use]
     pub fn find(path: &Path, attach_type: bpf_attach_type) -> Option<Self> {
         let hierarchy = path.ancestors().take_while(|path| path.join("cgroup.procs").exists());
         for (height, cgroup) in hierarchy.enumerate() {
@@ -79,7 +78,6 @@ impl fmt::Display for ExclusiveProgram {
 }
 
 /// Reports whether a later program on this hook can change the destination after the verdict.
-#[must_use]
 pub fn needs_last(attach_type: bpf_attach_type) -> bool {
     matches!(
         attach_type,
@@ -102,7 +100,6 @@ pub enum LaterProgram {
 
 impl LaterProgram {
     /// Returns the program, on whichever cgroup it is attached.
-    #[must_use]
     pub fn program(&self) -> &OtherProgram {
         match self {
             Self::SameCgroup(program) | Self::Ancestor(program) => program,

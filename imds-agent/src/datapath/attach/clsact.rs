@@ -59,7 +59,6 @@ impl TcFilter {
     }
 
     /// Parses an `RTM_NEWTFILTER` message. Returns `None` if it does not describe a filter of chain 0.
-    #[must_use]
     pub fn from_message(message: TcMessage) -> Option<Self> {
         // The dump contains an entry with handle 0 for each priority.
         if message.header.handle == TcHandle::UNSPEC {

@@ -39,7 +39,6 @@ impl Datapath {
     ///
     /// A program at the peer of a netkit pair can redirect packets of the pod past TC ingress of the host side. `from_pod` is
     /// therefore attached to the peer too. Every kernel with netkit devices (6.7) supports such links.
-    #[must_use]
     pub fn attach_mode(&self, link: &Link, hook: TcHook) -> AttachMode {
         match (link.kind, hook) {
             (LinkKind::Netkit, TcHook::FromPod) if !self.rejected_netkit.contains(&link.index) => {

@@ -262,7 +262,6 @@ pub(crate) fn is_pinned(id: u32, path: &Path) -> bool {
 }
 
 /// Returns the hook that a link of this mode is attached to, or `None` if the mode has no link for the hook.
-#[must_use]
 pub fn mprog_hook(hook: TcHook, mode: AttachMode) -> Option<MprogHook> {
     match (hook, mode) {
         (TcHook::FromPod, AttachMode::Tcx) => Some(MprogHook::TcxIngress),
@@ -276,7 +275,6 @@ pub fn mprog_hook(hook: TcHook, mode: AttachMode) -> Option<MprogHook> {
 
 impl AttachPoint {
     /// Returns the TCX hook at this point.
-    #[must_use]
     pub const fn tcx_hook(self) -> MprogHook {
         match self.hook {
             TcHook::FromPod => MprogHook::TcxIngress,

@@ -14,14 +14,12 @@ use crate::{
 
 /// Returns those of these hooks that can't be attached with this identity of the node's network namespace. Their programs
 /// must distinguish the node's sockets from those of pods. The other hooks work without.
-#[must_use]
 pub fn hooks_without_identity(hooks: Hooks, identity: Option<OwnNetns>) -> Vec<Hook> {
     let compare = [Hook::Socket, Hook::HostNetwork, Hook::NodeAllow];
     compare.into_iter().filter(|&hook| identity.is_none() && hooks.contains(hook)).collect()
 }
 
 /// Describes a hook of [`hooks_without_identity`], whose programs may still be those of an earlier agent.
-#[must_use]
 pub fn no_cookie(hook: Hook, runs_earlier: bool) -> String {
     let state = if runs_earlier {
         "runs programs of an earlier agent, which are not restored if they are detached"
@@ -36,7 +34,6 @@ pub fn no_cookie(hook: Hook, runs_earlier: bool) -> String {
 }
 
 /// Returns the remedy for [`no_cookie`].
-#[must_use]
 pub fn no_cookie_remedy(hook: Hook) -> String {
     let switch = match hook {
         Hook::NodeAllow => "remove node.allow".to_owned(),

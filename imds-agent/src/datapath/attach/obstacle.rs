@@ -49,7 +49,6 @@ pub enum Obstacle {
 
 impl Obstacle {
     /// Returns the action that removes the obstacle from the interface.
-    #[must_use]
     pub fn remedy(&self, interface: &str) -> String {
         let (kind, has_tcx) = match self {
             Self::IngressQdisc { has_tcx } => ("ingress", has_tcx),

@@ -31,7 +31,6 @@ pub struct Qdisc {
 
 impl Qdisc {
     /// Parses an `RTM_NEWQDISC` message. Returns `None` if the qdisc is not in the `ffff:` slot.
-    #[must_use]
     pub fn from_message(message: TcMessage) -> Option<Self> {
         if message.header.parent != TcHandle::CLSACT {
             return None;
@@ -57,7 +56,6 @@ impl Qdisc {
     }
 
     /// Returns the obstacle to a filter at `hook`, or `None`. `has_tcx` selects the remedy: TCX needs no qdisc.
-    #[must_use]
     pub fn obstacle(&self, hook: TcHook, has_tcx: bool) -> Option<Obstacle> {
         let block = match hook {
             TcHook::NodeEgress if self.kind == INGRESS => return Some(Obstacle::IngressQdisc { has_tcx }),

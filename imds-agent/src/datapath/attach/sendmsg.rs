@@ -40,13 +40,11 @@ impl SendmsgReason {
         [Self::Configured, Self::FromPodOff, Self::NodeEgressOff, Self::NoTcCookie, Self::NotEnforced];
 
     /// Returns the reason with this number, or `None` for an unknown number.
-    #[must_use]
     pub fn from_u32(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|&reason| reason as u32 == number)
     }
 
     /// Returns the reason in words, for `status`.
-    #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
             Self::Configured => "hooks.sendmsg is true",
@@ -64,7 +62,6 @@ impl SendmsgReason {
 /// unconnected UDP socket of the node, so they run only if `from_pod` and `node_egress` do not cover all pods whose packets the
 /// node forwards. The agent cannot tell if a pod has another device (host-device, SR-IOV): such a device is in the pod's network
 /// namespace only. For these pods the operator sets `hooks.sendmsg` to true.
-#[must_use]
 pub fn sendmsg_reason(inputs: SendmsgInputs) -> Option<SendmsgReason> {
     let SendmsgInputs { setting, hooks, has_tc_cookie, is_enforced } = inputs;
     if !hooks.contains(Hook::Socket) || setting == Sendmsg::Off {

@@ -50,7 +50,6 @@ pub fn read(maps: &Maps) -> Result<Option<EffectiveConfig>, MapError> {
 
 /// Reads the record of the pinned maps; `None` if there is no record, or if the maps belong to another version or to another
 /// network namespace.
-#[must_use]
 pub fn pinned(pins: &PinDir) -> Option<EffectiveConfig> {
     if netns_owner::other_netns(pins).ok()?.is_some() {
         return None;
@@ -60,7 +59,6 @@ pub fn pinned(pins: &PinDir) -> Option<EffectiveConfig> {
 
 impl EffectiveConfig {
     /// Converts the value of the map. Returns `None` for a value that was never written.
-    #[must_use]
     pub fn from_record(record: &ConfigRecord) -> Option<Self> {
         if record.generation == 0 {
             return None;

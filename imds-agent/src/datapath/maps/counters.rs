@@ -64,7 +64,6 @@ impl Counts {
     }
 
     /// Returns each count with the name of its verdict.
-    #[must_use]
     pub fn named(self) -> [(&'static str, Count); 4] {
         let Self { denied, audited, allowed, exempt } = self;
         [("denied", denied), ("audited", audited), ("allowed", allowed), ("exempt", exempt)]

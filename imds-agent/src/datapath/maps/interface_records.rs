@@ -15,7 +15,6 @@ use crate::{
 };
 
 /// Returns the record of an interface, or `None` if there is none.
-#[must_use]
 pub fn get(maps: &Maps, ifindex: u32) -> Option<InterfaceRecord> {
     maps.interfaces.get(&ifindex, 0).ok()
 }
@@ -81,13 +80,11 @@ impl Datapath {
     }
 
     /// Reports whether the record of the interface has a program at this hook.
-    #[must_use]
     pub fn was_attached(&self, link: &Link, hook: TcHook) -> bool {
         get(&self.maps, link.index).is_some_and(|record| record.is_attached(hook))
     }
 
     /// Reports whether the record of the interface has a pending attachment.
-    #[must_use]
     pub fn was_pending(&self, link: &Link) -> bool {
         get(&self.maps, link.index)
             .is_some_and(|record| record.pending == 1 && record.name == name_field(&link.name))

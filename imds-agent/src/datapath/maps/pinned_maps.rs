@@ -230,7 +230,6 @@ pub fn open_events(pins: &PinDir) -> Result<RingBuf<MapData>, ObjectError> {
 }
 
 /// Reports whether maps of an agent are pinned, which implies that programs are loaded.
-#[must_use]
 pub fn is_loaded(pins: &PinDir) -> bool {
     fs::exists(pins.map(MAP_POLICY)).unwrap_or(false)
 }

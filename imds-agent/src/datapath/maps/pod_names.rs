@@ -46,7 +46,6 @@ impl Names {
     }
 
     /// Returns the pod metadata of `subject`, or `None` if it is unknown.
-    #[must_use]
     pub fn get(&self, subject: Subject) -> Option<PodRef> {
         self.0.get(&subject, 0).ok().as_ref().map(PodRef::from_record)
     }
@@ -136,7 +135,6 @@ fn record(pod: &Pod, container: &str) -> PodRecord {
 
 impl PodRef {
     /// Converts the value of the map.
-    #[must_use]
     pub fn from_record(record: &PodRecord) -> Self {
         Self {
             namespace: field_text(&record.namespace),
@@ -156,7 +154,6 @@ pub fn read_watch_status(maps: &Maps) -> Result<Option<PodWatchStatus>, MapError
 
 impl PodWatchStatus {
     /// Converts the value of the map. Returns `None` if the pod watch is off.
-    #[must_use]
     pub fn from_record(record: &KubernetesRecord) -> Option<Self> {
         let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
         (record.enabled == 1).then(|| Self {

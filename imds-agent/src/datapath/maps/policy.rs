@@ -15,7 +15,6 @@ use crate::{
 
 impl Datapath {
     /// Returns the hooks that should be attached.
-    #[must_use]
     pub fn hooks(&self) -> Hooks {
         self.hooks
     }
@@ -40,7 +39,6 @@ impl Datapath {
     }
 
     /// Reports whether the desired hooks and cgroup programs are exactly those of `datapath_config`.
-    #[must_use]
     pub fn matches(&self, datapath_config: &DatapathConfig) -> bool {
         self.hooks == datapath_config.hooks && self.cgroups.matches(datapath_config)
     }

@@ -39,7 +39,6 @@ impl fmt::Display for OtherAgent {
 
 impl OtherAgent {
     /// Returns the consequence, and the commands that stop the other agent.
-    #[must_use]
     pub fn remedy(&self) -> String {
         let stop = self.pid.map(|pid| format!("`kill {pid}`, ")).unwrap_or_default();
         format!(
@@ -51,7 +50,6 @@ impl OtherAgent {
 }
 
 /// Finds the other agents that run in this network namespace, on every mounted bpffs.
-#[must_use]
 pub fn find(own: &PinDir) -> Vec<OtherAgent> {
     let Ok(netns) = netns_owner::this_netns() else { return Vec::new() };
     let inode = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();

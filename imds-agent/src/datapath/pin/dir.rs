@@ -129,31 +129,26 @@ impl PinDir {
     }
 
     /// Returns the absolute path of the directory.
-    #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
     }
 
     /// Returns the path of the pin of a map.
-    #[must_use]
     pub fn map(&self, name: &str) -> PathBuf {
         self.maps().join(name)
     }
 
     /// Returns the path of the pin of a program.
-    #[must_use]
     pub fn program(&self, name: &str) -> PathBuf {
         self.programs().join(name)
     }
 
     /// Returns the path of the pin of the TCX or netkit link at an attach point.
-    #[must_use]
     pub fn link(&self, point: AttachPoint) -> PathBuf {
         self.links().join(format!("{}{}", link_prefix(point.hook), point.ifindex))
     }
 
     /// Returns the path of the pin of a cgroup link.
-    #[must_use]
     pub fn named_link(&self, name: &str) -> PathBuf {
         self.links().join(name)
     }
@@ -188,7 +183,6 @@ impl PinDir {
     }
 
     /// Reports whether the path exists.
-    #[must_use]
     pub fn exists(&self) -> bool {
         self.root.exists()
     }
@@ -281,7 +275,6 @@ pub fn open(path: &Path) -> Result<Option<OwnedFd>, PinError> {
 }
 
 /// Returns the link that is pinned at `path`, or `None` if there is no link that can be opened.
-#[must_use]
 pub fn link_at(path: &Path) -> Option<bpf::Link> {
     bpf::link(open(path).ok()??).ok()?
 }

@@ -135,19 +135,16 @@ pub struct PinLock {
 
 impl PinLock {
     /// Returns the locked pin directory.
-    #[must_use]
     pub fn dir(&self) -> &PinDir {
         &self.dir
     }
 
     /// Reports whether this process has created the directory.
-    #[must_use]
     pub fn is_new(&self) -> bool {
         self.is_new
     }
 
     /// Returns the reason why nothing is pinned; `None` if a bpffs is mounted.
-    #[must_use]
     pub fn failure(&self) -> Option<&str> {
         self.failure.as_deref()
     }

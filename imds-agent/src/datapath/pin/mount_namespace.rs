@@ -18,7 +18,6 @@ pub const PRIVATE_BPFFS_REMEDY: &str =
 impl PinDir {
     /// Reports whether the file system of the pins is known not to be mounted where the first process is. In a container with a
     /// pid namespace of its own, that process shows nothing of the node.
-    #[must_use]
     pub fn is_private(&self) -> bool {
         let (Ok(root), Ok(mountinfo)) = (fs::metadata(self.root()), fs::read_to_string("/proc/1/mountinfo"))
         else {

@@ -52,7 +52,6 @@ pub const MAX_PROGRAMS: usize = MPROG_MAX - 1;
 const LOOPBACK: u32 = 1;
 
 /// Reports whether the kernel supports TCX (6.6, commit e420bed02507).
-#[must_use]
 pub fn has_tcx() -> bool {
     entries(LOOPBACK, MprogHook::TcxIngress).is_ok()
 }

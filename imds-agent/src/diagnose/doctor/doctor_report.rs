@@ -179,7 +179,6 @@ pub(crate) fn or_ok(
 
 impl DoctorReport {
     /// Returns the report as text that ends with a newline.
-    #[must_use]
     pub fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(NOTHING);

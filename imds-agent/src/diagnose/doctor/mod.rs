@@ -43,7 +43,6 @@ const SCHEMA: u32 = 1;
 
 /// Explains the rules in the output of `iptables-save` or `nft --json`, for a node that protects the endpoints of `provider`
 /// in this mode with the default hooks.
-#[must_use]
 pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<DoctorCheck> {
     let rulesets = Rulesets::from_listing(listing);
     let mut checks = firewall::rules(&rulesets, &Enforcement::from_provider(provider, Some(mode)));

@@ -142,7 +142,6 @@ pub(crate) fn is_passed(checks: &[VerifyCheck]) -> bool {
 
 impl VerifyReport {
     /// Returns the report as text that ends with a newline.
-    #[must_use]
     pub fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(NOTHING);

@@ -81,7 +81,6 @@ pub fn init(options: LogOptions) -> io::Result<()> {
 }
 
 /// Returns the number of lines that were dropped because standard error was not read.
-#[must_use]
 pub fn dropped() -> u64 {
     QUEUE.get().map_or(0, |(queue, _)| queue.dropped())
 }

@@ -8,7 +8,6 @@ use crate::{
 };
 
 /// Returns the hash, or `None` if nothing is loaded.
-#[must_use]
 pub fn exemptions_hash(pins: &PinDir) -> Option<u64> {
     let record = config_record::read(&Maps::open(pins).ok()?).ok()??;
     Some(hash(&record.text))

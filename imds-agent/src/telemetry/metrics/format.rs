@@ -16,13 +16,11 @@ pub enum Format {
 
 impl Format {
     /// Returns `OpenMetrics` if the header lists its version 1.0.0, as Prometheus does, else the Prometheus text format.
-    #[must_use]
     pub fn from_accept(header: &str) -> Self {
         if header.split(',').any(includes_open_metrics) { Self::OpenMetrics } else { Self::Text }
     }
 
     /// Returns the value of the `Content-Type` header.
-    #[must_use]
     pub const fn content_type(self) -> &'static str {
         match self {
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",

@@ -51,7 +51,6 @@ pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>
 }
 
 /// Encodes all metrics of one scrape.
-#[must_use]
 pub fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
     let mut exposition = Exposition::new(format);
     snapshot.add(&mut exposition);

@@ -79,7 +79,6 @@ impl StatusReport {
     }
 
     /// Returns the number of exempt senders by the name of their rule.
-    #[must_use]
     pub fn senders_by_rule(&self) -> BTreeMap<&str, usize> {
         let mut senders = BTreeMap::new();
         for sender in &self.exemptions {

@@ -67,7 +67,6 @@ pub struct StatusReport {
 
 impl StatusReport {
     /// Describes each interface and hook that is not enforced, one line each. Empty if all enabled hooks are enforced.
-    #[must_use]
     pub fn not_enforced(&self) -> Vec<String> {
         if self.state == State::Unloaded {
             return vec!["nothing is loaded".to_owned()];
@@ -261,13 +260,11 @@ pub struct HookAttachment {
 
 impl HookAttachment {
     /// Reports whether the agent's program is attached.
-    #[must_use]
     pub fn is_attached(&self) -> bool {
         self.attach_mode.is_some()
     }
 
     /// Reports whether the agent's program is attached and runs before all others.
-    #[must_use]
     pub fn is_enforced(&self) -> bool {
         self.order == Some(Order::First.name())
     }
@@ -275,13 +272,11 @@ impl HookAttachment {
 
 impl Interface {
     /// Reports whether each desired program is attached.
-    #[must_use]
     pub fn is_attached(&self) -> bool {
         self.attachments.iter().all(HookAttachment::is_attached)
     }
 
     /// Returns the attachment at the hook with this name, if the interface should have one.
-    #[must_use]
     pub fn attachment(&self, hook: &str) -> Option<&HookAttachment> {
         self.attachments.iter().find(|attachment| attachment.hook == hook)
     }

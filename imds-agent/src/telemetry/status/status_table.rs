@@ -16,7 +16,6 @@ use crate::{
 
 impl StatusReport {
     /// Returns the report as text that ends with a newline.
-    #[must_use]
     pub fn table(&self) -> String {
         let mut text = String::new();
         // Writing to a string does not fail.

@@ -90,7 +90,6 @@ pub enum Command {
 
 impl SortOrder {
     /// Returns the name of the order in the status line.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Rate => "denied/s",

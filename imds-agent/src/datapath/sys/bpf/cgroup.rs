@@ -18,13 +18,11 @@ pub struct CgroupPrograms {
 impl CgroupPrograms {
     /// Returns the program that prevents others from being attached: the kernel rejects another program beside one that was
     /// attached without `BPF_F_ALLOW_MULTI` (`__cgroup_bpf_attach`, kernel/bpf/cgroup.c).
-    #[must_use]
     pub fn exclusive(&self) -> Option<u32> {
         self.ids.first().copied().filter(|_| self.flags & BPF_F_ALLOW_MULTI == 0)
     }
 
     /// Reports whether a program on a descendant of the cgroup replaces this one (`BPF_F_ALLOW_OVERRIDE`).
-    #[must_use]
     pub fn allows_override(&self) -> bool {
         self.flags & BPF_F_ALLOW_OVERRIDE != 0
     }

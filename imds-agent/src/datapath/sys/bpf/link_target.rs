@@ -39,13 +39,11 @@ pub struct Link {
 
 impl Link {
     /// Reports whether the link is attached to an interface or a cgroup.
-    #[must_use]
     pub fn is_attached(&self) -> bool {
         matches!(self.target, Target::Interface { ifindex: 1.., .. } | Target::Cgroup { id: 1.., .. })
     }
 
     /// Returns the id of the cgroup that the link is attached to, or `None` for other and detached links.
-    #[must_use]
     pub fn cgroup(&self) -> Option<u64> {
         match self.target {
             Target::Cgroup { id: id @ 1.., .. } => Some(id),

@@ -38,13 +38,11 @@ pub fn load_redirect(ifindex: u32) -> io::Result<OwnedFd> {
 
 /// Reports whether the program with this id is known not to belong to imds-agent. Compares the name, which is readable only
 /// with `CAP_SYS_ADMIN`.
-#[must_use]
 pub fn is_foreign(id: u32) -> bool {
     name(id).is_ok_and(|name| !name.starts_with(PREFIX.as_bytes()))
 }
 
 /// Returns the name of the program with this id; `None` if it has none, or without `CAP_SYS_ADMIN`.
-#[must_use]
 pub fn program_name(id: u32) -> Option<String> {
     let name = name(id).ok()?;
     let name = name.split(|&byte| byte == 0).next().filter(|name| !name.is_empty())?;
@@ -64,7 +62,6 @@ pub fn object_name(object: impl AsFd) -> io::Result<Option<String>> {
 }
 
 /// Reports whether the program with this id is known to belong to an imds-agent, by its name.
-#[must_use]
 pub fn is_agent_program(id: u32) -> bool {
     name(id).is_ok_and(|name| name.starts_with(PREFIX.as_bytes()))
 }
