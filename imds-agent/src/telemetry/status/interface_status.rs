@@ -114,7 +114,7 @@ impl StatusReport {
         }
         if !attachment.current {
             let problem = format!("{hook_name} runs another program than the pinned one");
-            self.problem(Some(name), problem, "restart the agent, which replaces it");
+            self.problem(Some(name), problem, "restart the agent, which replaces it, or stop a second agent");
         }
         if !attachment.pinned {
             let problem = format!("the link of {hook_name} is not pinned: enforcement ends with the agent");
