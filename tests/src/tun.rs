@@ -26,7 +26,7 @@ fn open(name: &str, mode: TunMode) -> io::Result<File> {
     // SAFETY: ifreq consists of integers and byte arrays, for which zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from.cast_signed();
+        *to = libc::c_char::from_ne_bytes([from]);
     }
     let kind = match mode {
         TunMode::Tun => libc::IFF_TUN,
