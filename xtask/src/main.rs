@@ -3,6 +3,7 @@
 //! Each command is a clap struct with a `run` method in its own file.
 
 mod apt;
+mod arch;
 mod bench;
 mod book;
 mod build;

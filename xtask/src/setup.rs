@@ -31,6 +31,8 @@ pub(crate) enum Purpose {
     Fuzz,
     Deny,
     Vm,
+    CrossAmd64,
+    CrossArm64,
     Dist,
     Image,
     EndToEnd,
@@ -47,7 +49,7 @@ struct Tools {
     programs: &'static [(&'static str, &'static str)],
 }
 
-const TOOLS: [Tools; 10] = [
+const TOOLS: [Tools; 12] = [
     // Interpreter of `prose.py`.
     Tools { owner: "the prose check's", purposes: &[Purpose::Lint], programs: &[("python3", "python3")] },
     Tools { owner: "the demo's", purposes: &[Purpose::Demo], programs: &[("ip", "iproute2")] },
@@ -76,9 +78,25 @@ const TOOLS: [Tools; 10] = [
             ("apt-get", "apt"),
             ("dpkg-deb", "dpkg"),
             ("gpgv", "gpgv"),
-            ("ldd", "libc-bin"),
             ("setpriv", "util-linux"),
             ("xz", "xz-utils"),
+        ],
+    },
+    // Compilers and C libraries of the other architecture.
+    Tools {
+        owner: "the x86_64 build's",
+        purposes: &[Purpose::CrossAmd64],
+        programs: &[
+            ("x86_64-linux-gnu-gcc", "gcc-x86-64-linux-gnu"),
+            ("/usr/x86_64-linux-gnu/lib/ld-linux-x86-64.so.2", "libc6-dev-amd64-cross"),
+        ],
+    },
+    Tools {
+        owner: "the arm64 build's",
+        purposes: &[Purpose::CrossArm64],
+        programs: &[
+            ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
+            ("/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1", "libc6-dev-arm64-cross"),
         ],
     },
     Tools { owner: "the benchmarks'", purposes: &[Purpose::Bench], programs: &[("ip6tables", "iptables")] },

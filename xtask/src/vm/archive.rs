@@ -4,30 +4,33 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{apt, workspace::output_of};
+use crate::{
+    apt,
+    arch::Arch,
+    workspace::{execute, output_of},
+};
 
-/// Package that depends on the newest kernel for virtual machines.
-const META_PACKAGE: &str = "linux-image-cloud-amd64";
 const KERNEL_PACKAGES: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Package lists of one suite in a separate directory. apt checks their signatures and the hash of every package.
+/// Package lists of one suite and architecture in a separate directory. apt checks their signatures and the hash of every package.
 pub(super) struct Archive {
     config: PathBuf,
     dir: PathBuf,
     suite: &'static str,
+    arch: Arch,
     /// Error messages of apt about lists that it failed to download.
     complaints: String,
 }
 
 impl Archive {
-    /// Downloads the package lists of `suite` to `dir`.
-    pub(super) fn open(dir: &Path, suite: &'static str) -> Result<Self> {
+    /// Downloads the package lists of `suite` for `arch` to `dir`.
+    pub(super) fn open(dir: &Path, suite: &'static str, arch: Arch) -> Result<Self> {
         for directory in ["state/lists/partial", "cache/archives/partial", "packages"] {
             fs::create_dir_all(dir.join(directory)).context("failed to create apt's directories")?;
         }
@@ -38,10 +41,10 @@ impl Archive {
                 .map(|()| path)
         };
         write("status", String::new())?;
-        write("sources.list", Mirrors::from_apt_sources()?.sources(suite))?;
-        let config =
-            write("apt.conf", configuration(dir, &output_of(Command::new("apt-config").arg("dump"))?))?;
-        let mut archive = Self { config, dir: dir.to_owned(), suite, complaints: String::new() };
+        write("sources.list", Mirrors::from_apt_sources()?.sources(suite, arch))?;
+        let dump = output_of(Command::new("apt-config").arg("dump"))?;
+        let config = write("apt.conf", configuration(dir, arch, &dump))?;
+        let mut archive = Self { config, dir: dir.to_owned(), suite, arch, complaints: String::new() };
         let update = archive.apt("apt-get").arg("update").output().context("failed to start apt-get")?;
         archive.complaints = String::from_utf8_lossy(&update.stderr).into_owned();
         Ok(archive)
@@ -50,7 +53,9 @@ impl Archive {
     /// Returns the packages of the newest kernel.
     pub(super) fn kernel(&self) -> Result<Vec<String>> {
         let mut packages: Vec<String> = Vec::new();
-        let mut asked = META_PACKAGE.to_owned();
+        // Package that depends on the newest kernel for virtual machines.
+        let meta_package = format!("linux-image-cloud-{}", self.arch.debian());
+        let mut asked = meta_package.clone();
         for next in 0.. {
             let answer = output_of(self.apt("apt-cache").args(["depends", &asked]));
             let answer = answer.with_context(|| {
@@ -68,7 +73,7 @@ impl Archive {
             }
         }
         if packages.is_empty() {
-            bail!("{META_PACKAGE} of the suite {} depends on no kernel", self.suite);
+            bail!("{meta_package} of the suite {} depends on no kernel", self.suite);
         }
         Ok(packages)
     }
@@ -80,6 +85,14 @@ impl Archive {
         apt::unpack(&dir, root)
     }
 
+    /// Downloads packages with all packages on which they depend, and unpacks them below `root`.
+    pub(super) fn unpack_closure(&self, packages: &[&str], root: &Path) -> Result<()> {
+        let mut install = self.apt("apt-get");
+        install.args(["install", "--yes", "--no-install-recommends", "--download-only"]);
+        execute(install.args(packages).stdout(Stdio::null()))?;
+        apt::unpack(&self.dir.join("cache/archives"), root)
+    }
+
     fn apt(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("APT_CONFIG", &self.config).env("LC_ALL", "C");
@@ -89,10 +102,10 @@ impl Archive {
 
 /// Returns the configuration of a separate apt below `dir`. Copies only download settings from the machine's
 /// configuration (`dump`), because its hooks must not run.
-fn configuration(dir: &Path, dump: &str) -> String {
+fn configuration(dir: &Path, arch: Arch, dump: &str) -> String {
     let is_about_downloading =
         |line: &&str| line.starts_with("Acquire::") && !line.starts_with("Acquire::IndexTargets");
-    let dir = dir.display();
+    let (dir, arch) = (dir.display(), arch.debian());
     let own = format!(
         r#"Dir::Etc::Main "/dev/null";
 Dir::Etc::Parts "/dev/null";
@@ -101,7 +114,8 @@ Dir::Etc::SourceParts "/dev/null";
 Dir::State "{dir}/state";
 Dir::State::Status "{dir}/status";
 Dir::Cache "{dir}/cache";
-APT::Architecture "amd64";
+APT::Architecture "{arch}";
+APT::Architectures "{arch}";
 APT::Sandbox::User "";
 Acquire::Languages "none";
 "#
@@ -133,9 +147,10 @@ impl Mirrors {
         Some(Self { main: labeled("Debian")?, security: labeled("Debian-Security") })
     }
 
-    fn sources(&self, suite: &str) -> String {
+    fn sources(&self, suite: &str, arch: Arch) -> String {
+        let arch = arch.debian();
         let line = |mirror: &str, suite: &str| {
-            format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {suite} main\n")
+            format!("deb [arch={arch} signed-by={KEYRING}] {mirror} {suite} main\n")
         };
         // Neither sid nor backports have separate security updates.
         let security = self.security.as_ref().filter(|_| suite != "sid" && !suite.ends_with("-backports"));
@@ -169,13 +184,14 @@ mod tests {
                        Debian http://mirror.example/updates/\n\
                        Debian-Security http://mirror.example/debian-security/\n";
         let mirrors = Mirrors::parse(targets).unwrap();
-        let sources = mirrors.sources("bullseye");
+        let sources = mirrors.sources("bullseye", Arch::Arm64);
         assert!(sources.contains("http://mirror.example/debian/ bullseye main\n"), "{sources}");
+        assert!(sources.contains("[arch=arm64 "), "{sources}");
         assert!(
             sources.contains("http://mirror.example/debian-security/ bullseye-security main\n"),
             "{sources}"
         );
-        assert_eq!(mirrors.sources("sid").lines().count(), 1);
+        assert_eq!(mirrors.sources("sid", Arch::Amd64).lines().count(), 1);
         assert_eq!(Mirrors::parse("Ubuntu http://mirror.example/ubuntu/\n"), None);
     }
 
@@ -198,11 +214,13 @@ linux-image-cloud-amd64
     fn only_download_settings_are_kept() {
         let dump = "Acquire::http::Proxy \"http://proxy.example\";\nDPkg::Post-Invoke:: \"rm\";\n\
                     Acquire::IndexTargets::deb::DEP-11::MetaKey \"x\";\n";
-        let configuration = configuration(Path::new("/cache"), dump);
+        let configuration = configuration(Path::new("/cache"), Arch::Arm64, dump);
         assert!(
             configuration.ends_with("Acquire::http::Proxy \"http://proxy.example\";\n"),
             "{configuration}"
         );
-        assert!(configuration.contains("Dir::State \"/cache/state\";\n"), "{configuration}");
+        for line in ["Dir::State \"/cache/state\";\n", "APT::Architecture \"arm64\";\n"] {
+            assert!(configuration.contains(line), "{configuration}");
+        }
     }
 }

@@ -1,18 +1,21 @@
 //! The initramfs, which is the only file system of a virtual machine.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
+use object::{
+    build::elf::{Builder, Dynamic},
+    elf::DT_NEEDED,
+};
 
 use super::{kernels::Kernel, modules, plan::Plan, tools::Tools};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
-/// Programs of this machine that the tests run. busybox lacks `ip link add type veth`, and its shell prefers its
+/// Programs that the tests run. busybox lacks `ip link add type veth`, and its shell prefers its
 /// built-in `setpriv`, as its `unshare` prefers its own shell.
 const TOOLS: [&str; 9] = ["bpftool", "busybox", "ip", "nft", "nsenter", "setpriv", "sh", "tc", "unshare"];
 
@@ -20,20 +23,20 @@ const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
 
 /// Builds the archive of all files that run with `kernel`.
-pub(super) fn archive(programs: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec<u8>> {
+pub(super) fn archive(tools: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec<u8>> {
     let mut cpio = Cpio::default();
     cpio.add("init", INIT);
     for tool in TOOLS {
-        cpio.copy_program(&format!("tools/{tool}"), &programs.find(tool)?)?;
+        cpio.copy_program(&format!("tools/{tool}"), &tools.guest_program(tool)?, tools)?;
     }
     let modules = modules::load_order(&kernel.modules)?;
     for module in &modules {
         cpio.add(&format!("modules/{}.ko", module.name), &module.content);
     }
     cpio.add("modules/order", lines(modules.iter().map(|module| module.name.as_str())).as_bytes());
-    cpio.copy_program("imds-agent", &plan.agent)?;
+    cpio.copy_program("imds-agent", &plan.agent, tools)?;
     for planned in &plan.tests {
-        cpio.copy_program(&format!("tests/{}", planned.name), &planned.path)?;
+        cpio.copy_program(&format!("tests/{}", planned.name), &planned.path, tools)?;
         let arguments = lines(planned.arguments());
         cpio.add(&format!("arguments/{}", planned.name), arguments.as_bytes());
     }
@@ -48,20 +51,32 @@ fn lines<'a>(items: impl Iterator<Item = &'a str>) -> String {
     items.flat_map(|item| [item, "\n"]).collect()
 }
 
-/// Returns the libraries of a program, according to the dynamic linker.
-fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output =
-        Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("failed to start ldd")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if text.contains("not found") {
-        bail!("{} has missing libraries: {text}", program.display());
+/// Returns the dynamic linker and the libraries of a program, by their paths in the archive, which the dynamic linker
+/// searches by default. Static programs have none.
+fn libraries(program: &Path, tools: &Tools) -> Result<BTreeMap<String, PathBuf>> {
+    let (mut found, mut left) = (BTreeMap::new(), vec![program.to_owned()]);
+    while let Some(path) = left.pop() {
+        for needed in needs(&path)? {
+            let Entry::Vacant(entry) = found.entry(needed) else { continue };
+            let library = tools
+                .guest_library(entry.key())
+                .with_context(|| format!("failed to find {}, which {} needs", entry.key(), path.display()))?;
+            left.push(entry.insert(library).clone());
+        }
     }
-    Ok(parse_ldd(&text))
+    Ok(found)
 }
 
-/// Parses lines of the forms `NAME => PATH (ADDRESS)` and `PATH (ADDRESS)`. Static programs have none.
-fn parse_ldd(text: &str) -> Vec<PathBuf> {
-    text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
+/// Returns the paths in the archive of the dynamic linker and the libraries that an ELF file names.
+fn needs(path: &Path) -> Result<Vec<String>> {
+    let bytes = fs::read(path).with_context(|| format!("failed to read {}", path.display()))?;
+    let elf = Builder::read(&*bytes).with_context(|| format!("{} is not an ELF file", path.display()))?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
+    let needed = elf.dynamic_data().unwrap_or_default().iter().filter_map(|entry| match entry {
+        Dynamic::String { tag, val } if *tag == DT_NEEDED => Some(format!("/lib/{}", text(val.as_slice()))),
+        _ => None,
+    });
+    Ok(elf.interp_data().map(text).into_iter().chain(needed).collect())
 }
 
 /// An archive in the kernel's "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst).
@@ -88,10 +103,10 @@ impl Cpio {
     }
 
     /// Adds a program with its libraries.
-    fn copy_program(&mut self, path: &str, from: &Path) -> Result<()> {
+    fn copy_program(&mut self, path: &str, from: &Path, tools: &Tools) -> Result<()> {
         self.copy(path, from)?;
-        for library in libraries(from)? {
-            self.copy(&library.to_string_lossy(), &library)?;
+        for (path, library) in libraries(from, tools)? {
+            self.copy(&path, &library)?;
         }
         Ok(())
     }
@@ -145,12 +160,9 @@ mod tests {
     }
 
     #[test]
-    fn libraries_are_parsed_from_ldd() {
-        let text = "\tlinux-vdso.so.1 (0x00007ffc)\n\
-                    \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
-                    \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
-        let expected = ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2"].map(PathBuf::from);
-        assert_eq!(parse_ldd(text), expected);
-        assert!(parse_ldd("\tnot a dynamic executable\n").is_empty());
+    fn needs_of_this_executable() {
+        let needs = needs(&std::env::current_exe().unwrap()).unwrap();
+        assert!(needs.iter().any(|path| path.contains("/ld-linux-")), "{needs:?}");
+        assert!(needs.contains(&"/lib/libc.so.6".to_owned()), "{needs:?}");
     }
 }

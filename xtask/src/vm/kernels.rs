@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
 use super::archive::Archive;
-use crate::{cache, workspace::print_status};
+use crate::{arch::Arch, cache, workspace::print_status};
 
 /// A kernel series that is tested.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, ValueEnum)]
@@ -83,10 +83,10 @@ pub(super) struct Kernel {
 
 impl Kernel {
     /// Returns the kernel in `cache`. Downloads it if it is missing or `refresh` is set.
-    pub(super) fn get(line: Line, cache: &Path, refresh: bool) -> Result<Self> {
-        let dir = cache.join("kernels").join(line.to_string());
+    pub(super) fn get(line: Line, arch: Arch, cache: &Path, refresh: bool) -> Result<Self> {
+        let dir = cache.join("kernels").join(arch.debian()).join(line.to_string());
         if refresh || !dir.exists() {
-            download(line, &dir).with_context(|| format!("failed to get kernel {line}"))?;
+            download(line, arch, &dir).with_context(|| format!("failed to get kernel {line}"))?;
         }
         Self::find(line, &dir)
             .with_context(|| format!("{} does not contain a kernel: remove it", dir.display()))
@@ -106,11 +106,11 @@ impl Kernel {
     }
 }
 
-fn download(line: Line, dir: &Path) -> Result<()> {
-    print_status(format_args!("downloading kernel {line}"));
+fn download(line: Line, arch: Arch, dir: &Path) -> Result<()> {
+    print_status(format_args!("downloading kernel {line} for {}", arch.debian()));
     cache::make(dir, |root, staging| {
         let suite = line.suite().context("no Debian suite has this kernel")?;
-        let archive = Archive::open(&staging.join("apt"), suite)?;
+        let archive = Archive::open(&staging.join("apt"), suite, arch)?;
         archive.unpack(&archive.kernel()?, root)
     })
 }

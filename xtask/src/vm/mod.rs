@@ -14,7 +14,7 @@ mod tools;
 mod vm_report;
 
 use std::{
-    env, fs,
+    fs,
     path::Path,
     process::ExitCode,
     time::{Duration, Instant},
@@ -23,6 +23,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
+    arch::Arch,
     cache,
     setup::{self, Purpose},
     workspace::{artifacts, in_parallel, print_status},
@@ -43,6 +44,9 @@ pub(crate) struct Vm {
     /// Kernel to test, `this` for this machine's own; may be repeated [default: all of Debian's]
     #[arg(long = "kernel", value_enum, value_name = "VERSION")]
     lines: Vec<Line>,
+    /// Architecture of the machines [default: this machine's]
+    #[arg(long, value_enum)]
+    arch: Option<Arch>,
     /// Run a selection of tests, or the named executables, with fewer repetitions and one attach mode, as a debug build
     #[arg(long)]
     quick: bool,
@@ -80,10 +84,9 @@ enum Output {
 
 impl Vm {
     pub(crate) fn run(mut self) -> Result<ExitCode> {
-        if env::consts::ARCH != "x86_64" {
-            bail!(
-                "the virtual machines are x86_64, and this machine must be too in order to compile for them"
-            );
+        let arch = self.arch.map_or_else(Arch::host, Ok)?;
+        if arch.is_foreign() && self.lines.contains(&Line::This) {
+            bail!("this machine's kernel does not run programs for {}", arch.debian());
         }
         if self.lines.is_empty() {
             self.lines = Line::DEBIANS.to_vec();
@@ -93,10 +96,10 @@ impl Vm {
         setup::ensure(Purpose::Vm)?;
 
         let cache = cache::dir()?;
-        let tools = Tools::get(&cache)?;
+        let tools = Tools::get(arch, &cache)?;
         let get = |&line| match line {
             Line::This => Ok(None),
-            line => Kernel::get(line, &cache, self.refresh).map(Some),
+            line => Kernel::get(line, arch, &cache, self.refresh).map(Some),
         };
         let kernels: Vec<_> = self.lines.iter().map(get).collect();
         if self.fetch {
@@ -104,11 +107,11 @@ impl Vm {
             return Ok(ExitCode::SUCCESS);
         }
         let payload = match (self.quick, self.filter.is_empty()) {
-            (true, true) => Payload::of_debug_build(&plan::quick_executables())?,
-            (true, false) => Payload::of_debug_build(&self.filter)?,
-            (false, _) => Payload::build(&self.filter)?,
+            (true, true) => Payload::of_debug_build(arch, &plan::quick_executables())?,
+            (true, false) => Payload::of_debug_build(arch, &self.filter)?,
+            (false, _) => Payload::build(arch, &self.filter)?,
         };
-        let plan = Plan::new(payload, &self.filter, self.quick, self.scale)?;
+        let plan = Plan::new(payload, &tools, &self.filter, self.quick, self.scale)?;
         let rows = self.run_all(kernels, &plan, &tools)?;
         match self.output {
             Output::Table => print!("{}", vm_report::table(&rows)),
@@ -120,7 +123,8 @@ impl Vm {
 
     /// Runs as many machines concurrently as there are CPUs. Each machine has one.
     fn run_all(&self, kernels: Vec<Result<Option<Kernel>>>, plan: &Plan, tools: &Tools) -> Result<Vec<Row>> {
-        let results = artifacts("vm")?;
+        let results = artifacts("vm")?.join(tools.arch.debian());
+        fs::create_dir_all(&results).with_context(|| format!("failed to create {}", results.display()))?;
         // The newest kernels first: they skip the fewest tests and take longest.
         let kernels = kernels.into_iter().zip(&self.lines).rev().collect();
         let mut rows = in_parallel(kernels, |(kernel, &line)| {

@@ -10,11 +10,10 @@ use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
 use crate::{
+    arch::Arch,
     test,
     workspace::{artifacts, cargo, describe, execute, print_status, root},
 };
-
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Executables for the virtual machines.
 #[derive(Debug)]
@@ -27,31 +26,38 @@ pub(super) struct Payload {
 impl Payload {
     /// Compiles the agent and the test executables that `filter` names, optimized: emulated machines are slow. Compiles all
     /// of them if the filter contains parts of test names.
-    pub(super) fn build(filter: &[String]) -> Result<Self> {
+    pub(super) fn build(arch: Arch, filter: &[String]) -> Result<Self> {
         let mut build = cargo("build");
         let are_all_executables = !filter.is_empty() && filter.iter().all(|name| is_executable(name));
         let tests = if are_all_executables { filter } else { &["*".to_owned()] };
         build
-            .args(["--locked", "--profile", "vm", "--target", TARGET])
+            .args(["--locked", "--profile", "vm"])
             .args(["--package", "imds-agent", "--bin", "imds-agent", "--package", "imds-tests"])
             .args(tests.iter().flat_map(|test| ["--test", test]))
             .arg("--target-dir")
             .arg(artifacts("vm")?)
             .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
             .env_remove("CARGO_ENCODED_RUSTFLAGS");
+        arch.set_target(&mut build)?;
         Self::from_build(&mut build)
     }
 
     /// Returns the agent and the named test executables of `cargo xtask test`, without debug information. If that command
-    /// ran before, nothing is compiled.
-    pub(super) fn of_debug_build(names: &[String]) -> Result<Self> {
-        let mut payload = Self::from_build(&mut test::build_command())?;
+    /// ran before on a machine of this architecture, nothing is compiled.
+    pub(super) fn of_debug_build(arch: Arch, names: &[String]) -> Result<Self> {
+        let mut build = test::build_command();
+        if arch.is_foreign() {
+            // The emulator of single programs, which lists the tests, has no libraries.
+            build.env("RUSTFLAGS", "-Ctarget-feature=+crt-static").env_remove("CARGO_ENCODED_RUSTFLAGS");
+            arch.set_target(&mut build)?;
+        }
+        let mut payload = Self::from_build(&mut build)?;
         payload.tests.retain(|(name, _)| names.contains(name));
-        let dir = artifacts("vm")?.join("debug");
+        let dir = artifacts("vm")?.join("debug").join(arch.debian());
         fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
-        payload.agent = stripped(&payload.agent, dir.join("imds-agent"))?;
+        payload.agent = stripped(arch, &payload.agent, dir.join("imds-agent"))?;
         for (name, path) in &mut payload.tests {
-            *path = stripped(path, dir.join(name))?;
+            *path = stripped(arch, path, dir.join(name))?;
         }
         Ok(payload)
     }
@@ -86,8 +92,10 @@ impl Payload {
 
 /// Writes a copy of an executable without debug information to `to`, and returns that path. The debug information of all
 /// executables would not fit into the memory of a virtual machine.
-fn stripped(executable: &Path, to: PathBuf) -> Result<PathBuf> {
-    execute(Command::new("strip").arg("--strip-debug").arg("-o").arg(&to).arg(executable))?;
+fn stripped(arch: Arch, executable: &Path, to: PathBuf) -> Result<PathBuf> {
+    execute(
+        Command::new(arch.toolchain_program("strip")).arg("--strip-debug").arg("-o").arg(&to).arg(executable),
+    )?;
     Ok(to)
 }
 

@@ -1,14 +1,11 @@
 //! Selection of tests, and number of their repetitions.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use imds_tests::SCALE;
 
-use super::payload::Payload;
+use super::{payload::Payload, tools::Tools};
 
 /// Percentage of repetitions in an emulated machine.
 const SCALE_PERCENT: u32 = 25;
@@ -61,6 +58,7 @@ impl Plan {
     /// Selects all tests, those of `filter` (parts of test names, or names of executables), or those of `--quick`.
     pub(super) fn new(
         payload: Payload,
+        tools: &Tools,
         filter: &[String],
         is_quick: bool,
         scale: Option<u32>,
@@ -76,11 +74,11 @@ impl Plan {
         for (name, path) in payload.tests {
             let is_named = filter.contains(&name);
             let planned = if filter.is_empty() && is_quick {
-                Planned { name, path, filter: Vec::new() }.quick()?
+                Planned { name, path, filter: Vec::new() }.quick(tools)?
             } else if filter.is_empty() || is_named {
                 Some(Planned { name, path, filter: Vec::new() })
             } else {
-                let is_wanted = !parts.is_empty() && has_tests(&path, &parts)?;
+                let is_wanted = !parts.is_empty() && has_tests(tools, &path, &parts)?;
                 is_wanted.then(|| Planned { name, path, filter: parts.clone() })
             };
             tests.extend(planned);
@@ -108,10 +106,10 @@ impl Planned {
     }
 
     /// Restricts the executable to its tests of `--quick`. Returns `None` if it has none.
-    fn quick(self) -> Result<Option<Self>> {
+    fn quick(self, tools: &Tools) -> Result<Option<Self>> {
         let Some((name, parts)) = QUICK.iter().find(|(name, _)| *name == self.name) else { return Ok(None) };
         for part in *parts {
-            if !has_tests(&self.path, &[(*part).to_owned()])? {
+            if !has_tests(tools, &self.path, &[(*part).to_owned()])? {
                 bail!("{name} has no test {part}, which --quick selects");
             }
         }
@@ -120,8 +118,8 @@ impl Planned {
 }
 
 /// Reports whether an executable has tests with these names, by running it on this machine.
-fn has_tests(executable: &Path, filter: &[String]) -> Result<bool> {
-    let mut list = Command::new(executable);
+fn has_tests(tools: &Tools, executable: &Path, filter: &[String]) -> Result<bool> {
+    let mut list = tools.emulated(executable)?;
     let output = list.args(["--list", "--format", "terse"]).args(filter).output();
     let output = output.with_context(|| format!("failed to start {}", executable.display()))?;
     Ok(String::from_utf8_lossy(&output.stdout).lines().any(|line| line.ends_with(": test")))

@@ -11,32 +11,53 @@ use anyhow::{Context as _, Result};
 use imds_ebpf_build::Host;
 
 use super::archive::Archive;
-use crate::{apt, cache, workspace::print_status};
+use crate::{apt, arch::Arch, cache, workspace::print_status};
 
-const QEMU: &str = "qemu-system-x86_64";
-/// Programs and their Debian packages.
-const PROGRAMS: [(&str, &str); 2] = [(QEMU, "qemu-system-x86"), ("busybox", "busybox-static")];
 /// A version of iproute2 that supports netkit devices and runs with the libraries of Debian 12, and its suite.
 const IPROUTE2: (&str, &str) = ("iproute2", "bookworm-backports");
 /// Device type that older versions of `ip` do not list.
 const NEWEST_KIND: &str = "netkit";
+/// Packages with the programs of a machine of another architecture, and their suite.
+const FOREIGN_PACKAGES: [&str; 6] =
+    ["bpftool", "busybox-static", "dash", "iproute2", "nftables", "util-linux"];
+const FOREIGN_SUITE: &str = "trixie";
 const BINARIES: [&str; 4] = ["usr/bin", "bin", "usr/sbin", "sbin"];
-const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
 /// Programs of this machine and in the cache.
 #[derive(Debug)]
 pub(super) struct Tools {
+    /// Architecture of the virtual machines.
+    pub(super) arch: Arch,
+    qemu: &'static str,
+    /// QEMU's emulator of single programs, for another architecture.
+    emulator: Option<&'static str>,
     host: Host,
     unpacked: PathBuf,
     /// Directory of programs that take precedence over the machine's.
     newer: Option<PathBuf>,
+    /// Root directory of the programs of another architecture.
+    foreign: Option<PathBuf>,
 }
 
 impl Tools {
-    /// Downloads programs that are neither installed nor in `cache`.
-    pub(super) fn get(cache: &Path) -> Result<Self> {
-        let mut tools = Self { host: Host::current(), unpacked: cache.join("tools"), newer: None };
-        let lacking: Vec<_> = PROGRAMS
+    /// Downloads programs for machines of this architecture that are neither installed nor in `cache`.
+    pub(super) fn get(arch: Arch, cache: &Path) -> Result<Self> {
+        let (qemu, qemu_package, emulator) = match arch {
+            Arch::Amd64 => ("qemu-system-x86_64", "qemu-system-x86", "qemu-x86_64-static"),
+            Arch::Arm64 => ("qemu-system-aarch64", "qemu-system-arm", "qemu-aarch64-static"),
+        };
+        let is_foreign = arch.is_foreign();
+        let mut tools = Self {
+            arch,
+            qemu,
+            emulator: is_foreign.then_some(emulator),
+            host: Host::current(),
+            unpacked: cache.join(if is_foreign { "tools-foreign" } else { "tools" }),
+            newer: None,
+            foreign: None,
+        };
+        let other = if is_foreign { (emulator, "qemu-user-static") } else { ("busybox", "busybox-static") };
+        let lacking: Vec<_> = [(qemu, qemu_package), other]
             .into_iter()
             .filter(|(program, _)| tools.find(program).is_err())
             .map(|(_, package)| package.to_owned())
@@ -44,8 +65,17 @@ impl Tools {
         if !lacking.is_empty() {
             apt::unpack_to_cache(&lacking, &tools.unpacked)?;
         }
-        if !tools.knows_newest_kind()? {
-            tools.newer = Some(get_iproute2(cache)?);
+        if is_foreign {
+            let dir = cache.join("programs").join(arch.debian());
+            download(&dir, FOREIGN_SUITE, arch, |archive, root| {
+                archive.unpack_closure(&FOREIGN_PACKAGES, root)
+            })?;
+            tools.foreign = Some(dir);
+        } else if !tools.knows_newest_kind()? {
+            let (package, suite) = IPROUTE2;
+            let dir = cache.join(package);
+            download(&dir, suite, arch, |archive, root| archive.unpack(&[package.to_owned()], root))?;
+            tools.newer = Some(dir);
         }
         Ok(tools)
     }
@@ -57,22 +87,49 @@ impl Tools {
         Ok([help.stdout, help.stderr].iter().any(|text| String::from_utf8_lossy(text).contains(NEWEST_KIND)))
     }
 
-    /// Returns the path of a program.
-    pub(super) fn find(&self, program: &str) -> Result<PathBuf> {
-        let below = |root: &PathBuf| {
-            BINARIES.map(|dir| root.join(dir).join(program)).into_iter().find(|path| path.is_file())
-        };
-        let newer = self.newer.as_ref().and_then(below);
-        let found = newer.or_else(|| self.host.find(program)).or_else(|| below(&self.unpacked));
+    /// Returns the path of a program that runs on this machine.
+    fn find(&self, program: &str) -> Result<PathBuf> {
+        let found = self.host.find(program).or_else(|| program_below(&self.unpacked, program));
         found.with_context(|| format!("{program} is not installed"))
+    }
+
+    /// Returns the path of a program for the virtual machine.
+    pub(super) fn guest_program(&self, program: &str) -> Result<PathBuf> {
+        if let Some(root) = &self.foreign {
+            return program_below(root, program)
+                .with_context(|| format!("{} does not contain {program}: remove it", root.display()));
+        }
+        let newer = self.newer.as_ref().and_then(|root| program_below(root, program));
+        newer.map_or_else(|| self.find(program), Ok)
+    }
+
+    /// Returns the path of a library of the virtual machine's programs, or of their dynamic linker. Uses only the file name
+    /// of `library`, because distributions have different directories.
+    pub(super) fn guest_library(&self, library: &str) -> Option<PathBuf> {
+        let root = self.foreign.as_deref().unwrap_or(Path::new("/"));
+        let name = Path::new(library).file_name()?;
+        let of_arch = format!("lib/{}-linux-gnu", self.arch.machine());
+        let directories = [&*of_arch, "lib64", "lib"].into_iter();
+        let mut paths =
+            directories.flat_map(|dir| [root.join(dir).join(name), root.join("usr").join(dir).join(name)]);
+        paths.find(|path| path.is_file())
+    }
+
+    /// Returns a command that runs a program for the virtual machine on this machine.
+    pub(super) fn emulated(&self, program: &Path) -> Result<Command> {
+        let Some(emulator) = self.emulator else { return Ok(Command::new(program)) };
+        let mut command = Command::new(self.find(emulator)?);
+        command.arg(program);
+        Ok(command)
     }
 
     /// Returns a command that runs QEMU with its libraries and firmware.
     pub(super) fn qemu(&self) -> Result<Command> {
-        let path = self.find(QEMU)?;
+        let path = self.find(self.qemu)?;
         let mut command = Command::new(&path);
         if path.starts_with(&self.unpacked) {
-            let libraries = LIBRARIES.map(|dir| self.unpacked.join(dir));
+            let triplet = format!("lib/{}-linux-gnu", env::consts::ARCH);
+            let libraries = [self.unpacked.join("usr").join(&triplet), self.unpacked.join(&triplet)];
             command.env(
                 "LD_LIBRARY_PATH",
                 env::join_paths(libraries).context("failed to build the library path")?,
@@ -85,16 +142,21 @@ impl Tools {
     }
 }
 
-/// Downloads [`IPROUTE2`] if it is missing in `cache`, and returns its directory.
-fn get_iproute2(cache: &Path) -> Result<PathBuf> {
-    let (package, suite) = IPROUTE2;
-    let dir = cache.join(package);
-    if !dir.exists() {
-        print_status(format_args!("downloading {package} of {suite} to {}", dir.display()));
-        cache::make(&dir, |root, staging| {
-            Archive::open(&staging.join("apt"), suite)?.unpack(&[package.to_owned()], root)
-        })
-        .with_context(|| format!("failed to get {package} of {suite}"))?;
+fn program_below(root: &Path, program: &str) -> Option<PathBuf> {
+    BINARIES.map(|dir| root.join(dir).join(program)).into_iter().find(|path| path.is_file())
+}
+
+/// Downloads programs to `dir` of the cache if it is missing. `unpack` gets the archive and the directory.
+fn download(
+    dir: &Path,
+    suite: &'static str,
+    arch: Arch,
+    unpack: impl FnOnce(&Archive, &Path) -> Result<()>,
+) -> Result<()> {
+    if dir.exists() {
+        return Ok(());
     }
-    Ok(dir)
+    print_status(format_args!("downloading programs of {suite} to {}", dir.display()));
+    cache::make(dir, |root, staging| unpack(&Archive::open(&staging.join("apt"), suite, arch)?, root))
+        .with_context(|| format!("failed to get programs of {suite} for {}", arch.debian()))
 }
