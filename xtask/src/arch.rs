@@ -27,6 +27,13 @@ impl Arch {
         }
     }
 
+    /// Returns the architecture of Rust's target `triple`.
+    pub(crate) fn from_triple(triple: &str) -> Result<Self> {
+        let known = Self::value_variants().iter().find(|arch| arch.triple() == triple);
+        let triples: Vec<_> = Self::value_variants().iter().map(|arch| arch.triple()).collect();
+        known.copied().with_context(|| format!("the targets are {}", triples.join(" and ")))
+    }
+
     /// Reports whether this machine runs programs of another architecture.
     pub(crate) fn is_foreign(self) -> bool {
         !Self::host().is_ok_and(|host| host == self)

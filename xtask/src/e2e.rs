@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use imds_tests::DEBIAN_ROOT;
 
 use crate::{
+    arch::Arch,
     cache, dist,
     setup::{self, Purpose},
     test,
@@ -46,7 +47,8 @@ impl EndToEnd {
             return real(filter);
         }
         setup::ensure(Purpose::EndToEnd)?;
-        let dir = if self.no_build { dist::dir()? } else { dist::build()? };
+        let arch = Arch::host()?;
+        let dir = if self.no_build { dist::dir(arch)? } else { dist::build(arch)? };
         let root = cache::dir()?.join("debian-12");
         if !root.exists() {
             cache::make(&root, |root, _| debootstrap(root))?;

@@ -68,9 +68,9 @@ fn apt(arguments: &[String]) -> Result<(), String> {
     let known = ["install", "purge", "remove"];
     ensure(known.contains(&arguments[0].as_str()), || "unknown subcommand".to_owned())?;
     let package = format!("./imds-agent_{}-1_amd64.deb", env!("CARGO_PKG_VERSION"));
-    // `cargo xtask dist` leaves the package in target/dist.
+    // `cargo xtask dist` leaves the package in target/dist/amd64.
     let package = |name: &String| {
-        let name = name.replace("target/dist/", "");
+        let name = name.replace("target/dist/amd64/", "");
         name == package || name == "./imds-agent_VERSION.deb"
     };
     let wrong = arguments.iter().find(|name| name.starts_with("./") && !package(name));
@@ -85,7 +85,7 @@ fn directory(arguments: &[String]) -> Result<(), String> {
 /// Checks that the installed files exist, unless a build creates them.
 fn install(arguments: &[String]) -> Result<(), String> {
     let [.., source, _] = arguments else { return Err("no files".to_owned()) };
-    if source == "target/dist/imds-agent" { Ok(()) } else { exists(source.as_ref()) }
+    if source == "target/dist/amd64/imds-agent" { Ok(()) } else { exists(source.as_ref()) }
 }
 
 /// Checks that the removed files are those that the installation creates.

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 
 use super::build_binary;
 use crate::{
+    arch::Arch,
     setup::{self, Purpose},
     workspace::{execute, print_status, root},
 };
@@ -21,7 +22,7 @@ pub(crate) struct Image {
 impl Image {
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure(Purpose::Image)?;
-        let dir = build_binary()?;
+        let dir = build_binary(Arch::host()?)?;
         let mut podman = Command::new("podman");
         podman.args(["build", "--network", "none", "--timestamp", "0", "--tag", &self.tag, "--file"]);
         podman.arg(root().join("deploy/image/Containerfile")).arg(&dir);

@@ -4,17 +4,18 @@ mod image;
 mod sbom;
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use imds_ebpf_build::{cargo_home, remap};
 use object::{build::elf::Builder, elf::DT_NEEDED};
 use sha2::{Digest as _, Sha256};
 
 use crate::{
+    arch::Arch,
     build,
     setup::{self, Purpose},
     workspace::{artifacts, cargo, execute, output_of, print_status, root},
@@ -24,14 +25,21 @@ pub(crate) use image::Image;
 
 /// Maximum size of the binary in bytes.
 const MAX_BINARY_LEN: u64 = 10 << 20;
+/// Cargo profile of the binary.
+const PROFILE: &str = "static";
+/// File name of the SBOM.
+const SBOM: &str = "imds-agent.cdx.json";
 
-/// Build the release artifacts in target/dist: the static binary, its .deb, SBOM, manual pages, completions and
-/// checksums
+/// Build the release artifacts: the static binary, its .deb, SBOM and checksums in target/dist/ARCHITECTURE, manual pages
+/// and completions in target/dist
 #[derive(clap::Args)]
 pub(crate) struct Dist {
     /// Build only the binary, its SBOM and checksums
     #[arg(long)]
     binary: bool,
+    /// Target of the binary, such as aarch64-unknown-linux-gnu [default: this machine's]
+    #[arg(long, value_name = "TRIPLE", value_parser = Arch::from_triple)]
+    target: Option<Arch>,
     /// Build the binary a second time in another directory and compare; needs a tree without changes
     #[arg(long)]
     check: bool,
@@ -40,9 +48,10 @@ pub(crate) struct Dist {
 impl Dist {
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure(if self.binary { Purpose::Build } else { Purpose::Dist })?;
-        let dir = if self.binary { build_binary()? } else { build()? };
+        let arch = self.target.map_or_else(Arch::host, Ok)?;
+        let dir = if self.binary { build_binary(arch)? } else { build(arch)? };
         if self.check {
-            check(&dir)?;
+            check(arch, &dir)?;
         }
         let sums = write_checksums(&dir)?;
         print_status(format_args!("artifacts in {}:", dir.display()));
@@ -52,57 +61,51 @@ impl Dist {
 }
 
 /// Builds all artifacts and returns their directory.
-pub(crate) fn build() -> Result<PathBuf> {
-    let dir = build_binary()?;
-    manual(&dir)?;
-    deb(&dir)?;
+pub(crate) fn build(arch: Arch) -> Result<PathBuf> {
+    let dir = build_binary(arch)?;
+    let agent = if arch.is_foreign() { build::debug()? } else { dir.join("imds-agent") };
+    manual(&agent, &artifacts("dist")?)?;
+    deb(arch, &dir)?;
     Ok(dir)
 }
 
 /// Returns the directory of the artifacts.
-pub(crate) fn dir() -> Result<PathBuf> {
-    artifacts("dist")
+pub(crate) fn dir(arch: Arch) -> Result<PathBuf> {
+    Ok(artifacts("dist")?.join(arch.debian()))
 }
 
 /// Builds only the static binary and its SBOM, and returns their directory.
-fn build_binary() -> Result<PathBuf> {
-    let dir = dir()?;
+fn build_binary(arch: Arch) -> Result<PathBuf> {
+    let dir = dir(arch)?;
     if dir.exists() {
         fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
     }
     fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
-    let built = compile(root(), &artifacts("")?)?;
+    let built = compile(arch, root(), &artifacts("")?)?;
     let binary = dir.join("imds-agent");
     fs::copy(&built, &binary).with_context(|| format!("failed to copy {}", built.display()))?;
     check_binary(&binary)?;
-    let sbom = sbom::agent_sbom(&triple()?, &sha256(&binary)?)?;
-    let path = dir.join("imds-agent.cdx.json");
-    fs::write(&path, sbom).with_context(|| format!("failed to write {}", path.display()))?;
+    let sbom = sbom::agent_sbom(&arch.triple(), &sha256(&binary)?)?;
+    for path in [dir.join(SBOM), built.with_file_name(SBOM)] {
+        fs::write(&path, &sbom).with_context(|| format!("failed to write {}", path.display()))?;
+    }
     Ok(dir)
 }
 
-/// Returns the target triple of this machine. Naming the target explicitly keeps the flags of the binary, such as the
-/// static C library, away from build scripts and macros.
-fn triple() -> Result<String> {
-    match env::consts::ARCH {
-        arch @ ("x86_64" | "aarch64") => Ok(format!("{arch}-unknown-linux-gnu")),
-        arch => bail!("imds-agent is not released for {arch}"),
-    }
-}
-
-/// Builds the sources at `source` in `target_dir` and returns the binary, whose content depends on neither path.
-fn compile(source: &Path, target_dir: &Path) -> Result<PathBuf> {
+/// Builds the sources at `source` in `target_dir` and returns the binary, whose content depends on neither path. Naming
+/// the target explicitly keeps the flags of the binary, such as the static C library, away from build scripts and
+/// macros.
+fn compile(arch: Arch, source: &Path, target_dir: &Path) -> Result<PathBuf> {
     let source = source.canonicalize().with_context(|| format!("failed to find {}", source.display()))?;
-    let triple = triple()?;
     let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned(), remap(&source, "imds-agent")];
     flags.push(remap(target_dir, "target"));
     flags.extend(cargo_home().map(|home| remap(&home, "cargo")));
     let mut build = cargo("build");
-    build.args(["--locked", "--profile", "static", "--package", "imds-agent", "--target", &triple]);
-    build.arg("--target-dir").arg(target_dir).current_dir(&source);
+    build.args(["--locked", "--profile", PROFILE, "--package", "imds-agent", "--target-dir"]).arg(target_dir);
     build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env("IMDS_COMMIT", build::commit());
-    execute(&mut build)?;
-    Ok(target_dir.join(triple).join("static").join("imds-agent"))
+    arch.set_target(&mut build)?;
+    execute(build.current_dir(&source))?;
+    Ok(target_dir.join(arch.triple()).join(PROFILE).join("imds-agent"))
 }
 
 /// Fails unless the binary is static and not too large.
@@ -121,17 +124,17 @@ fn check_binary(binary: &Path) -> Result<()> {
 }
 
 /// Fails unless the committed sources give the same binary in other directories.
-fn check(dir: &Path) -> Result<()> {
+fn check(arch: Arch, dir: &Path) -> Result<()> {
     ensure!(
         !build::commit().ends_with("-dirty"),
         "the comparison needs a clean tree: commit the changes first"
     );
-    let again = dir.with_file_name("dist-again");
+    let again = artifacts("dist-again")?;
     let _ = fs::remove_dir_all(&again);
     let mut clone = Command::new("git");
     clone.args(["clone", "--quiet", "--no-hardlinks"]).arg(root()).arg(again.join("elsewhere"));
     execute(&mut clone)?;
-    let second = compile(&again.join("elsewhere"), &again.join("built"))?;
+    let second = compile(arch, &again.join("elsewhere"), &again.join("built"))?;
     let (first, second) = (sha256(&dir.join("imds-agent"))?, sha256(&second)?);
     ensure!(first == second, "two builds differ: {first} and {second}");
     print_status(format_args!("two builds in different directories are identical: {first}"));
@@ -139,23 +142,21 @@ fn check(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes manual pages and completions, which the binary generates.
-fn manual(dir: &Path) -> Result<()> {
-    let binary = dir.join("imds-agent");
-    execute(Command::new(&binary).arg("man").arg(dir.join("man")))?;
+/// Writes manual pages and completions, which an agent of any architecture generates.
+fn manual(agent: &Path, dir: &Path) -> Result<()> {
+    execute(Command::new(agent).arg("man").arg(dir.join("man")))?;
     let completions = dir.join("completions");
     fs::create_dir_all(&completions)?;
     for (shell, file) in [("bash", "imds-agent"), ("zsh", "_imds-agent"), ("fish", "imds-agent.fish")] {
-        let script = output_of(Command::new(&binary).args(["completions", shell]))?;
+        let script = output_of(Command::new(agent).args(["completions", shell]))?;
         fs::write(completions.join(file), script)?;
     }
     Ok(())
 }
 
-/// Builds the Debian package, described in `imds-agent/Cargo.toml`, from the files in `dir`.
-fn deb(dir: &Path) -> Result<()> {
-    // The manifest refers to files in this directory.
-    let expected = root().join("target/dist");
+/// Builds the Debian package in `dir`. `imds-agent/Cargo.toml` describes it, and refers to the manual pages and completions.
+fn deb(arch: Arch, dir: &Path) -> Result<()> {
+    let expected = root().join("target/dist").join(arch.debian());
     ensure!(
         dir.canonicalize()? == expected.canonicalize().unwrap_or_default(),
         "the Debian package can only be built from {}: unset CARGO_TARGET_DIR",
@@ -163,7 +164,8 @@ fn deb(dir: &Path) -> Result<()> {
     );
     let mut deb = cargo("deb");
     deb.args(["--no-build", "--no-strip", "--locked", "--package", "imds-agent", "--deb-revision", "1"]);
-    execute(deb.arg("--output").arg(dir).current_dir(root()))
+    deb.args(["--profile", PROFILE, "--target", &arch.triple(), "--output"]).arg(dir);
+    execute(deb.current_dir(root()))
 }
 
 /// Writes the checksums of every file of `dir` in the format of sha256sum(1), and returns them.
