@@ -1,4 +1,4 @@
-//! Converts events of the BPF programs to text and JSON.
+//! Converts events of the BPF programs to text and JSON. docs/json.md describes the fields.
 
 use std::{fmt, net::Ipv6Addr};
 
@@ -11,44 +11,25 @@ use crate::{encode::hook_name, escape::escape, kube::pod_ref::PodRef};
 /// An event, resolved for users. Later versions only add fields to the JSON form.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct EventRecord {
-    /// Wall-clock time of the event.
-    pub time: Timestamp,
-    /// Hook that gave the verdict.
-    pub hook: &'static str,
-    /// Verdict: `denied`, `audited`, `allowed` or `exempt`.
-    pub verdict: &'static str,
-    /// Index of the interface whose hook saw the packet; `None` for a call.
-    pub ifindex: Option<u32>,
-    /// Name of that interface, if it still exists.
-    pub interface: Option<String>,
-    /// Index of the interface through which the packet entered the node.
-    pub ingress_ifindex: Option<u32>,
-    /// Name of the ingress interface, if it still exists.
-    pub ingress_interface: Option<String>,
-    /// Process id of the caller, in the initial pid namespace; `None` for a packet.
-    pub pid: Option<u32>,
-    /// Name of the calling thread; `None` for a packet.
-    pub comm: Option<String>,
-    /// Id of the caller's cgroup v2.
-    pub cgroup: Option<u64>,
-    /// Cookie of the network namespace of the socket.
-    pub netns_cookie: Option<u64>,
-    /// Pod of the sender, if it is known.
-    pub pod: Option<PodRef>,
-    /// IPv4 or IPv6 source address; `None` if the call or packet has none yet.
-    pub source: Option<String>,
-    /// Source port; `None` for protocols without ports.
-    pub source_port: Option<u16>,
-    /// IPv4 or IPv6 destination address.
-    pub destination: String,
-    /// Destination port; `None` for protocols without ports.
-    pub destination_port: Option<u16>,
-    /// Name or number of the IP protocol.
-    pub protocol: Option<String>,
-    /// Number of packets or calls of the same source that were suppressed since its previous event.
-    pub suppressed: u64,
-    /// Bytes of this packet and of the suppressed ones; 0 for calls.
-    pub bytes: u64,
+    pub(crate) time: Timestamp,
+    pub(crate) hook: &'static str,
+    pub(crate) verdict: &'static str,
+    pub(crate) ifindex: Option<u32>,
+    pub(crate) interface: Option<String>,
+    pub(crate) ingress_ifindex: Option<u32>,
+    pub(crate) ingress_interface: Option<String>,
+    pub(crate) pid: Option<u32>,
+    pub(crate) comm: Option<String>,
+    pub(crate) cgroup: Option<u64>,
+    pub(crate) netns_cookie: Option<u64>,
+    pub(crate) pod: Option<PodRef>,
+    pub(crate) source: Option<String>,
+    pub(crate) source_port: Option<u16>,
+    pub(crate) destination: String,
+    pub(crate) destination_port: Option<u16>,
+    pub(crate) protocol: Option<String>,
+    pub(crate) suppressed: u64,
+    pub(crate) bytes: u64,
 }
 
 impl EventRecord {

@@ -3,19 +3,19 @@
 //! Pods control the number of events, and clients the number of requests. A separate thread keeps this work from delaying the
 //! reconciler, which attaches the programs to new pods.
 
-pub mod agent_stats;
+pub(crate) mod agent_stats;
 mod budget;
 mod cgroup_units;
 mod collector;
 pub mod denial_report;
 pub mod event_record;
 mod http_server;
-pub mod logging;
-pub mod metrics;
-pub mod status;
-pub mod subscriber;
-pub mod systemd;
-pub mod top;
+pub(crate) mod logging;
+pub(crate) mod metrics;
+pub(crate) mod status;
+pub(crate) mod subscriber;
+pub(crate) mod systemd;
+pub(crate) mod top;
 mod totals;
 mod unresolved;
 

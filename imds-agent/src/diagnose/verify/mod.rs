@@ -35,7 +35,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-pub use self::verify_report::{Outcome, VerifyCheck, VerifyReport};
+pub(crate) use self::verify_report::{Outcome, VerifyCheck, VerifyReport};
 use self::{
     fixture::{LoopbackTap, TestDevice, TestPod},
     path_checks::Paths,
@@ -72,7 +72,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Reason why no check could run.
 #[derive(Debug, Error)]
-pub enum VerifyError {
+pub(crate) enum VerifyError {
     /// The pin directory has no programs and maps.
     #[error("nothing is loaded at {}: start `imds-agent run`, or set the --pin-dir of the running agent", .0.display())]
     Unloaded(PathBuf),
@@ -147,7 +147,7 @@ struct Enforced {
 }
 
 /// Runs all checks. All test devices, routes and map entries are removed when this returns.
-pub async fn verify(pins: &PinDir, netlink: &Netlink) -> Result<VerifyReport, VerifyError> {
+pub(crate) async fn verify(pins: &PinDir, netlink: &Netlink) -> Result<VerifyReport, VerifyError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(VerifyError::io("listen for", "SIGINT"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(VerifyError::io("listen for", "SIGTERM"))?;
     let interrupted = async {

@@ -1,4 +1,4 @@
-//! Results of the checks, and the report.
+//! Results of the checks, and the report. docs/json.md describes the fields.
 
 use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
 
@@ -14,39 +14,25 @@ use crate::{
 
 /// Report of one `imds-agent verify`.
 #[derive(Debug, Serialize)]
-pub struct VerifyReport {
-    /// Schema version. Removed and changed fields increase it.
+pub(crate) struct VerifyReport {
     pub schema: u32,
-    /// Version of the program that made the report.
     pub version: &'static str,
-    /// Directory of the pinned maps, programs and links.
     pub pin_dir: PathBuf,
-    /// Effective mode: `enforce`, `audit` or `off`.
     pub mode: &'static str,
-    /// True if no check failed and at least one passed.
     pub passed: bool,
-    /// Checks in the order in which they ran.
     pub checks: Vec<VerifyCheck>,
 }
 
 /// Result of one check, with its expectation.
 #[derive(Clone, Debug, Serialize)]
-pub struct VerifyCheck {
-    /// Hook, or `path` for the path through the node.
+pub(crate) struct VerifyCheck {
     pub hook: &'static str,
-    /// Sender of the test packets; `None` for a check without traffic.
     pub sender: Option<String>,
-    /// Name of the endpoint; `None` for a check of the hook as a whole.
     pub endpoint: Option<String>,
-    /// Address of the endpoint.
     pub address: Option<IpAddr>,
-    /// Allowed service that the check is about, such as `udp/53`.
     pub service: Option<String>,
-    /// Result that an enforced node shows.
     pub expected: &'static str,
-    /// Observed result, or the reason why the check was skipped.
     pub observed: String,
-    /// Outcome of the check.
     pub outcome: Outcome,
 }
 
@@ -54,7 +40,7 @@ pub struct VerifyCheck {
 #[derive(AsRefStr, Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The observed result is the expected one.
     Passed,
     /// The observed result differs from the expected one.
@@ -142,7 +128,7 @@ pub(crate) fn is_passed(checks: &[VerifyCheck]) -> bool {
 
 impl VerifyReport {
     /// Returns the report as text that ends with a newline.
-    pub fn table(&self) -> String {
+    pub(crate) fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(NOTHING);
         table.set_header(["HOOK", "SENDER", "ENDPOINT", "ADDRESS", "EXPECTED", "OBSERVED", "RESULT"]);

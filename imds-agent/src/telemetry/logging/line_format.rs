@@ -15,7 +15,7 @@ const MAX_MESSAGE: usize = 16 << 10;
 
 /// Format of the log lines.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     /// Time, level and message
     #[default]
     Text,

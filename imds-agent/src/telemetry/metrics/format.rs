@@ -6,7 +6,7 @@ use crate::escape::escape;
 
 /// Text format of `/metrics`.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum Format {
+pub(crate) enum Format {
     /// Prometheus text format, version 0.0.4.
     #[default]
     Text,
@@ -16,12 +16,12 @@ pub enum Format {
 
 impl Format {
     /// Returns `OpenMetrics` if the header lists its version 1.0.0, as Prometheus does, else the Prometheus text format.
-    pub fn from_accept(header: &str) -> Self {
+    pub(crate) fn from_accept(header: &str) -> Self {
         if header.split(',').any(includes_open_metrics) { Self::OpenMetrics } else { Self::Text }
     }
 
     /// Returns the value of the `Content-Type` header.
-    pub const fn content_type(self) -> &'static str {
+    pub(crate) const fn content_type(self) -> &'static str {
         match self {
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",

@@ -14,7 +14,7 @@ use imds_ebpf_common::{
 };
 
 use self::format::Exposition;
-pub use self::{
+pub(crate) use self::{
     exemptions_hash::exemptions_hash, format::Format, program_runs::RunTimeStats, snapshot::Snapshot,
 };
 use crate::{
@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Sums of denied and audited packets by namespace, endpoint, hook and verdict.
-pub type Denied = BTreeMap<(String, DenialTo), Count>;
+pub(crate) type Denied = BTreeMap<(String, DenialTo), Count>;
 
 /// Endpoint, hook and verdict of denials.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -40,7 +40,9 @@ impl From<&DenialKey> for DenialTo {
 }
 
 /// Sums the denial records by namespace, endpoint, hook and verdict.
-pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>) -> Result<Denied, E> {
+pub(crate) fn sum<E>(
+    denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>,
+) -> Result<Denied, E> {
     let mut denied = Denied::new();
     for denial in denials {
         let (key, record) = denial?;
@@ -51,7 +53,7 @@ pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>
 }
 
 /// Encodes all metrics of one scrape.
-pub fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
+pub(crate) fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
     let mut exposition = Exposition::new(format);
     snapshot.add(&mut exposition);
     program_runs::add(pins, &mut exposition);

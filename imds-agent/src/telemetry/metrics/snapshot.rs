@@ -23,7 +23,7 @@ const MAX_NAMESPACES: usize = 100;
 
 /// Values of the node and the agent that one scrape reports.
 #[derive(Debug)]
-pub struct Snapshot {
+pub(crate) struct Snapshot {
     /// Status of the node, read from the kernel.
     pub report: StatusReport,
     /// Sums of denials by namespace.

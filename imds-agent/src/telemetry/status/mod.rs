@@ -20,7 +20,7 @@ use imds_ebpf_common::{
 use toml::Table;
 
 use self::status_report::NOT_ATTACHED;
-pub use self::status_report::{
+pub(crate) use self::status_report::{
     Agent, CgroupProgram, Configuration, Endpoint, ExemptSender, HookAttachment, HostNetworkReport,
     Interface, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PartReport, Problem, Provider,
     RejectedConfigReport, RejectedProgram, SocketReport, State, StatusReport,
@@ -58,7 +58,7 @@ const SCHEMA: u32 = 1;
 const ATTEMPTS: usize = 5;
 
 /// Reads the status from the kernel.
-pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
+pub(crate) async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
     for _ in 0..ATTEMPTS {
         let before = policy(pins);
         let report = gather_once(pins, netlink).await;

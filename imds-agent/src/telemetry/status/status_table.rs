@@ -16,7 +16,7 @@ use crate::{
 
 impl StatusReport {
     /// Returns the report as text that ends with a newline.
-    pub fn table(&self) -> String {
+    pub(crate) fn table(&self) -> String {
         let mut text = String::new();
         // Writing to a string does not fail.
         let _ok = self.write(&mut text);

@@ -17,7 +17,7 @@ const EVENTS: usize = 200;
 
 /// State of the view, updated at each refresh.
 #[derive(Debug, Default)]
-pub struct Model {
+pub(crate) struct Model {
     /// Lines above the table: mode, provider, hooks and agent.
     pub header: Vec<String>,
     /// First problem of the status, and the number of further ones.
@@ -40,7 +40,7 @@ pub struct Model {
 
 /// Row of an interface or a cgroup hook.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Row {
+pub(crate) struct Row {
     /// Name of the interface or hook.
     pub name: String,
     /// Interface index; 0 for a hook.
@@ -61,7 +61,7 @@ pub struct Row {
 
 /// Sort order of the rows.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum SortOrder {
+pub(crate) enum SortOrder {
     /// Denials per second, then the total of denials.
     #[default]
     Rate,
@@ -73,7 +73,7 @@ pub enum SortOrder {
 
 /// Command that a key stands for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Command {
+pub(crate) enum Command {
     /// Switches to the next sort order.
     Sort,
     /// Pauses or resumes the refresh.
@@ -90,7 +90,7 @@ pub enum Command {
 
 impl SortOrder {
     /// Returns the name of the order in the status line.
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Rate => "denied/s",
             Self::Total => "denied",
@@ -109,7 +109,7 @@ impl SortOrder {
 
 impl Model {
     /// Updates the model with a status. `elapsed` is the time since the previous one; `None` for the first, which has no rates.
-    pub fn take(&mut self, report: &StatusReport, elapsed: Option<Duration>) {
+    pub(crate) fn take(&mut self, report: &StatusReport, elapsed: Option<Duration>) {
         self.header = header(report);
         self.problem = report.problems.split_first().map(|(first, others)| {
             let of = first.interface.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
@@ -135,7 +135,7 @@ impl Model {
     }
 
     /// Adds new events and drops the oldest ones beyond the limit.
-    pub fn add_events(&mut self, events: impl IntoIterator<Item = String>) {
+    pub(crate) fn add_events(&mut self, events: impl IntoIterator<Item = String>) {
         self.events.extend(events);
         while self.events.len() > EVENTS {
             self.events.pop_front();
@@ -143,7 +143,7 @@ impl Model {
     }
 
     /// Applies the command of a key.
-    pub fn apply(&mut self, command: Command) {
+    pub(crate) fn apply(&mut self, command: Command) {
         match command {
             Command::Sort => {
                 self.sort = self.sort.next();

@@ -22,7 +22,7 @@ const KEYS: [&str; 6] = [
 ];
 
 /// Draws the whole view.
-pub fn draw(frame: &mut Frame<'_>, model: &Model) {
+pub(crate) fn draw(frame: &mut Frame<'_>, model: &Model) {
     let header = model.header.len() + usize::from(model.problem.is_some());
     let area = frame.area();
     let events = EVENTS.min(area.height / 3);
