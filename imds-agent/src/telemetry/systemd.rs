@@ -53,7 +53,7 @@ impl Systemd {
     }
 
     /// Reports that the agent stops.
-    pub(crate) fn stopping(&self) {
+    pub(crate) fn stopping() {
         notify(&[NotifyState::Stopping]);
     }
 

@@ -209,15 +209,11 @@ impl Enforced {
         let maps = Maps::open(pins)?;
         let unreadable = |map| move |source| VerifyError::Map { map, source };
         let policy = maps.policy.get(&0, 0).map_err(unreadable(MAP_POLICY))?;
-        let entries = endpoint_maps::read(&maps).map_err(unreadable(MAP_ENDPOINTS))?;
-        let mut entries: Vec<_> = entries.into_iter().collect();
-        entries.sort_by_key(|(_, entry)| entry.id);
-        let endpoints = entries.iter().map(|(address, entry)| Endpoint::from_entry(*address, entry));
         Ok(Self {
             pins: pins.clone(),
             mode: Mode::from_u32(policy.mode),
             hooks: Hooks::from_bits(policy.hooks),
-            endpoints: endpoints.collect(),
+            endpoints: endpoint_maps::read(&maps).map_err(unreadable(MAP_ENDPOINTS))?,
             probes: Probes::open(pins)?,
             maps,
             status,

@@ -1,14 +1,17 @@
 //! Status report, serialized as JSON for `-o json`. docs/json.md describes the fields.
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use imds_ebpf_common::{Hook, Mode};
-use jiff::Timestamp;
 use serde::Serialize;
 use strum::Display;
 
 use crate::{
-    datapath::{attach::attachment::Order, maps::counters::Counts},
+    config::endpoint_set::Endpoint,
+    datapath::{
+        attach::{attachment::Order, cgroup_programs::ProgramState},
+        maps::{config_record::EffectiveConfig, counters::Counts},
+    },
     kube::pod_ref::{PodRef, PodWatchStatus},
 };
 
@@ -20,7 +23,7 @@ pub(crate) struct StatusReport {
     pub pin_dir: PathBuf,
     pub state: State,
     pub agent: Agent,
-    pub configuration: Option<Configuration>,
+    pub configuration: Option<EffectiveConfig>,
     pub mode: Option<&'static str>,
     pub on_deny: Option<&'static str>,
     pub provider: Option<Provider>,
@@ -135,35 +138,11 @@ pub(crate) struct Agent {
     pub pid: Option<i32>,
 }
 
-/// Configuration that the kernel enforces now.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Configuration {
-    pub generation: u64,
-    pub file: Option<PathBuf>,
-    pub loaded_at: Timestamp,
-    pub rejected: Option<RejectedConfigReport>,
-}
-
-/// A configuration that the agent rejected.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct RejectedConfigReport {
-    pub at: Timestamp,
-    pub error: String,
-}
-
 /// Cloud provider whose endpoints are protected.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Provider {
     pub configured: String,
     pub effective: String,
-}
-
-/// A protected address with its allowed ports.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Endpoint {
-    pub name: String,
-    pub address: IpAddr,
-    pub allow_ports: Vec<String>,
 }
 
 /// An exempt sender, identified by one of interface, network namespace and cgroup.
@@ -223,19 +202,11 @@ impl Interface {
     }
 }
 
-/// A program that a cgroup should have.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
-pub(crate) struct CgroupProgram {
-    pub program: &'static str,
-    pub cgroup: u64,
-    pub attached: bool,
-}
-
 /// State of the `socket` hook.
 #[derive(Debug, Serialize)]
 pub(crate) struct SocketReport {
     pub attached: bool,
-    pub programs: Vec<CgroupProgram>,
+    pub programs: Vec<ProgramState>,
     pub sendmsg: PartReport,
     #[serde(flatten)]
     pub counts: Counts,
@@ -261,7 +232,7 @@ pub(crate) struct LocalServiceReport {
 #[derive(Debug, Serialize)]
 pub(crate) struct NodeAllowReport {
     pub attached: bool,
-    pub programs: Vec<CgroupProgram>,
+    pub programs: Vec<ProgramState>,
     pub packets: PartReport,
     pub cgroup: Option<u64>,
     pub allow: Vec<NodeAllowEntry>,
@@ -281,13 +252,14 @@ pub(crate) struct NodeAllowEntry {
 pub(crate) struct HostNetworkReport {
     pub attached: bool,
     pub cgroups: Vec<u64>,
-    pub programs: Vec<CgroupProgram>,
+    pub programs: Vec<ProgramState>,
     #[serde(flatten)]
     pub counts: Counts,
 }
 
 /// A problem of this node, with its remedy.
 #[derive(Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the name in the JSON form")]
 pub(crate) struct Problem {
     pub interface: Option<String>,
     pub problem: String,
