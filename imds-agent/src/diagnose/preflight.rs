@@ -15,20 +15,16 @@ use nix::sys::{
 };
 use thiserror::Error;
 
-/// Reason why the agent cannot run here.
 #[derive(Debug, Error)]
 pub(crate) enum PreflightError {
-    /// The process lacks required capabilities.
     #[error("missing {}: run as root, or grant CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN", .0.join(" and "))]
     Capabilities(Vec<&'static str>),
-    /// The kernel lacks a feature.
     #[error(
         "kernel {release} lacks {feature}; imds-agent needs Linux 5.10 or newer, built with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF"
     )]
     TooOld {
         /// Release of the kernel, from uname(2).
         release: String,
-        /// Name of the missing feature.
         feature: &'static str,
     },
     /// The kernel has the feature, but denies it to this process.
@@ -118,7 +114,7 @@ fn demand(feature: &'static str, supported: Result<bool, io::Error>) -> Result<(
     }
 }
 
-fn errno_of(error: ProgramError) -> io::Error {
+pub(crate) fn errno_of(error: ProgramError) -> io::Error {
     match error {
         ProgramError::SyscallError(error) => error.io_error,
         ProgramError::LoadError { io_error, .. } => io_error,

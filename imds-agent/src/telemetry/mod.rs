@@ -39,7 +39,7 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep_until},
 };
 
-pub use self::collector::{Collected, Collector, CollectorError};
+pub(crate) use self::collector::{Collected, Collector, CollectorError};
 use self::{
     budget::{CpuBudget, thread_cpu_time},
     http_server::Server,
@@ -62,7 +62,6 @@ pub struct Telemetry {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Request of the agent to its telemetry thread.
 enum Request {
     /// Replaces the addresses of the HTTP server.
     Listen(Vec<Listen>),
@@ -75,7 +74,6 @@ enum Request {
 /// Progress of the reconciler, as the HTTP server reports it.
 struct Progress {
     stats: AgentStats,
-    /// Time of the last report.
     reported: Instant,
 }
 
@@ -160,7 +158,6 @@ fn runtime() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-/// State of the telemetry thread.
 struct Worker {
     events: EventReader,
     server: Server,
@@ -174,7 +171,6 @@ struct EventReader {
     collector: Option<AsyncFd<Collector>>,
     stats: Rc<EventStats>,
     budget: CpuBudget,
-    /// Earliest time of the next read.
     next: Instant,
     /// True once `imds-agent unload` has closed the maps.
     is_closed: bool,

@@ -22,7 +22,6 @@ pub(crate) struct EventSubscriber {
     recent: Recent,
     /// Collector of this process; `None` while another process collects the events.
     collector: Option<Collector>,
-    /// Number of the last event that was read.
     position: u64,
     /// Number of events that were overwritten between the last two reads; `None` before the first.
     missed: Option<u64>,
@@ -46,7 +45,6 @@ impl EventSubscriber {
         Ok(Self { position, marks: false, ..subscriber })
     }
 
-    /// Returns the events since the last read.
     pub(crate) fn read(&mut self) -> Result<Vec<Event>, CollectorError> {
         if self.collector.is_none() {
             // The process that collected the events may have ended.

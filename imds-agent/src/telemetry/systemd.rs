@@ -52,7 +52,6 @@ impl Systemd {
         }
     }
 
-    /// Reports that the agent stops.
     pub(crate) fn stopping() {
         notify(&[NotifyState::Stopping]);
     }

@@ -24,10 +24,8 @@ use crate::{
     telemetry::status::{exemption_rules, rule_name},
 };
 
-/// Mode, hooks, endpoints and exemptions of the loaded configuration.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Enforcement {
-    /// `None` if nothing is loaded.
     pub(crate) mode: Option<Mode>,
     pub(crate) hooks: Hooks,
     /// Protected addresses with their allowed ports. If nothing is loaded, those that a default configuration protects.

@@ -12,7 +12,6 @@ use strum::AsRefStr;
 
 use crate::escape::escape;
 
-/// Report of one `imds-agent doctor`.
 #[derive(Debug, Serialize)]
 pub(crate) struct DoctorReport {
     pub(crate) schema: u32,
@@ -35,7 +34,6 @@ pub struct DoctorCheck {
     pub(crate) mark: Option<MarkWriter>,
 }
 
-/// Result of a check in one word.
 #[derive(AsRefStr, Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]

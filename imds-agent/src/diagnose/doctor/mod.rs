@@ -51,7 +51,6 @@ pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<Doct
     checks
 }
 
-/// Runs all checks on this node.
 pub(crate) async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
     let mut checks = vec![
         kernel_features::release(),

@@ -70,49 +70,33 @@ const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Delay between two reads of counters.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Reason why no check could run.
 #[derive(Debug, Error)]
 pub(crate) enum VerifyError {
-    /// The pin directory has no programs and maps.
     #[error("nothing is loaded at {}: start `imds-agent run`, or set the --pin-dir of the running agent", .0.display())]
     Unloaded(PathBuf),
-    /// A network namespace could not be created or entered.
     #[error("failed to create a network namespace, which needs CAP_SYS_ADMIN")]
     Namespace(#[source] io::Error),
-    /// No route of the node leads to an endpoint.
     #[error("this node has no uplink: no route leads to an endpoint")]
     NoExit,
     /// Another program decides on test packets before the last hook.
     #[error("another program runs before the last hook at {0}, and can send test packets out of the machine")]
     Bypassed(String),
-    /// A system call failed.
     #[error("failed to {operation} {subject}")]
     Io {
         /// Operation, such as `open`.
         operation: &'static str,
         /// Object of the operation, such as `a socket`.
         subject: String,
-        /// Error of the system call.
         source: io::Error,
     },
-    /// A map can't be read or written.
     #[error("failed to use the map {map}")]
-    Map {
-        /// Name of the map.
-        map: &'static str,
-        /// Error of the map operation.
-        source: MapError,
-    },
-    /// The datapath can't be read.
+    Map { map: &'static str, source: MapError },
     #[error(transparent)]
     Datapath(#[from] DatapathError),
-    /// A request to rtnetlink failed.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    /// Another run did not end.
     #[error("another `imds-agent verify` runs on this node")]
     Locked,
-    /// A signal ended the run.
     #[error("interrupted; all test devices are removed")]
     Interrupted,
 }
@@ -221,7 +205,6 @@ impl Enforced {
     }
 }
 
-/// Test devices and hooks that exist during a run.
 struct Fixture {
     pod: Result<TestPod, Skip>,
     paths: Paths,

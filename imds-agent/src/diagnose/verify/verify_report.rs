@@ -12,7 +12,6 @@ use crate::{
     escape::escape,
 };
 
-/// Report of one `imds-agent verify`.
 #[derive(Debug, Serialize)]
 pub(crate) struct VerifyReport {
     pub schema: u32,
@@ -36,16 +35,12 @@ pub(crate) struct VerifyCheck {
     pub outcome: Outcome,
 }
 
-/// Outcome of a check.
 #[derive(AsRefStr, Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
 pub(crate) enum Outcome {
-    /// The observed result is the expected one.
     Passed,
-    /// The observed result differs from the expected one.
     Failed,
-    /// The check could not run here.
     Skipped,
 }
 
@@ -93,7 +88,6 @@ impl VerifyCheck {
         }
     }
 
-    /// Creates the result of a check that could not run.
     pub(crate) fn skipped(hook: &'static str, expected: &'static str, skip: &Skip) -> Self {
         Self::new(hook, expected, &*skip.reason, skip.outcome)
     }
@@ -104,23 +98,19 @@ impl VerifyCheck {
         Self::new(hook.name(), "all programs attached", observed, Outcome::from_success(is_attached))
     }
 
-    /// Adds the sender of the test traffic.
     pub(crate) fn with_sender(self, sender: impl Into<String>) -> Self {
         Self { sender: Some(sender.into()), ..self }
     }
 
-    /// Adds the endpoint that the check is about.
     pub(crate) fn with_endpoint(self, endpoint: &Endpoint) -> Self {
         Self { endpoint: Some(endpoint.name.clone()), address: Some(endpoint.address), ..self }
     }
 
-    /// Adds the allowed service that the check is about.
     pub(crate) fn with_service(self, service: Option<AllowedPort>) -> Self {
         Self { service: service.map(|service| service.to_string()), ..self }
     }
 }
 
-/// Reports whether at least one check passed and none failed.
 pub(crate) fn is_passed(checks: &[VerifyCheck]) -> bool {
     let has = |outcome| checks.iter().any(|check| check.outcome == outcome);
     has(Outcome::Passed) && !has(Outcome::Failed)

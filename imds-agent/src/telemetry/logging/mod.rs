@@ -36,10 +36,8 @@ const LIBRARIES: [&str; 12] = [
     "want",
 ];
 
-/// Format and level of the log.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct LogOptions {
-    /// Format of the lines.
     pub format: LogFormat,
     /// Lowest level to log. Overrides the filters of `RUST_LOG`.
     pub level: Option<LevelFilter>,
@@ -54,7 +52,6 @@ struct Logger {
 
 static QUEUE: OnceLock<(LineQueue, LineFormat)> = OnceLock::new();
 
-/// Sets up the log of this process.
 pub(crate) fn init(options: LogOptions) -> io::Result<()> {
     let format = LineFormat::new(options.format);
     if options.is_queued {
@@ -92,7 +89,6 @@ pub(crate) fn flush() {
     }
 }
 
-/// Writes the error with which the process ends.
 pub(crate) fn write_final_error(text: &str) {
     match QUEUE.get() {
         Some((queue, format)) => queue.push_last(format.final_error(text)),

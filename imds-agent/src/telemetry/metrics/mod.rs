@@ -25,9 +25,8 @@ use crate::{
 /// Sums of denied and audited packets by namespace, endpoint, hook and verdict.
 pub(crate) type Denied = BTreeMap<(String, DenialTo), Count>;
 
-/// Endpoint, hook and verdict of denials.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct DenialTo {
+pub(crate) struct DenialTo {
     address: Address,
     hook: u32,
     verdict: u32,
@@ -39,7 +38,6 @@ impl From<&DenialKey> for DenialTo {
     }
 }
 
-/// Sums the denial records by namespace, endpoint, hook and verdict.
 pub(crate) fn sum<E>(
     denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>,
 ) -> Result<Denied, E> {
@@ -52,7 +50,6 @@ pub(crate) fn sum<E>(
     Ok(denied)
 }
 
-/// Encodes all metrics of one scrape.
 pub(crate) fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
     let mut exposition = Exposition::new(format);
     snapshot.add(&mut exposition);

@@ -56,7 +56,6 @@ const SCHEMA: u32 = 1;
 /// Maximum number of attempts to read a status during which the policy does not change.
 const ATTEMPTS: usize = 5;
 
-/// Reads the status from the kernel.
 pub(crate) async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
     for _ in 0..ATTEMPTS {
         let before = policy(pins);
@@ -68,7 +67,6 @@ pub(crate) async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusRep
     gather_once(pins, netlink).await
 }
 
-/// Returns the effective policy; `None` if it can't be read.
 fn policy(pins: &PinDir) -> Option<Policy> {
     Maps::open(pins).ok()?.policy.get(&0, 0).ok()
 }
@@ -163,7 +161,6 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
 }
 
 impl StatusReport {
-    /// Returns the report of a node on which nothing is loaded.
     fn unloaded(pins: &PinDir, holder: Option<&LockOwner>) -> Self {
         Self {
             schema: SCHEMA,

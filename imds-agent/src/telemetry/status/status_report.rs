@@ -15,7 +15,6 @@ use crate::{
     kube::pod_ref::{PodRef, PodWatchStatus},
 };
 
-/// Status of the node on one pin directory.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct StatusReport {
     pub schema: u32,
@@ -112,7 +111,6 @@ pub(crate) struct RejectedProgram {
     pub has_earlier: bool,
 }
 
-/// State of the node in one word.
 #[derive(Clone, Copy, Debug, Default, Display, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
@@ -130,7 +128,6 @@ pub(crate) enum State {
     Unloaded,
 }
 
-/// Agent that uses the pin directory.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Agent {
     pub running: bool,
@@ -138,7 +135,6 @@ pub(crate) struct Agent {
     pub pid: Option<i32>,
 }
 
-/// Cloud provider whose endpoints are protected.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Provider {
     pub configured: String,
@@ -157,7 +153,6 @@ pub(crate) struct ExemptSender {
     pub verdict: &'static str,
 }
 
-/// One interface of the node.
 #[derive(Debug, Serialize)]
 pub(crate) struct Interface {
     pub ifindex: u32,
@@ -179,7 +174,6 @@ pub(crate) struct HookAttachment {
 }
 
 impl HookAttachment {
-    /// Reports whether the agent's program is attached.
     pub(crate) fn is_attached(&self) -> bool {
         self.attach_mode.is_some()
     }
@@ -191,7 +185,6 @@ impl HookAttachment {
 }
 
 impl Interface {
-    /// Reports whether each desired program is attached.
     pub(crate) fn is_attached(&self) -> bool {
         self.attachments.iter().all(HookAttachment::is_attached)
     }
@@ -202,7 +195,6 @@ impl Interface {
     }
 }
 
-/// State of the `socket` hook.
 #[derive(Debug, Serialize)]
 pub(crate) struct SocketReport {
     pub attached: bool,
@@ -240,14 +232,12 @@ pub(crate) struct NodeAllowReport {
     pub counts: Counts,
 }
 
-/// Entry of the allow list of the node.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct NodeAllowEntry {
     pub process: String,
     pub active: bool,
 }
 
-/// State of the `host_network` hook.
 #[derive(Debug, Serialize)]
 pub(crate) struct HostNetworkReport {
     pub attached: bool,
@@ -257,7 +247,6 @@ pub(crate) struct HostNetworkReport {
     pub counts: Counts,
 }
 
-/// A problem of this node, with its remedy.
 #[derive(Debug, Serialize)]
 #[expect(clippy::struct_field_names, reason = "the name in the JSON form")]
 pub(crate) struct Problem {

@@ -12,7 +12,6 @@ use crate::{
     telemetry::status::{self, StatusReport},
 };
 
-/// Maximum number of events that the model keeps.
 const EVENTS: usize = 200;
 
 /// State of the view, updated at each refresh.
@@ -22,44 +21,33 @@ pub(crate) struct Model {
     pub header: Vec<String>,
     /// First problem of the status, and the number of further ones.
     pub problem: Option<(String, usize)>,
-    /// Rows of interfaces and hooks, sorted by `sort`.
     pub rows: Vec<Row>,
     /// Latest events, the newest at the end.
     pub events: VecDeque<String>,
-    /// Sort order of the rows.
     pub sort: SortOrder,
     /// Number of rows above the first visible one.
     pub offset: usize,
-    /// True while the view is not refreshed.
     pub is_paused: bool,
-    /// True while the list of keys is shown.
     pub shows_keys: bool,
     /// Counts at the previous refresh, by interface index and name.
     pub(crate) before: BTreeMap<(u32, String), Counts>,
 }
 
-/// Row of an interface or a cgroup hook.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Row {
-    /// Name of the interface or hook.
     pub name: String,
     /// Interface index; 0 for a hook.
     pub index: u32,
     /// Role of the interface; empty for a hook.
     pub role: String,
-    /// Pod of the interface, if it is known.
     pub pod: Option<String>,
-    /// Packets and bytes by verdict.
     pub counts: Counts,
     /// Denied packets or calls per second.
     pub denied: f64,
-    /// Audited packets or calls per second.
     pub audited: f64,
-    /// Exempt packets or calls per second.
     pub exempt: f64,
 }
 
-/// Sort order of the rows.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(crate) enum SortOrder {
     /// Denials per second, then the total of denials.
@@ -71,20 +59,14 @@ pub(crate) enum SortOrder {
     Name,
 }
 
-/// Command that a key stands for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Command {
-    /// Switches to the next sort order.
     Sort,
-    /// Pauses or resumes the refresh.
     Pause,
-    /// Shows or hides the list of keys.
     Keys,
     /// Scrolls down by this number of rows, or up if it is negative.
     Scroll(isize),
-    /// Scrolls to the first row.
     First,
-    /// Scrolls to the last row.
     Last,
 }
 
@@ -134,7 +116,6 @@ impl Model {
         self.order();
     }
 
-    /// Adds new events and drops the oldest ones beyond the limit.
     pub(crate) fn add_events(&mut self, events: impl IntoIterator<Item = String>) {
         self.events.extend(events);
         while self.events.len() > EVENTS {
@@ -142,7 +123,6 @@ impl Model {
         }
     }
 
-    /// Applies the command of a key.
     pub(crate) fn apply(&mut self, command: Command) {
         match command {
             Command::Sort => {
