@@ -6,7 +6,11 @@ use imds_ebpf_common::{Event, Hook, Subject, SubjectKind, Verdict};
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::{encode::hook_name, escape::escape, kube::pod_ref::PodRef};
+use crate::{
+    encode::{hook_name, nonempty_text},
+    escape::escape,
+    kube::pod_ref::PodRef,
+};
 
 /// An event, resolved for users. Later versions only add fields to the JSON form.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
@@ -43,7 +47,6 @@ impl EventRecord {
     ) -> Self {
         let ifindex = (event.ifindex != 0).then_some(event.ifindex);
         let ingress = (event.ingress_ifindex != 0).then_some(event.ingress_ifindex);
-        let comm = comm(event);
         let name = |index| Some(escape(&interface(index)?).into_owned());
         let source = Ipv6Addr::from(event.source);
         Self {
@@ -55,7 +58,7 @@ impl EventRecord {
             ingress_ifindex: ingress,
             ingress_interface: ingress.and_then(name),
             pid: (event.pid != 0).then_some(event.pid),
-            comm: (!comm.is_empty()).then_some(comm),
+            comm: nonempty_text(&event.comm),
             cgroup: (event.cgroup != 0).then_some(event.cgroup),
             netns_cookie: (event.netns_cookie != 0).then_some(event.netns_cookie),
             pod,
@@ -82,11 +85,6 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
 pub fn wall_time(event: &Event, booted: Timestamp) -> Timestamp {
     let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
     booted.checked_add(since_boot).unwrap_or(Timestamp::MAX)
-}
-
-/// Returns the name of the calling thread; empty for packets.
-pub fn comm(event: &Event) -> String {
-    crate::encode::field_text(&event.comm)
 }
 
 /// Returns the index of the interface through which a packet entered the node; 0 if it entered through none.

@@ -34,7 +34,7 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use tokio::{
     io::unix::AsyncFd,
-    runtime::{Builder, Runtime},
+    runtime::Builder,
     sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
     time::{MissedTickBehavior, interval, sleep_until},
 };
@@ -84,19 +84,19 @@ impl Telemetry {
         let progress =
             Arc::new(Mutex::new(Progress { stats: AgentStats::default(), reported: Instant::now() }));
         let (of_thread, (started, result)) = (Arc::clone(&progress), sync_channel(1));
-        let run = move || match runtime() {
-            Ok(runtime) => runtime.block_on(async {
-                match Worker::new(pins, of_thread, period) {
-                    Ok(worker) => {
-                        // The constructor waits for this message.
-                        let _received = started.send(Ok(()));
-                        drop(started);
-                        worker.run(inbox).await;
-                    }
-                    Err(error) => drop(started.send(Err(error))),
-                }
-            }),
-            Err(error) => drop(started.send(Err(error.into()))),
+        let set_up = move || {
+            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let worker = runtime.block_on(async { Worker::new(pins, of_thread, period) })?;
+            anyhow::Ok((runtime, worker))
+        };
+        // The constructor waits for one message.
+        let run = move || match set_up() {
+            Ok((runtime, worker)) => {
+                let _received = started.send(Ok(()));
+                drop(started);
+                runtime.block_on(worker.run(inbox));
+            }
+            Err(error) => drop(started.send(Err(error))),
         };
         let thread = thread::Builder::new().name("imds-telemetry".to_owned()).spawn(run);
         let thread = thread.context("failed to start the telemetry thread")?;
@@ -152,10 +152,6 @@ impl Drop for Telemetry {
             let _panicked = thread.join();
         }
     }
-}
-
-fn runtime() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_all().build()
 }
 
 struct Worker {

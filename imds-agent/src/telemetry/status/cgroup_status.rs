@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use imds_ebpf_common::{
-    CounterKey, Hook,
+    CgroupRecord, CounterKey, Hook,
     cgroup::SENDMSG_OFF,
     names::{MAP_CGROUP, MAP_NODE_ALLOW, PROG_LOCAL_SERVICE},
 };
@@ -41,25 +41,25 @@ impl StatusReport {
         counts: &mut BTreeMap<(u32, u8), Counts>,
     ) -> Result<(), DatapathError> {
         let mut take = |hook: Hook| counts.remove(&(CounterKey::DELETED, hook as u8)).unwrap_or_default();
+        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         if hooks.contains(Hook::Socket) {
-            self.add_sockets(pins, maps, take(Hook::Socket))?;
+            self.add_sockets(pins, &record, take(Hook::Socket));
         }
         if hooks.contains(Hook::LocalService) {
-            self.add_local_service(pins, maps, take(Hook::LocalService))?;
+            self.add_local_service(pins, &record, take(Hook::LocalService));
         }
         if hooks.contains(Hook::HostNetwork) {
             self.add_host_network(host_cgroups::inspect(pins)?, take(Hook::HostNetwork));
         }
         if hooks.contains(Hook::NodeAllow) {
-            self.add_node_allow(pins, maps, take(Hook::NodeAllow))?;
+            self.add_node_allow(pins, maps, &record, take(Hook::NodeAllow))?;
         }
         Ok(())
     }
 
     /// Adds the `socket` hook: its programs on the cgroup that the agent recorded.
-    fn add_sockets(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
+    fn add_sockets(&mut self, pins: &PinDir, record: &CgroupRecord, counts: Counts) {
         self.total += counts;
-        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         let reason = SendmsgReason::from_u32(record.sendmsg);
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
         let mut programs = cgroup.map(|id| cgroup_programs::inspect(pins, SOCKETS, id)).unwrap_or_default();
@@ -82,13 +82,11 @@ impl StatusReport {
             sendmsg: PartReport { attached: has_sendmsg, reason: text },
             counts,
         });
-        Ok(())
     }
 
     /// Adds the `local_service` hook: its program on the cgroup that the agent recorded.
-    fn add_local_service(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
+    fn add_local_service(&mut self, pins: &PinDir, record: &CgroupRecord, counts: Counts) {
         self.total += counts;
-        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         let desired = record.local_service == 1;
         let has_cgroup = record.cgroup != 0;
         let program =
@@ -103,7 +101,6 @@ impl StatusReport {
             Some(_) | None => {}
         }
         self.local_service = Some(LocalServiceReport { attached, desired, counts });
-        Ok(())
     }
 
     /// Adds the `host_network` hook: its programs on the cgroups of Kubernetes pods.
@@ -122,9 +119,14 @@ impl StatusReport {
     }
 
     /// Adds the `node_allow` hook: its programs on the cgroup that the agent recorded, and the allow list.
-    fn add_node_allow(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
+    fn add_node_allow(
+        &mut self,
+        pins: &PinDir,
+        maps: &Maps,
+        record: &CgroupRecord,
+        counts: Counts,
+    ) -> Result<(), DatapathError> {
         self.total += counts;
-        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
         let mut programs =
             cgroup.map(|id| cgroup_programs::inspect(pins, NODE_ALLOW, id)).unwrap_or_default();
