@@ -22,7 +22,6 @@ impl TrimSchedule {
         Self { is_due: true }
     }
 
-    /// Records a large change.
     pub(crate) fn on_large_change(&mut self) {
         self.is_due = true;
     }

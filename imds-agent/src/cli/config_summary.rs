@@ -5,8 +5,7 @@ use std::fmt::Write as _;
 use imds_ebpf_common::Hook;
 
 use crate::config::{
-    Access, Config, EndpointSelector, Environment, Exempt, RuleSubject,
-    endpoint_set::{Endpoint, EndpointSet},
+    Access, Config, EndpointSelector, Environment, Exempt, RuleSubject, endpoint_set::EndpointSet,
 };
 
 /// Meaning of an empty `node.allow`.
@@ -31,7 +30,7 @@ pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exe
     add("on_deny", &[config.on_deny.name().to_owned()]);
     add("errno", &[config.on_deny_errno.name().to_owned()]);
     add("provider", &[provider(endpoint_set)]);
-    add("endpoints", &endpoint_set.endpoints.iter().map(endpoint).collect::<Vec<_>>());
+    add("endpoints", &endpoint_set.endpoints.iter().map(ToString::to_string).collect::<Vec<_>>());
     let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.contains(hook)).map(Hook::name);
     add("hooks", &[hooks.collect::<Vec<_>>().join(" ")]);
     if let Some(processes) = &config.node_allow {
@@ -55,12 +54,6 @@ fn provider(endpoint_set: &EndpointSet) -> String {
     } else {
         format!("{} ({})", endpoint_set.provider, endpoint_set.configured)
     }
-}
-
-fn endpoint(endpoint: &Endpoint) -> String {
-    let ports: Vec<_> = endpoint.allow_ports.iter().map(ToString::to_string).collect();
-    let allowed = if ports.is_empty() { String::new() } else { format!(", allows {}", ports.join(" ")) };
-    format!("{} ({}){allowed}", endpoint.address, endpoint.name)
 }
 
 fn exemption(rule: &Exempt, endpoint_set: &EndpointSet) -> String {

@@ -145,7 +145,6 @@ impl StateDirArg {
     }
 }
 
-/// Error that ends a command.
 #[derive(Debug)]
 enum Failure {
     /// The arguments or the configuration are invalid; exit code 2.

@@ -10,7 +10,6 @@ use super::{
     output::{OutputArgs, write_stdout},
 };
 use crate::{
-    config::endpoint_set::Endpoint,
     datapath::{
         maps::{denial_records::Denials, endpoint_maps, interface_records},
         object,
@@ -44,16 +43,13 @@ pub(super) async fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     let mut denials = Denials::open(&pins)?;
     let denied = denials.iter().collect::<Result<Vec<_>, _>>()?;
     let maps = object::Maps::open(&pins)?;
-    let endpoint_set: Vec<_> = endpoint_maps::read(&maps)?
-        .iter()
-        .map(|(address, entry)| Endpoint::from_entry(*address, entry))
-        .collect();
+    let endpoints = endpoint_maps::read(&maps)?;
     let mut pods = interface_records::names(&maps, Role::Pod)?;
     // A veth ends with its pod. The name of a tap device belongs to one virtual machine.
     for pair in Netlink::connect()?.links().await?.iter().filter(|link| link.is_pair()) {
         pods.remove(&pair.name);
     }
-    let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoint_set, &pods);
+    let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoints, &pods);
     let printed = if args.rules {
         write_stdout(&*escape_lines(&report.rules))?;
         Ok(ExitCode::SUCCESS)

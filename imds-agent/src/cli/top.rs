@@ -29,7 +29,6 @@ use crate::{
     },
 };
 
-/// Rows that the keys `PgUp` and `PgDn` scroll.
 const PAGE: isize = 10;
 /// Number of recorded events that are shown at the start.
 const EARLIER: u64 = 50;
@@ -114,7 +113,6 @@ impl Watched {
         }
     }
 
-    /// Updates the model with the current status and new events.
     async fn refresh(&mut self) -> anyhow::Result<()> {
         let report = status::gather(&self.pins, &self.netlink).await?;
         let now = Instant::now();
@@ -138,7 +136,6 @@ enum KeyAction {
     Command(Command),
 }
 
-/// Returns the command of a key, if it has one.
 fn parse_key(key: KeyEvent) -> Option<KeyAction> {
     let command = match key.code {
         KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Some(KeyAction::Quit),

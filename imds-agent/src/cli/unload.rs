@@ -23,7 +23,6 @@ use crate::{
     node::netlink::Netlink,
 };
 
-/// Interval of the lines that report progress.
 const PROGRESS: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]

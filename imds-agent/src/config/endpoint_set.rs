@@ -7,10 +7,12 @@ use imds_ebpf_common::{
     endpoint::{MAX_ALLOWED_PORTS, TCP, UDP},
 };
 
+use serde::{Serialize, Serializer};
+
 use crate::encode::{address_key, field_text, ip_address, name_field};
 
 /// A protected endpoint. All traffic to its address is denied, except to the services in `allow_ports`.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Endpoint {
     /// Name, at most 15 bytes.
     pub name: String,
@@ -32,6 +34,23 @@ impl fmt::Display for AllowedPort {
             UDP => write!(formatter, "udp/{port}"),
             other => write!(formatter, "{other}/{port}"),
         }
+    }
+}
+
+impl Serialize for AllowedPort {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, address, allow_ports } = self;
+        write!(formatter, "{address} ({name})")?;
+        for (index, port) in allow_ports.iter().enumerate() {
+            write!(formatter, "{} {port}", if index == 0 { ", allows" } else { "" })?;
+        }
+        Ok(())
     }
 }
 

@@ -193,7 +193,7 @@ impl Agent {
                 _ = self.interrupt.recv() => break,
             }
         }
-        self.systemd.stopping();
+        Systemd::stopping();
         match self.reconciler.datapath.pin_failure() {
             None => log::info!("stopping; attached programs keep enforcing until `imds-agent unload`"),
             Some(failure) => log::warn!("stopping; links end because they are not pinned: {failure}"),

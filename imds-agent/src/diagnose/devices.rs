@@ -15,7 +15,6 @@ use crate::node::{
     netlink::{Netlink, NetlinkError},
 };
 
-/// One interface of the node.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Device {
     pub(crate) link: Link,
@@ -53,7 +52,6 @@ pub(crate) async fn list(netlink: &Netlink) -> Result<Vec<Device>, NetlinkError>
 }
 
 impl Device {
-    /// Creates a NIC.
     pub(crate) const fn new(link: Link) -> Self {
         Self {
             link,

@@ -2,5 +2,5 @@
 
 mod devices;
 pub mod doctor;
-pub mod preflight;
-pub mod verify;
+pub(crate) mod preflight;
+pub(crate) mod verify;

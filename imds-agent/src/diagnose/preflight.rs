@@ -15,20 +15,16 @@ use nix::sys::{
 };
 use thiserror::Error;
 
-/// Reason why the agent cannot run here.
 #[derive(Debug, Error)]
-pub enum PreflightError {
-    /// The process lacks required capabilities.
+pub(crate) enum PreflightError {
     #[error("missing {}: run as root, or grant CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN", .0.join(" and "))]
     Capabilities(Vec<&'static str>),
-    /// The kernel lacks a feature.
     #[error(
         "kernel {release} lacks {feature}; imds-agent needs Linux 5.10 or newer, built with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF"
     )]
     TooOld {
         /// Release of the kernel, from uname(2).
         release: String,
-        /// Name of the missing feature.
         feature: &'static str,
     },
     /// The kernel has the feature, but denies it to this process.
@@ -44,7 +40,7 @@ pub enum PreflightError {
 }
 
 /// Checks the capabilities that every command needs to access BPF objects.
-pub fn check_capabilities() -> Result<(), PreflightError> {
+pub(crate) fn check_capabilities() -> Result<(), PreflightError> {
     let has = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
     let mut missing = Vec::new();
     // CAP_SYS_ADMIN implies both (capabilities(7)). Without CAP_PERFMON the verifier treats programs as untrusted, and
@@ -61,7 +57,7 @@ pub fn check_capabilities() -> Result<(), PreflightError> {
 }
 
 /// Checks that the kernel has the features that the datapath requires, by probing each one.
-pub fn check_kernel() -> Result<(), PreflightError> {
+pub(crate) fn check_kernel() -> Result<(), PreflightError> {
     // One program type is enough: hooks of a type that is missing are reported as not enforced.
     let cgroup_types = [ProgramType::CgroupSockAddr, ProgramType::CgroupSkb];
     if !cgroup_types.into_iter().any(|program_type| is_program_supported(program_type).unwrap_or(false)) {
@@ -83,7 +79,7 @@ pub fn check_kernel() -> Result<(), PreflightError> {
 ///
 /// A failure to raise the limit of open files is not an error, because a later EMFILE names its cause. Locked memory is
 /// shared with other processes of the user, and exceeding the limit is reported as EPERM without a cause.
-pub fn lift_limits() -> Result<(), PreflightError> {
+pub(crate) fn lift_limits() -> Result<(), PreflightError> {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(errno) = raised {
@@ -101,7 +97,7 @@ pub fn lift_limits() -> Result<(), PreflightError> {
 
 /// Reports whether the kernel counts maps and programs as locked memory. Since Linux 5.11 they are charged to the
 /// cgroup.
-pub fn counts_locked_memory() -> bool {
+pub(crate) fn counts_locked_memory() -> bool {
     KernelVersion::current().is_ok_and(|kernel| kernel < KernelVersion::new(5, 11, 0))
 }
 
@@ -118,7 +114,7 @@ fn demand(feature: &'static str, supported: Result<bool, io::Error>) -> Result<(
     }
 }
 
-fn errno_of(error: ProgramError) -> io::Error {
+pub(crate) fn errno_of(error: ProgramError) -> io::Error {
     match error {
         ProgramError::SyscallError(error) => error.io_error,
         ProgramError::LoadError { io_error, .. } => io_error,

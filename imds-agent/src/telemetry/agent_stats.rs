@@ -5,19 +5,14 @@ use crate::kube::WatchState;
 /// Counters of a running agent since its start.
 #[derive(Clone, Debug, Default)]
 pub struct AgentStats {
-    /// Successful and failed reloads of the configuration.
     pub reloads: Reloads,
-    /// Corrections of changes that other programs made.
     pub corrections: DriftCorrections,
-    /// Map updates for exemptions and pod names.
     pub map_updates: MapUpdates,
-    /// State of the pod watch, if there is one.
     pub watch: Option<WatchState>,
     /// Log lines that were dropped, because standard error was not read.
     pub log_lines_dropped: u64,
 }
 
-/// Numbers of configuration reloads since the agent started.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Reloads {
     /// Reloads whose configuration became effective.
@@ -29,7 +24,6 @@ pub struct Reloads {
 /// Numbers of drift corrections since the agent started: changes of other programs that the agent reverted.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct DriftCorrections {
-    /// Programs that were attached again.
     pub attached: u64,
     /// Programs of others that this agent's program replaced.
     pub replaced: u64,
@@ -43,11 +37,8 @@ pub struct DriftCorrections {
     pub overruns: u64,
 }
 
-/// Numbers of map updates since the agent started.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct MapUpdates {
-    /// Updates of the exemption maps.
     pub exemptions: u64,
-    /// Updates of the pod name map.
     pub pods: u64,
 }

@@ -15,20 +15,16 @@ use std::{
 use super::budget::thread_cpu_time;
 use crate::node::{cgroup, pod_cgroups};
 
-/// Maximum number of cgroups that are known by id.
 const MAX_CGROUPS: usize = 32_768;
-/// Maximum depth of the search below the root.
 const MAX_DEPTH: usize = 32;
 /// Pause after a search, as a multiple of the CPU time that it took: unknown ids cost at most 2 % of one CPU.
 const PAUSE: u32 = 50;
-/// Length of a container id in hexadecimal digits.
 const CONTAINER_ID_LEN: usize = 64;
 
 /// Units by cgroup id, from the last search of the hierarchy.
 #[derive(Debug)]
 pub(super) struct CgroupUnits {
     units: HashMap<u64, Rc<[u8]>>,
-    /// Earliest time of the next search.
     next_search: Instant,
 }
 

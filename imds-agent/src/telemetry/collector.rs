@@ -49,16 +49,12 @@ use crate::{
     },
 };
 
-/// Failure to open or update the maps of events.
 #[derive(Debug, Error)]
-pub enum CollectorError {
-    /// A map can't be opened.
+pub(crate) enum CollectorError {
     #[error(transparent)]
     Object(#[from] ObjectError),
-    /// The pin directory can't be locked.
     #[error(transparent)]
     Pin(#[from] PinError),
-    /// A map can't be read or written.
     #[error("failed to record events")]
     Map(#[from] MapError),
 }
@@ -66,17 +62,15 @@ pub enum CollectorError {
 /// Maximum number of events of one call of [`Collector::collect`]: some milliseconds of work.
 const MAX_EVENTS: u32 = 256;
 
-/// Number of events that were collected.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Collected {
-    /// Events of the BPF programs.
+pub(crate) struct Collected {
     pub emitted: u64,
     /// Packets and calls beyond the rate limit, which an event reports only as a number.
     pub suppressed: u64,
 }
 
 /// Reader of the event ring buffer, and writer of the maps of recorded events and denials.
-pub struct Collector {
+pub(crate) struct Collector {
     ring: RingBuf<MapData>,
     recent: Recent,
     denials: Denials,
@@ -92,7 +86,7 @@ pub struct Collector {
 impl Collector {
     /// Locks the event ring buffer that is pinned in `pins` for this process. Returns `None` if another process holds the
     /// lock.
-    pub fn open(pins: &PinDir) -> Result<Option<Self>, CollectorError> {
+    pub(crate) fn open(pins: &PinDir) -> Result<Option<Self>, CollectorError> {
         let Some(lock) = pins.try_lock_events()? else { return Ok(None) };
         Ok(Some(Self {
             ring: object::open_events(pins)?,
@@ -108,29 +102,26 @@ impl Collector {
         }))
     }
 
-    /// Sets the sums to which denials are added.
     #[must_use]
-    pub fn with_totals(self, totals: Rc<RefCell<Totals>>) -> Self {
+    pub(crate) fn with_totals(self, totals: Rc<RefCell<Totals>>) -> Self {
         Self { totals, ..self }
     }
 
-    /// Returns the sums of all denial records in the map.
-    pub fn recorded(&self) -> Result<Denied, CollectorError> {
+    pub(crate) fn recorded(&self) -> Result<Denied, CollectorError> {
         Ok(metrics::sum(self.denials.iter())?)
     }
 
-    /// Returns the number of events that this collector has read.
-    pub fn collected(&self) -> Collected {
+    pub(crate) fn collected(&self) -> Collected {
         self.collected
     }
 
     /// Reports whether the last [`Collector::collect`] left events in the ring buffer.
-    pub fn has_more(&self) -> bool {
+    pub(crate) fn has_more(&self) -> bool {
         self.has_more
     }
 
     /// Reads events up to a limit, because senders can cause events faster than they are read.
-    pub fn collect(&mut self) -> Result<(), CollectorError> {
+    pub(crate) fn collect(&mut self) -> Result<(), CollectorError> {
         let booted = boot_time();
         // An interface can be renamed, but seldom within these milliseconds.
         let mut interfaces = HashMap::new();
@@ -221,7 +212,7 @@ impl Collector {
 
     /// Merges each record whose pod became known after the event into the record of the pod. The sums of [`Totals`] do not
     /// change, because they must not decrease.
-    pub fn merge_resolved(&mut self) -> Result<(), CollectorError> {
+    pub(crate) fn merge_resolved(&mut self) -> Result<(), CollectorError> {
         for (key, identity, pod) in self.unresolved.take_resolved(|subject| self.names.get(subject)) {
             let Some(earlier) = self.denials.get(&key)? else { continue };
             if is_reused(identity, &earlier) {

@@ -1,4 +1,5 @@
 //! Report of denied senders, and of senders that audit mode would deny, with the rules that would exempt them.
+//! docs/json.md describes the fields of the JSON form.
 
 #[cfg(test)]
 mod tests;
@@ -32,58 +33,40 @@ const MAX_NAME: usize = 63;
 /// Report that `imds-agent report` prints.
 #[derive(Clone, Debug, Serialize)]
 pub struct DenialReport {
-    /// Schema version. Removed and changed fields increase it.
-    pub schema: u32,
-    /// Directory of the pinned maps, programs and links.
-    pub pin_dir: PathBuf,
-    /// Denials by sender, endpoint and verdict, the latest first.
-    pub denials: Vec<Denial>,
+    pub(crate) schema: u32,
+    pub(crate) pin_dir: PathBuf,
+    pub(crate) denials: Vec<Denial>,
     /// Rules that would exempt all these senders, in the syntax of the configuration file.
     pub rules: String,
 }
 
 /// Denials of one sender at one endpoint.
 #[derive(Clone, Debug, Serialize)]
-pub struct Denial {
-    /// Sender of the packets and calls.
+pub(crate) struct Denial {
     #[serde(flatten)]
-    pub sender: DenialSubject,
-    /// Name of the pod that was denied last, among the pods of this sender.
-    pub pod: Option<String>,
-    /// Name of the endpoint; `None` if it is no longer protected.
-    pub endpoint: Option<String>,
-    /// Address of the endpoint.
-    pub address: IpAddr,
-    /// `denied`, or `audited` for requests that mode `enforce` would deny.
-    pub verdict: &'static str,
-    /// Number of packets or calls by hook. A call that passes sends packets, which other hooks count again.
-    pub counts: BTreeMap<&'static str, u64>,
-    /// Bytes of these packets, link-layer headers included. Calls have no bytes.
-    pub bytes: u64,
-    /// Time of the first packet or call.
-    pub first: Timestamp,
-    /// Time of the last packet or call.
-    pub last: Timestamp,
+    pub(crate) sender: DenialSubject,
+    pub(crate) pod: Option<String>,
+    pub(crate) endpoint: Option<String>,
+    pub(crate) address: IpAddr,
+    pub(crate) verdict: &'static str,
+    pub(crate) counts: BTreeMap<&'static str, u64>,
+    pub(crate) bytes: u64,
+    pub(crate) first: Timestamp,
+    pub(crate) last: Timestamp,
 }
 
 /// Pods with the same namespace, service account and label, or a sender without a known pod.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
-pub struct DenialSubject {
-    /// Namespace of the pods.
-    pub namespace: Option<String>,
-    /// Service account of the pods.
-    pub service_account: Option<String>,
-    /// Label that names the application, as `key=value`.
-    pub label: Option<String>,
-    /// Interface through which packets entered the node.
-    pub interface: Option<String>,
-    /// Name of the thread that called last.
-    pub comm: Option<String>,
-    /// cgroup of the caller, below the root of the hierarchy.
-    pub cgroup: Option<String>,
+pub(crate) struct DenialSubject {
+    pub(crate) namespace: Option<String>,
+    pub(crate) service_account: Option<String>,
+    pub(crate) label: Option<String>,
+    pub(crate) interface: Option<String>,
+    pub(crate) comm: Option<String>,
+    pub(crate) cgroup: Option<String>,
     /// True if a name is escaped, so that no rule can match it.
     #[serde(skip)]
-    pub is_escaped: bool,
+    pub(crate) is_escaped: bool,
 }
 
 impl DenialReport {

@@ -1,4 +1,4 @@
-//! Converts events of the BPF programs to text and JSON.
+//! Converts events of the BPF programs to text and JSON. docs/json.md describes the fields.
 
 use std::{fmt, net::Ipv6Addr};
 
@@ -6,49 +6,34 @@ use imds_ebpf_common::{Event, Hook, Subject, SubjectKind, Verdict};
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::{encode::hook_name, escape::escape, kube::pod_ref::PodRef};
+use crate::{
+    encode::{hook_name, nonempty_text},
+    escape::escape,
+    kube::pod_ref::PodRef,
+};
 
 /// An event, resolved for users. Later versions only add fields to the JSON form.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct EventRecord {
-    /// Wall-clock time of the event.
-    pub time: Timestamp,
-    /// Hook that gave the verdict.
-    pub hook: &'static str,
-    /// Verdict: `denied`, `audited`, `allowed` or `exempt`.
-    pub verdict: &'static str,
-    /// Index of the interface whose hook saw the packet; `None` for a call.
-    pub ifindex: Option<u32>,
-    /// Name of that interface, if it still exists.
-    pub interface: Option<String>,
-    /// Index of the interface through which the packet entered the node.
-    pub ingress_ifindex: Option<u32>,
-    /// Name of the ingress interface, if it still exists.
-    pub ingress_interface: Option<String>,
-    /// Process id of the caller, in the initial pid namespace; `None` for a packet.
-    pub pid: Option<u32>,
-    /// Name of the calling thread; `None` for a packet.
-    pub comm: Option<String>,
-    /// Id of the caller's cgroup v2.
-    pub cgroup: Option<u64>,
-    /// Cookie of the network namespace of the socket.
-    pub netns_cookie: Option<u64>,
-    /// Pod of the sender, if it is known.
-    pub pod: Option<PodRef>,
-    /// IPv4 or IPv6 source address; `None` if the call or packet has none yet.
-    pub source: Option<String>,
-    /// Source port; `None` for protocols without ports.
-    pub source_port: Option<u16>,
-    /// IPv4 or IPv6 destination address.
-    pub destination: String,
-    /// Destination port; `None` for protocols without ports.
-    pub destination_port: Option<u16>,
-    /// Name or number of the IP protocol.
-    pub protocol: Option<String>,
-    /// Number of packets or calls of the same source that were suppressed since its previous event.
-    pub suppressed: u64,
-    /// Bytes of this packet and of the suppressed ones; 0 for calls.
-    pub bytes: u64,
+    pub(crate) time: Timestamp,
+    pub(crate) hook: &'static str,
+    pub(crate) verdict: &'static str,
+    pub(crate) ifindex: Option<u32>,
+    pub(crate) interface: Option<String>,
+    pub(crate) ingress_ifindex: Option<u32>,
+    pub(crate) ingress_interface: Option<String>,
+    pub(crate) pid: Option<u32>,
+    pub(crate) comm: Option<String>,
+    pub(crate) cgroup: Option<u64>,
+    pub(crate) netns_cookie: Option<u64>,
+    pub(crate) pod: Option<PodRef>,
+    pub(crate) source: Option<String>,
+    pub(crate) source_port: Option<u16>,
+    pub(crate) destination: String,
+    pub(crate) destination_port: Option<u16>,
+    pub(crate) protocol: Option<String>,
+    pub(crate) suppressed: u64,
+    pub(crate) bytes: u64,
 }
 
 impl EventRecord {
@@ -62,7 +47,6 @@ impl EventRecord {
     ) -> Self {
         let ifindex = (event.ifindex != 0).then_some(event.ifindex);
         let ingress = (event.ingress_ifindex != 0).then_some(event.ingress_ifindex);
-        let comm = comm(event);
         let name = |index| Some(escape(&interface(index)?).into_owned());
         let source = Ipv6Addr::from(event.source);
         Self {
@@ -74,7 +58,7 @@ impl EventRecord {
             ingress_ifindex: ingress,
             ingress_interface: ingress.and_then(name),
             pid: (event.pid != 0).then_some(event.pid),
-            comm: (!comm.is_empty()).then_some(comm),
+            comm: nonempty_text(&event.comm),
             cgroup: (event.cgroup != 0).then_some(event.cgroup),
             netns_cookie: (event.netns_cookie != 0).then_some(event.netns_cookie),
             pod,
@@ -101,11 +85,6 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
 pub fn wall_time(event: &Event, booted: Timestamp) -> Timestamp {
     let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
     booted.checked_add(since_boot).unwrap_or(Timestamp::MAX)
-}
-
-/// Returns the name of the calling thread; empty for packets.
-pub fn comm(event: &Event) -> String {
-    crate::encode::field_text(&event.comm)
 }
 
 /// Returns the index of the interface through which a packet entered the node; 0 if it entered through none.

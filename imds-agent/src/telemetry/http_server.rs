@@ -50,7 +50,6 @@ const MAX_CONNECTIONS: usize = 16;
 const HEADER_TIMEOUT: Duration = Duration::from_millis(20);
 /// Time for which a connection with a request can't be replaced.
 const MIN_CONNECTION_TIME: Duration = Duration::from_secs(1);
-/// Limit for the arrival of the request header.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Limit for a whole connection, request and response.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
@@ -59,15 +58,12 @@ const MAX_REQUEST_LEN: usize = 8192;
 /// Pause after accept(2) failed, as it does without free descriptors.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// A connection, with the future that serves it.
 struct Connection {
     work: Pin<Box<dyn Future<Output = ()>>>,
     since: Instant,
-    /// True once the request header has arrived.
     has_request: Rc<Cell<bool>>,
 }
 
-/// Server of metrics and health on any number of addresses.
 pub(super) struct Server {
     configured: Vec<Listen>,
     listening: Vec<Socket>,
@@ -78,7 +74,6 @@ pub(super) struct Server {
     state: Rc<AppState>,
 }
 
-/// State that the handlers of all requests share.
 struct AppState {
     pins: PinDir,
     netlink: Netlink,
@@ -108,7 +103,6 @@ impl Server {
         }
     }
 
-    /// Replaces the addresses on which the server listens.
     pub(super) fn listen(&mut self, addresses: &[Listen]) {
         addresses.clone_into(&mut self.configured);
         self.listening.retain(|socket| addresses.contains(&socket.address));
@@ -116,7 +110,6 @@ impl Server {
         self.retry();
     }
 
-    /// Retries the addresses that could not be bound.
     pub(super) fn retry(&mut self) {
         for address in &self.configured {
             if self.listening.iter().any(|socket| socket.address == *address) {
@@ -209,7 +202,6 @@ async fn pause(until: Option<Instant>) {
     }
 }
 
-/// Waits for a connection on any of the sockets.
 async fn accept(sockets: &[Socket]) -> io::Result<Box<dyn Stream>> {
     poll_fn(|context| {
         let ready = sockets.iter().map(|socket| socket.poll_accept(context)).find(Poll::is_ready);
@@ -218,7 +210,6 @@ async fn accept(sockets: &[Socket]) -> io::Result<Box<dyn Stream>> {
     .await
 }
 
-/// Listening socket with its address.
 struct Socket {
     address: Listen,
     listener: Listener,
@@ -229,7 +220,6 @@ enum Listener {
     Unix(UnixListener),
 }
 
-/// Stream of a TCP or Unix socket.
 trait Stream: AsyncRead + AsyncWrite + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}

@@ -3,19 +3,19 @@
 //! Pods control the number of events, and clients the number of requests. A separate thread keeps this work from delaying the
 //! reconciler, which attaches the programs to new pods.
 
-pub mod agent_stats;
+pub(crate) mod agent_stats;
 mod budget;
 mod cgroup_units;
 mod collector;
 pub mod denial_report;
 pub mod event_record;
 mod http_server;
-pub mod logging;
-pub mod metrics;
-pub mod status;
-pub mod subscriber;
-pub mod systemd;
-pub mod top;
+pub(crate) mod logging;
+pub(crate) mod metrics;
+pub(crate) mod status;
+pub(crate) mod subscriber;
+pub(crate) mod systemd;
+pub(crate) mod top;
 mod totals;
 mod unresolved;
 
@@ -34,12 +34,12 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use tokio::{
     io::unix::AsyncFd,
-    runtime::{Builder, Runtime},
+    runtime::Builder,
     sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
     time::{MissedTickBehavior, interval, sleep_until},
 };
 
-pub use self::collector::{Collected, Collector, CollectorError};
+pub(crate) use self::collector::{Collected, Collector, CollectorError};
 use self::{
     budget::{CpuBudget, thread_cpu_time},
     http_server::Server,
@@ -62,7 +62,6 @@ pub struct Telemetry {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Request of the agent to its telemetry thread.
 enum Request {
     /// Replaces the addresses of the HTTP server.
     Listen(Vec<Listen>),
@@ -75,7 +74,6 @@ enum Request {
 /// Progress of the reconciler, as the HTTP server reports it.
 struct Progress {
     stats: AgentStats,
-    /// Time of the last report.
     reported: Instant,
 }
 
@@ -86,19 +84,19 @@ impl Telemetry {
         let progress =
             Arc::new(Mutex::new(Progress { stats: AgentStats::default(), reported: Instant::now() }));
         let (of_thread, (started, result)) = (Arc::clone(&progress), sync_channel(1));
-        let run = move || match runtime() {
-            Ok(runtime) => runtime.block_on(async {
-                match Worker::new(pins, of_thread, period) {
-                    Ok(worker) => {
-                        // The constructor waits for this message.
-                        let _received = started.send(Ok(()));
-                        drop(started);
-                        worker.run(inbox).await;
-                    }
-                    Err(error) => drop(started.send(Err(error))),
-                }
-            }),
-            Err(error) => drop(started.send(Err(error.into()))),
+        let set_up = move || {
+            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let worker = runtime.block_on(async { Worker::new(pins, of_thread, period) })?;
+            anyhow::Ok((runtime, worker))
+        };
+        // The constructor waits for one message.
+        let run = move || match set_up() {
+            Ok((runtime, worker)) => {
+                let _received = started.send(Ok(()));
+                drop(started);
+                runtime.block_on(worker.run(inbox));
+            }
+            Err(error) => drop(started.send(Err(error))),
         };
         let thread = thread::Builder::new().name("imds-telemetry".to_owned()).spawn(run);
         let thread = thread.context("failed to start the telemetry thread")?;
@@ -156,11 +154,6 @@ impl Drop for Telemetry {
     }
 }
 
-fn runtime() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_all().build()
-}
-
-/// State of the telemetry thread.
 struct Worker {
     events: EventReader,
     server: Server,
@@ -174,7 +167,6 @@ struct EventReader {
     collector: Option<AsyncFd<Collector>>,
     stats: Rc<EventStats>,
     budget: CpuBudget,
-    /// Earliest time of the next read.
     next: Instant,
     /// True once `imds-agent unload` has closed the maps.
     is_closed: bool,

@@ -17,12 +17,11 @@ use crate::{
 const PERIOD: u8 = 100;
 
 /// Reader of recorded events. Returns unread events first.
-pub struct EventSubscriber {
+pub(crate) struct EventSubscriber {
     pins: PinDir,
     recent: Recent,
     /// Collector of this process; `None` while another process collects the events.
     collector: Option<Collector>,
-    /// Number of the last event that was read.
     position: u64,
     /// Number of events that were overwritten between the last two reads; `None` before the first.
     missed: Option<u64>,
@@ -32,7 +31,7 @@ pub struct EventSubscriber {
 
 impl EventSubscriber {
     /// Opens a reader that starts with the first unread event of the pin directory.
-    pub fn open(pins: PinDir) -> Result<Self, CollectorError> {
+    pub(crate) fn open(pins: PinDir) -> Result<Self, CollectorError> {
         let recent = Recent::open(&pins)?;
         let position = recent.last_printed()?;
         let collector = Collector::open(&pins)?;
@@ -40,14 +39,13 @@ impl EventSubscriber {
     }
 
     /// Opens a reader that starts `earlier` events before the last one. The returned events stay unread for other readers.
-    pub fn open_last(pins: PinDir, earlier: u64) -> Result<Self, CollectorError> {
+    pub(crate) fn open_last(pins: PinDir, earlier: u64) -> Result<Self, CollectorError> {
         let subscriber = Self::open(pins)?;
         let position = subscriber.recent.last()?.saturating_sub(earlier);
         Ok(Self { position, marks: false, ..subscriber })
     }
 
-    /// Returns the events since the last read.
-    pub fn read(&mut self) -> Result<Vec<Event>, CollectorError> {
+    pub(crate) fn read(&mut self) -> Result<Vec<Event>, CollectorError> {
         if self.collector.is_none() {
             // The process that collected the events may have ended.
             self.collector = Collector::open(&self.pins)?;
@@ -67,17 +65,17 @@ impl EventSubscriber {
     }
 
     /// Returns the number of events that were overwritten before the last [`EventSubscriber::read`] could return them.
-    pub fn missed(&self) -> u64 {
+    pub(crate) fn missed(&self) -> u64 {
         self.missed.unwrap_or_default()
     }
 
     /// Reports whether the last [`EventSubscriber::read`] left events in the ring buffer.
-    pub fn has_more(&self) -> bool {
+    pub(crate) fn has_more(&self) -> bool {
         self.collector.as_ref().is_some_and(Collector::has_more)
     }
 
     /// Waits until there may be more events. Returns false once the process that reads `output` has closed its end.
-    pub fn wait(&self, output: BorrowedFd<'_>) -> Result<bool, Errno> {
+    pub(crate) fn wait(&self, output: BorrowedFd<'_>) -> Result<bool, Errno> {
         // An error or hang-up is reported in any case.
         let output = PollFd::new(output, PollFlags::empty());
         let events =

@@ -10,7 +10,7 @@ use crate::escape::escape;
 
 /// Connection to the service manager. Does nothing if there is none.
 #[derive(Debug)]
-pub struct Systemd {
+pub(crate) struct Systemd {
     is_ready: bool,
     status: String,
     watchdog: Option<Interval>,
@@ -18,7 +18,7 @@ pub struct Systemd {
 
 impl Systemd {
     /// Connects to the service manager that `NOTIFY_SOCKET` and `WATCHDOG_USEC` name.
-    pub fn from_env() -> Self {
+    pub(crate) fn from_env() -> Self {
         let watchdog = sd_notify::watchdog_enabled().map(|timeout| {
             // Half of the timeout, as sd_watchdog_enabled(3) advises.
             let mut watchdog = interval((timeout / 2).max(Duration::from_millis(1)));
@@ -29,7 +29,7 @@ impl Systemd {
     }
 
     /// Reports that the agent is ready, and sets the status line.
-    pub fn ready(&mut self, status: &str) {
+    pub(crate) fn ready(&mut self, status: &str) {
         // A newline would start another assignment of the protocol.
         let status = escape(status).into_owned();
         if !self.is_ready {
@@ -43,7 +43,7 @@ impl Systemd {
     }
 
     /// Reports a reload of the configuration, which lasts until [`Systemd::ready`].
-    pub fn reloading(&mut self) {
+    pub(crate) fn reloading(&mut self) {
         self.is_ready = false;
         // Units of Type=notify-reload (systemd 253) require the time.
         match NotifyState::monotonic_usec_now() {
@@ -52,13 +52,12 @@ impl Systemd {
         }
     }
 
-    /// Reports that the agent stops.
-    pub fn stopping(&self) {
+    pub(crate) fn stopping() {
         notify(&[NotifyState::Stopping]);
     }
 
     /// Sends a watchdog notification when the next one is due. Cancel safe.
-    pub async fn watchdog(&mut self) {
+    pub(crate) async fn watchdog(&mut self) {
         let Some(watchdog) = &mut self.watchdog else { return future::pending().await };
         watchdog.tick().await;
         notify(&[NotifyState::Watchdog]);

@@ -14,7 +14,7 @@ const MAX_NAMESPACES: usize = 1000;
 
 /// Monotonic sums of denials by namespace, endpoint, hook and verdict.
 #[derive(Debug, Default)]
-pub struct Totals {
+pub(crate) struct Totals {
     denied: Denied,
     /// Denials that were counted without a namespace, before their records became those of a pod.
     merged: Denied,
@@ -46,7 +46,6 @@ impl Totals {
         }
     }
 
-    /// Returns the monotonic sums.
     pub(super) fn denied(&self) -> &Denied {
         &self.denied
     }

@@ -43,7 +43,6 @@ impl Unresolved {
         self.0.len() >= DENIALS
     }
 
-    /// Removes the keys for which `is_kept` returns false.
     pub(super) fn retain(&mut self, is_kept: impl Fn(&DenialKey) -> bool) {
         self.0.retain(|key, _| is_kept(key));
     }

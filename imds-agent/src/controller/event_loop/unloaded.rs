@@ -47,7 +47,7 @@ impl Unloaded {
                 _ = self.interrupt.recv() => break,
             }
         }
-        self.systemd.stopping();
+        Systemd::stopping();
         Ok(())
     }
 }

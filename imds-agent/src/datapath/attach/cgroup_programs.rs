@@ -17,6 +17,7 @@ use imds_ebpf_common::{
         SOCKET_LINKS, SOCKET_PROGRAMS,
     },
 };
+use serde::Serialize;
 
 use super::{
     cgroup_link::{self, CgroupChange, CgroupLink, OpenCgroup},
@@ -184,18 +185,24 @@ pub(crate) fn detach(pins: &PinDir, kind: CgroupProgramKind) -> Result<bool, Dat
     Ok(was_attached)
 }
 
-/// State of one program of a cgroup, read from the kernel.
-#[derive(Clone, Debug, Eq, PartialEq)]
+/// State of one program of a cgroup, read from the kernel. The JSON form is a part of the status report.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct ProgramState {
     /// Name of the BPF program.
     pub program: &'static str,
+    /// Id of the cgroup: its inode number.
+    pub cgroup: u64,
     /// True for the sendmsg programs, which are not always needed.
+    #[serde(skip)]
     pub is_sendmsg: bool,
     /// True if the program is attached to the cgroup.
+    #[serde(rename = "attached")]
     pub is_attached: bool,
     /// True if the program gives verdicts on packets, not on calls.
+    #[serde(skip)]
     pub is_packet_program: bool,
     /// Description of the problem if the program is not attached, or not last.
+    #[serde(skip)]
     pub problem: Option<String>,
 }
 
@@ -216,6 +223,7 @@ pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<Pr
         };
         ProgramState {
             program,
+            cgroup: id,
             is_sendmsg: is_sendmsg(attach_type),
             is_attached: link.is_some(),
             is_packet_program: is_packet(attach_type),

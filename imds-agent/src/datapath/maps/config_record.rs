@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use aya::maps::{Array, MapData, MapError};
 use imds_ebpf_common::{ConfigRecord, names::MAP_CONFIG};
 use jiff::Timestamp;
+use serde::Serialize;
 
 use crate::{
     datapath::{
@@ -19,23 +20,25 @@ use crate::{
 /// Largest number of reads until two consecutive ones are equal. A read during an update can return a mix of both values.
 const READINGS: usize = 20;
 
-/// Effective configuration, as recorded in the map.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+/// Effective configuration, as recorded in the map. The JSON form is a part of the status report.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
 pub struct EffectiveConfig {
     /// Generation of the configuration: increases by one with each change.
     pub generation: u64,
     /// Path of the configuration file; `None` if there is no file.
+    #[serde(rename = "file")]
     pub path: Option<PathBuf>,
     /// Time since which the configuration is effective.
     pub loaded_at: Timestamp,
     /// Last configuration that was rejected after this one was loaded.
     pub rejected: Option<RejectedConfig>,
     /// The configuration as TOML, including all defaults.
+    #[serde(skip)]
     pub text: String,
 }
 
 /// Configuration that was rejected.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct RejectedConfig {
     /// Time of the rejection.
     pub at: Timestamp,

@@ -9,7 +9,7 @@ use imds_ebpf_common::{
 };
 
 use crate::{
-    config::endpoint_set::EndpointSet,
+    config::endpoint_set::{Endpoint as ProtectedEndpoint, EndpointSet},
     datapath::{
         DatapathError,
         maps::pinned_maps,
@@ -19,9 +19,11 @@ use crate::{
     encode::{field_text, name_field},
 };
 
-/// Reads the protected endpoints by address.
-pub fn read(maps: &Maps) -> Result<BTreeMap<Address, Endpoint>, MapError> {
-    object::present(maps.endpoints.iter()).collect()
+/// Reads the protected endpoints, in the order of the configuration.
+pub(crate) fn read(maps: &Maps) -> Result<Vec<ProtectedEndpoint>, MapError> {
+    let mut entries = object::present(maps.endpoints.iter()).collect::<Result<Vec<_>, _>>()?;
+    entries.sort_by_key(|(_, entry)| entry.id);
+    Ok(entries.iter().map(|(address, entry)| ProtectedEndpoint::from_entry(*address, entry)).collect())
 }
 
 /// Reads the configured provider, and the provider of the effective preset.

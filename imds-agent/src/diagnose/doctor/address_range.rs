@@ -41,7 +41,6 @@ impl AddressRange {
         self.first <= address && address <= self.last
     }
 
-    /// Returns the addresses that are in both ranges.
     pub(crate) fn intersection(self, other: Self) -> Option<Self> {
         Self::new(self.first.max(other.first), self.last.min(other.last))
     }
@@ -52,7 +51,6 @@ impl AddressRange {
         to_number(self.last) - to_number(self.first) >= 1 << host_bits
     }
 
-    /// Reports whether all addresses of the range are among these.
     pub(crate) fn is_within(self, addresses: &BTreeSet<IpAddr>) -> bool {
         let count = addresses.range(self.first..=self.last).count() as u128;
         count > to_number(self.last) - to_number(self.first)

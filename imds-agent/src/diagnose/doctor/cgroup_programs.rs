@@ -66,11 +66,9 @@ pub(crate) fn programs(pins: &PinDir) -> Result<Vec<DoctorCheck>, DatapathError>
 }
 
 struct Cgroup {
-    /// Root of the cgroup v2 hierarchy.
     root: PathBuf,
     path: PathBuf,
     directory: File,
-    /// Ids of the agent's programs.
     ours: BTreeSet<u32>,
 }
 
@@ -144,7 +142,6 @@ fn alone(program: Program, hook: &str) -> DoctorCheck {
     DoctorCheck { program: Some(program), ..DoctorCheck::degraded(NAME, observed, remedy) }
 }
 
-/// Returns the ids of the programs that the agent's pinned links attach to cgroups.
 fn agent_programs(pins: &PinDir) -> Result<BTreeSet<u32>, DatapathError> {
     let links = pins.all_links()?.into_iter().filter_map(|path| dir::link_at(&path));
     Ok(links.filter(|link| link.cgroup().is_some()).map(|link| link.program).collect())

@@ -28,7 +28,6 @@ pub(crate) struct ChainId {
     pub(crate) name: String,
 }
 
-/// Reachability of the chains of all tables.
 #[derive(Debug, Default)]
 pub(crate) struct Chains {
     hooks: BTreeMap<ChainId, BTreeSet<BaseHook>>,
@@ -82,7 +81,6 @@ impl Chains {
         chains
     }
 
-    /// Returns the hooks from which packets reach the chain.
     pub(crate) fn hooks(&self, chain: &ChainId) -> BTreeSet<BaseHook> {
         self.hooks.get(chain).cloned().unwrap_or_default()
     }
@@ -93,7 +91,6 @@ impl Chains {
     }
 }
 
-/// Returns these chains and all that the edges lead to.
 fn reached(start: Vec<ChainId>, edges: &BTreeMap<ChainId, BTreeSet<ChainId>>) -> BTreeSet<ChainId> {
     let (mut pending, mut reached) = (start, BTreeSet::new());
     while let Some(chain) = pending.pop() {

@@ -24,10 +24,8 @@ use crate::{
     telemetry::status::{exemption_rules, rule_name},
 };
 
-/// Mode, hooks, endpoints and exemptions of the loaded configuration.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Enforcement {
-    /// `None` if nothing is loaded.
     pub(crate) mode: Option<Mode>,
     pub(crate) hooks: Hooks,
     /// Protected addresses with their allowed ports. If nothing is loaded, those that a default configuration protects.
@@ -59,10 +57,9 @@ impl Enforcement {
     /// Reads the pinned maps. Returns `None` if one can't be read.
     fn from_maps(pins: &PinDir, maps: &Maps) -> Option<Self> {
         let policy = maps.policy.get(&0, 0).ok()?;
-        let entries = endpoint_maps::read(maps).ok()?;
-        let allowed = |entry: &imds_ebpf_common::Endpoint| entry.allowed_ports().map(AllowedPort).collect();
+        let endpoints = endpoint_maps::read(maps).ok()?.into_iter();
         let endpoints: BTreeMap<_, _> =
-            entries.iter().map(|(address, entry)| (ip_address(*address), allowed(entry))).collect();
+            endpoints.map(|endpoint| (endpoint.address, endpoint.allow_ports)).collect();
         let names = exemption_rules(maps).ok()?;
         let mut exemptions: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
         let mut cgroup_exemptions = exemptions.clone();

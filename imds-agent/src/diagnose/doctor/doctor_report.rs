@@ -1,4 +1,4 @@
-//! Report of `imds-agent doctor`, as JSON and as a table.
+//! Report of `imds-agent doctor`, as JSON and as a table. docs/json.md describes the fields.
 
 use std::{
     fmt::{self, Write as _},
@@ -12,45 +12,32 @@ use strum::AsRefStr;
 
 use crate::escape::escape;
 
-/// Report of one `imds-agent doctor`.
 #[derive(Debug, Serialize)]
-pub struct DoctorReport {
-    /// Schema version. Removed and changed fields increase it.
-    pub schema: u32,
-    /// Version of the program that made the report.
-    pub version: &'static str,
-    /// Directory of the pinned maps, programs and links.
-    pub pin_dir: PathBuf,
-    /// True if no check has the state [`State::Missing`].
-    pub ready: bool,
-    /// Checks in the order in which they ran.
-    pub checks: Vec<DoctorCheck>,
+pub(crate) struct DoctorReport {
+    pub(crate) schema: u32,
+    pub(crate) version: &'static str,
+    pub(crate) pin_dir: PathBuf,
+    pub(crate) ready: bool,
+    pub(crate) checks: Vec<DoctorCheck>,
 }
 
 /// Result of one check, with its consequence and remedy.
 #[derive(Clone, Debug, Serialize)]
 pub struct DoctorCheck {
-    /// Name of the check. Several results can have the same name, such as one for each firewall rule.
-    pub name: &'static str,
-    /// Result of the check in one word.
-    pub state: State,
-    /// Observed feature, program or rule.
-    pub observed: String,
-    /// Consequence, and how to fix it; `None` if the state is [`State::Ok`].
-    pub remedy: Option<String>,
-    /// Program of another owner, if the check is about one.
-    pub program: Option<Program>,
+    pub(crate) name: &'static str,
+    pub(crate) state: State,
+    pub(crate) observed: String,
+    pub(crate) remedy: Option<String>,
+    pub(crate) program: Option<Program>,
     /// Firewall rule, if the check is about one.
     pub rule: Option<Rule>,
-    /// Rule or TC action that writes the mark bit, if the check is about one.
-    pub mark: Option<MarkWriter>,
+    pub(crate) mark: Option<MarkWriter>,
 }
 
-/// Result of a check in one word.
 #[derive(AsRefStr, Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
-pub enum State {
+pub(crate) enum State {
     /// The check found no problem.
     Ok,
     /// Enforcement works, with the consequence that [`DoctorCheck::remedy`] describes.
@@ -61,36 +48,24 @@ pub enum State {
 
 /// Program of another owner at a hook that the agent uses.
 #[derive(Clone, Debug, Serialize)]
-pub struct Program {
-    /// Name of the program, if the kernel reports one.
-    pub name: Option<String>,
-    /// Id of the program; `None` for a filter that is not a BPF program.
-    pub id: Option<u32>,
-    /// Kind of attachment: `tcx`, `netkit`, `xdp`, `cgroup` or the kind of filter.
-    pub kind: String,
-    /// Name of the interface, or path of the cgroup.
-    pub at: String,
-    /// Hook of the interface or cgroup, such as `ingress` or `connect4`.
-    pub hook: &'static str,
-    /// Position among the programs of the hook, from 1.
-    pub position: usize,
-    /// Number of programs of the hook, those of the agent included.
-    pub count: usize,
-    /// True if the program runs before the agent's; `None` if the agent has no program at the hook.
-    pub first: Option<bool>,
+pub(crate) struct Program {
+    pub(crate) name: Option<String>,
+    pub(crate) id: Option<u32>,
+    pub(crate) kind: String,
+    pub(crate) at: String,
+    pub(crate) hook: &'static str,
+    pub(crate) position: usize,
+    pub(crate) count: usize,
+    pub(crate) first: Option<bool>,
 }
 
 /// Firewall rule of another owner for a metadata service.
 #[derive(Clone, Debug, Serialize)]
 pub struct Rule {
-    /// Table of the rule, such as `mangle`.
-    pub table: String,
-    /// Chain of the rule, such as `FORWARD`.
-    pub chain: String,
-    /// Command that adds the rule, or the name of the rule.
-    pub text: String,
-    /// Probable owner: `aks`, `eks`, `docker`, `kube2iam`, `ecs`, `gke` or `other`.
-    pub origin: &'static str,
+    pub(crate) table: String,
+    pub(crate) chain: String,
+    pub(crate) text: String,
+    pub(crate) origin: &'static str,
     /// Address of the metadata service.
     pub address: IpAddr,
     /// True if the agent denies packets that the rule would redirect.
@@ -99,23 +74,17 @@ pub struct Rule {
     pub removable: bool,
     /// Traffic that opens if the rule is removed, because the agent does not deny it.
     pub opens: Vec<String>,
-    /// Command that removes the rule.
-    pub remove: String,
+    pub(crate) remove: String,
 }
 
 /// Firewall rule or TC action that writes the mark bit of the configuration.
 #[derive(Clone, Debug, Serialize)]
-pub struct MarkWriter {
-    /// Table of the rule; `None` for a TC action.
-    pub table: Option<String>,
-    /// Chain of the rule; `None` for a TC action.
-    pub chain: Option<String>,
-    /// Command that adds the rule, or the name of the rule.
-    pub text: String,
-    /// State of the bit afterwards: `set`, `cleared`, or `changed` if it depends on something else.
-    pub effect: &'static str,
-    /// Number of the bit, as in `hooks.mark_bit`.
-    pub bit: u32,
+pub(crate) struct MarkWriter {
+    pub(crate) table: Option<String>,
+    pub(crate) chain: Option<String>,
+    pub(crate) text: String,
+    pub(crate) effect: &'static str,
+    pub(crate) bit: u32,
 }
 
 impl fmt::Display for Program {
@@ -179,7 +148,7 @@ pub(crate) fn or_ok(
 
 impl DoctorReport {
     /// Returns the report as text that ends with a newline.
-    pub fn table(&self) -> String {
+    pub(crate) fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(NOTHING);
         table.set_header(["CHECK", "STATE", "OBSERVED"]);

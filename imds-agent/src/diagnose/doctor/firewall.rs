@@ -21,7 +21,6 @@ const KUBE2IAM_PORTS: [&str; 2] = [":8181", ":8180"];
 /// Ports of GKE's metadata server.
 const GKE_PORTS: [&str; 2] = [":988", ":987"];
 
-/// The effect of a rule on packets to a metadata service.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum Effect {
     Deny,
@@ -52,7 +51,6 @@ pub(crate) fn rules(rulesets: &Rulesets, enforcement: &Enforcement) -> Vec<Docto
     or_ok(checks, NAME, rulesets.none("none for a metadata service"))
 }
 
-/// Returns the addresses of all providers.
 fn presets() -> BTreeSet<IpAddr> {
     let endpoints = PROVIDERS.iter().chain(EXTRAS).flat_map(Provider::endpoints);
     endpoints.map(|endpoint| endpoint.address).collect()

@@ -34,7 +34,6 @@ impl HookedInterfaces {
         self.maps.is_some()
     }
 
-    /// Returns the agent's record of an interface.
     pub(crate) fn record(&self, link: &Link) -> Option<InterfaceRecord> {
         interface_records::get(self.maps.as_ref()?, link.index)
     }

@@ -4,7 +4,7 @@ use std::{fs, io, net::UdpSocket};
 
 use aya::{
     maps::MapType,
-    programs::{ProgramError, ProgramType},
+    programs::ProgramType,
     sys::{is_helper_supported, is_map_supported},
 };
 use aya_obj::generated::bpf_func_id;
@@ -21,11 +21,9 @@ use crate::{
     },
 };
 
-/// BTF of the kernel itself.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 /// Index of loopback in every network namespace.
 const LOOPBACK: u32 = 1;
-/// Remedy if the kernel denies a query.
 const AS_ROOT: &str = "run `imds-agent doctor` as root, or with the agent's capabilities";
 
 pub(crate) fn release() -> DoctorCheck {
@@ -152,7 +150,7 @@ fn cookie_in(name: &'static str, program_type: ProgramType, consequence: &str) -
             "bpf_get_netns_cookie not available for this program type",
             consequence,
         ),
-        Err(error) => unknown(name, &io_error(error)),
+        Err(error) => unknown(name, &preflight::errno_of(error)),
     }
 }
 
@@ -179,13 +177,6 @@ pub(crate) fn ipv6() -> DoctorCheck {
 
 fn unknown(name: &'static str, error: &io::Error) -> DoctorCheck {
     DoctorCheck::degraded(name, format!("unknown: {error}"), AS_ROOT)
-}
-
-fn io_error(error: ProgramError) -> io::Error {
-    match error {
-        ProgramError::SyscallError(error) => error.io_error,
-        other => io::Error::other(other),
-    }
 }
 
 /// Formats an error with its causes on one line.

@@ -9,7 +9,6 @@ use super::rulesets::Body;
 #[derive(Clone, Copy, Debug, Eq, IntoStaticStr, PartialEq)]
 #[strum(serialize_all = "lowercase")]
 pub(crate) enum Effect {
-    /// The bit stays as it was.
     Unchanged,
     Set,
     Cleared,
@@ -18,7 +17,6 @@ pub(crate) enum Effect {
 }
 
 impl Effect {
-    /// Verb for sentences about a rule.
     pub(crate) const fn verb(self) -> &'static str {
         match self {
             Self::Unchanged => "keeps",
@@ -28,7 +26,6 @@ impl Effect {
         }
     }
 
-    /// Returns the effect of writing a constant.
     const fn from_bit(value: u32, bit: u32) -> Self {
         if value & bit == 0 { Self::Cleared } else { Self::Set }
     }
@@ -59,7 +56,6 @@ impl Effect {
         }
     }
 
-    /// Returns the effect of this and then `next`.
     const fn then(self, next: Self) -> Self {
         match next {
             Self::Unchanged => self,
@@ -68,7 +64,6 @@ impl Effect {
     }
 }
 
-/// Returns the effect of a rule on packets that it matches.
 pub(crate) fn rule_effect(body: &Body, bit: u32) -> Effect {
     match body {
         Body::Iptables(words) => iptables_effect(words, bit),

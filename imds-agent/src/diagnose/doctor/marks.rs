@@ -30,7 +30,6 @@ pub(crate) struct MarkUse {
 }
 
 impl Default for MarkUse {
-    /// The default bit, without an exempt pod behind a bridge.
     fn default() -> Self {
         Self { bit: MARK, bridges: Vec::new() }
     }
@@ -71,7 +70,6 @@ impl MarkUse {
     }
 }
 
-/// Lists the rules and TC actions that change the mark bit.
 pub(crate) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<DoctorCheck> {
     let chains = rulesets.chains();
     let rules = rulesets.rules.iter().filter_map(|rule| {
@@ -122,7 +120,6 @@ fn check(
     DoctorCheck { mark: Some(writer), ..check }
 }
 
-/// Describes the effect on packets from these bridges that the rule matches.
 fn consequence(effect: Effect, bridges: &str) -> String {
     let opens = format!(
         "a pod behind {bridges} that is not exempt can pass node_egress with requests that a Service or another DNAT rule sends to \

@@ -19,12 +19,10 @@ const IMDSD_MARK: u32 = 0x7fff_0815;
 /// Name of Azure's Guest Proxy Agent in /proc/PID/comm, which has room for 15 bytes of `azure-proxy-agent`.
 const GPA_COMM: &str = "azure-proxy-age";
 
-/// Traces of the programs on this node.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 struct Observed {
     has_imdsd_socket: bool,
     has_imdsd_rule: bool,
-    /// Process id of Azure's Guest Proxy Agent.
     gpa: Option<u32>,
 }
 
@@ -50,7 +48,6 @@ async fn has_imdsd_rule(netlink: &Netlink) -> Result<bool, NetlinkError> {
     Ok(rules.iter().any(is_of_imdsd))
 }
 
-/// Returns the id of a process with this name.
 fn process(proc: &Path, name: &str) -> Option<u32> {
     let processes = fs::read_dir(proc).ok()?.flatten();
     let mut ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());

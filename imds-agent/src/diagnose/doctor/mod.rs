@@ -26,8 +26,9 @@ mod rulesets;
 mod tc_programs;
 mod traffic;
 
-pub use self::doctor_report::{DoctorCheck, DoctorReport, MarkWriter, Program, Rule, State};
-use self::{coverage::Enforcement, marks::MarkUse, rulesets::Rulesets};
+pub(crate) use self::doctor_report::DoctorReport;
+pub use self::doctor_report::{DoctorCheck, Rule};
+use self::{coverage::Enforcement, doctor_report::State, marks::MarkUse, rulesets::Rulesets};
 use imds_ebpf_common::Mode;
 
 use crate::{
@@ -50,8 +51,7 @@ pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<Doct
     checks
 }
 
-/// Runs all checks on this node.
-pub async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
+pub(crate) async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
     let mut checks = vec![
         kernel_features::release(),
         kernel_features::btf(),

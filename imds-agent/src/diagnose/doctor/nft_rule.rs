@@ -18,7 +18,6 @@ const MAX_BRANCHES: usize = 256;
 #[derive(Debug, Default)]
 pub(crate) struct NamedSets(BTreeMap<[String; 3], Vec<Value>>);
 
-/// Named sets of the table that contains a rule.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TableSets<'a> {
     pub(crate) sets: &'a NamedSets,
@@ -27,7 +26,6 @@ pub(crate) struct TableSets<'a> {
 }
 
 impl NamedSets {
-    /// Collects the sets and maps of a list of objects of `nft --json`.
     pub(crate) fn from_entries<'a>(entries: impl Iterator<Item = &'a Value>) -> Self {
         let named = |entry: &Value| {
             let set = entry.get("set").or_else(|| entry.get("map"))?;
@@ -54,7 +52,6 @@ impl TableSets<'_> {
         }
     }
 
-    /// Returns keys and values of a map.
     fn pairs<'v>(&'v self, map: &'v Value) -> Vec<(&'v Value, &'v Value)> {
         let pair = |value: &'v Value| match value.as_array().map(Vec::as_slice) {
             Some([key, value]) => Some((element(key), element(value))),
@@ -69,7 +66,6 @@ fn element(value: &Value) -> &Value {
     value.pointer("/elem/val").unwrap_or(value)
 }
 
-/// Reads the expressions of a rule.
 pub(crate) fn branches(expressions: &[Value], sets: TableSets<'_>) -> Vec<Branch> {
     let mut traffic = vec![Traffic::default()];
     let mut branches = Vec::new();
@@ -205,7 +201,6 @@ fn limit_field(traffic: &mut Traffic, field: &Value, is_negated: bool, values: &
     }
 }
 
-/// Reads an address, a prefix or a range.
 fn address_range(value: &Value) -> Option<AddressRange> {
     if let Some(text) = value.as_str() {
         return AddressRange::parse(text);
@@ -246,7 +241,6 @@ fn bounds(value: &Value) -> Option<(&Value, &Value)> {
     }
 }
 
-/// Formats values as a list for a message.
 fn listed(values: &[&Value]) -> String {
     let text = |value: &&Value| match (value, bounds(value)) {
         (Value::String(text), _) => text.clone(),

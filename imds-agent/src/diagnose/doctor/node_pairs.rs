@@ -3,7 +3,6 @@
 use super::doctor_report::{DoctorCheck, or_ok};
 use crate::{
     datapath::{maps::endpoint_maps, object::Maps, pin::dir::PinDir},
-    encode::ip_address,
     node::netlink::{Netlink, NetlinkError},
 };
 
@@ -15,7 +14,7 @@ const NAME: &str = "node_pairs";
 pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<DoctorCheck>, NetlinkError> {
     let protected =
         Maps::open(pins).ok().and_then(|maps| endpoint_maps::read(&maps).ok()).unwrap_or_default();
-    let addresses = protected.keys().map(|&address| ip_address(address)).collect();
+    let addresses = protected.iter().map(|endpoint| endpoint.address).collect();
     let routed = netlink.clone().with_endpoints(addresses).endpoint_routes().await?.sure;
     let links = netlink.links().await?;
     let through = links.iter().filter(|link| link.is_internal_pair() && routed.contains(&link.index));

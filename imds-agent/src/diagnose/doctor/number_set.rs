@@ -59,7 +59,6 @@ impl NumberSet {
         Self::new(of_both.collect())
     }
 
-    /// Returns the number if the set has exactly one.
     pub(crate) fn single(&self) -> Option<u32> {
         match self.0[..] {
             [(first, last)] if first == last => Some(first),

@@ -8,7 +8,6 @@ use crate::node::{
 
 const NAME: &str = "open_vswitch";
 
-/// Checks that no datapath of Open vSwitch runs in userspace.
 pub(crate) async fn datapath(netlink: &Netlink) -> Result<DoctorCheck, NetlinkError> {
     let links = netlink.links().await?;
     Ok(match userspace_ovs::find(&links) {

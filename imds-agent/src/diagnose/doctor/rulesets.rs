@@ -26,7 +26,6 @@ const SAVES: [&str; 6] = [
 /// Tables of nftables that iptables manages.
 const IPTABLES_TABLES: [&str; 5] = ["filter", "mangle", "nat", "raw", "security"];
 
-/// Rules and TC actions of this node.
 #[derive(Debug, Default)]
 pub(crate) struct Rulesets {
     /// Names of the programs that ran successfully.
@@ -43,24 +42,20 @@ pub(crate) struct ListedRule {
     pub(crate) chain: ChainId,
     /// Command that adds the rule, or its name.
     pub(crate) text: String,
-    /// Command that removes the rule.
     pub(crate) remove: String,
     /// Matched traffic and the verdicts for it.
     pub(crate) branches: Vec<Branch>,
     pub(crate) body: Body,
 }
 
-/// Matches and targets of a rule.
 #[derive(Clone, Debug)]
 pub(crate) enum Body {
     /// Words of `iptables-save`, from the chain on.
     Iptables(Vec<String>),
-    /// Expressions of `nft --json`.
     Nft(Vec<Value>),
 }
 
 impl Rulesets {
-    /// Lists all rules that the programs on this node show.
     pub(crate) fn list() -> Self {
         let mut rulesets = Self::default();
         let mut seen = BTreeSet::new();
@@ -106,7 +101,6 @@ impl Rulesets {
         format!("{found} ({})", self.sources.join(", "))
     }
 
-    /// Returns the hooks from which packets reach each chain.
     pub(crate) fn chains(&self) -> Chains {
         let actions = self
             .rules

@@ -183,7 +183,6 @@ fn check_programs(
     programs.map(|(program, entry)| check(program, entry.is_stuck)).collect()
 }
 
-/// Returns the programs of other owners at a hook.
 pub(crate) fn foreign<'a>(
     entries: &'a [HookProgram],
     at: &str,
@@ -201,7 +200,6 @@ pub(crate) fn foreign<'a>(
     })
 }
 
-/// Returns the ids of the agent's pinned programs for interfaces.
 fn pinned_programs(pins: &PinDir) -> BTreeSet<u32> {
     TC_PROGRAMS.into_iter().filter_map(|name| object::pinned_program(pins, name).ok()).collect()
 }

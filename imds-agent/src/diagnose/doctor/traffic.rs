@@ -14,7 +14,6 @@ pub(crate) struct Traffic {
     pub(crate) ports: NumberSet,
     /// Users and groups of the sending process, such as `uid 1000`.
     pub(crate) owners: Vec<String>,
-    /// Users of the sending process.
     pub(crate) uids: NumberSet,
     /// Input interface; empty for all.
     pub(crate) interface: String,
@@ -28,10 +27,8 @@ pub(crate) struct Branch {
     pub(crate) action: Action,
 }
 
-/// The action of a rule on packets that it matches.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum Action {
-    /// Drops or rejects the packet.
     Deny,
     /// Changes the destination. Contains `:PORT` if the rule names a port.
     Redirect(String),
@@ -56,7 +53,6 @@ impl Default for Traffic {
 }
 
 impl Traffic {
-    /// Keeps only packets to these addresses.
     pub(crate) fn limit_destinations(&mut self, ranges: Vec<AddressRange>) {
         self.destinations = Some(match self.destinations.take() {
             None => ranges,
@@ -82,7 +78,6 @@ impl Traffic {
         format!("{before} ({})", self.owners.join(", "))
     }
 
-    /// Reports whether packets to the address are among the traffic.
     pub(crate) fn reaches(&self, address: IpAddr) -> bool {
         self.destinations.as_ref().is_none_or(|ranges| ranges.iter().any(|range| range.contains(address)))
     }

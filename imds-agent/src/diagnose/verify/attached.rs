@@ -20,12 +20,10 @@ use crate::{
     telemetry::status::{HookAttachment, StatusReport},
 };
 
-/// Limit for the agent to attach to a new interface.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time after which a hook counts as not desired if the agent's record of the interface does not list it.
 const DESIRED_DELAY: Duration = Duration::from_secs(3);
 
-/// Waits until the agent has attached its program to a new interface.
 pub(crate) async fn wait_attached(
     hook: TcHook,
     interface: &LinkName,
@@ -100,12 +98,10 @@ pub(crate) fn check(hook: TcHook, status: &StatusReport, excluded: &[String]) ->
     VerifyCheck::new(hook, EXPECTED, wrong.join("; "), Outcome::Failed)
 }
 
-/// Reports whether the interface should have the hook.
 fn is_desired(record: &InterfaceRecord, hook: TcHook) -> bool {
     TcHookSet::from_bits(record.hooks).contains(hook)
 }
 
-/// Reports whether the agent has attached the hook.
 fn is_attached(record: &InterfaceRecord, hook: TcHook) -> bool {
     let mode = record.attach_modes.get(hook as usize);
     is_desired(record, hook) && mode.is_some_and(|&mode| mode != AttachMode::None as u8)

@@ -35,10 +35,8 @@ use crate::{
     },
 };
 
-/// Name of the pod's end of the pair, in the namespace.
 const POD_END: &str = "eth0";
 
-/// Name and index of an interface of the node.
 #[derive(Clone, Debug)]
 pub(crate) struct LinkName {
     pub(crate) name: String,
@@ -66,7 +64,6 @@ impl TestPod {
     /// MAC address of the host-side interface. A bridge without an address of its own takes the lowest one of its ports. This
     /// one is too high to be chosen.
     pub(crate) const HOST_MAC: Mac = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xfe];
-    /// MAC address of the pod's end.
     pub(crate) const POD_MAC: Mac = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xfd];
 
     pub(crate) async fn new(netlink: &Netlink) -> Result<Self, VerifyError> {
@@ -99,7 +96,6 @@ impl TestPod {
         Ok(Self { namespace, interface: LinkName { name, ifindex }, frames })
     }
 
-    /// Runs `work` in the namespace.
     pub(crate) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, VerifyError> {
         self.namespace.run(work).map_err(VerifyError::Namespace)
     }
@@ -115,7 +111,6 @@ impl TestPod {
         Some(Skip::new(format!("failed to open a packet socket, which needs CAP_NET_RAW: {error}")))
     }
 
-    /// Makes the host-side interface a port of a bridge.
     pub(crate) async fn join_bridge(
         &self,
         netlink: &Netlink,
@@ -129,7 +124,6 @@ impl TestPod {
         netlink.acknowledged(call, RouteNetlinkMessage::SetLink(link), 0).await
     }
 
-    /// Removes the host-side interface from its bridge.
     pub(crate) async fn leave_bridge(&self, netlink: &Netlink) -> Result<(), NetlinkError> {
         let link =
             LinkMessageBuilder::<LinkUnspec>::new().index(self.interface.ifindex).nocontroller().build();

@@ -38,7 +38,6 @@ pub(crate) struct Path<'p> {
     pub(crate) device_suffix: String,
 }
 
-/// Result of the test packets for one destination.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Arrival {
     Arrived,

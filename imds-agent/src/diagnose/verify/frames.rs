@@ -29,7 +29,6 @@ pub(crate) type Mac = [u8; 6];
 pub(crate) struct Frames {
     /// MAC address of the node's interface that receives the frame.
     pub(crate) to: Mac,
-    /// MAC address of the sender.
     pub(crate) from: Mac,
     /// Sequence number of TCP segments, with which the packet sink recognises them.
     pub(crate) marker: [u8; 4],
@@ -73,7 +72,6 @@ impl PacketSocket {
         Ok(Self { socket, ifindex })
     }
 
-    /// Sends a frame, which includes the Ethernet header.
     pub(crate) fn send(&self, frame: &[u8]) -> io::Result<()> {
         #[expect(clippy::cast_possible_truncation, reason = "17 and 20")]
         let (family, address_length) =

@@ -75,7 +75,6 @@ struct PodProcess {
 }
 
 impl PodProcess {
-    /// Makes a cgroup below the one with this id.
     fn new(pods: u64) -> Result<Self, Skip> {
         let path = cgroup::path_of(pods).ok().flatten();
         let path = path.ok_or_else(|| Skip::new(format!("cgroup {pods} is not visible from here")))?;
@@ -108,7 +107,6 @@ impl PodProcess {
         Ok(Self { path: path.to_owned(), id, processes })
     }
 
-    /// Checks that a call to the endpoint from the cgroup is refused.
     fn check(&self, endpoint: &Endpoint) -> (String, Outcome) {
         let (address, service) = (endpoint.address, closed(&endpoint.allow_ports, TCP));
         let result = Err(self.run(move || connect(address, service)));
@@ -151,7 +149,6 @@ impl Drop for PodProcess {
     }
 }
 
-/// Removes the cgroups of runs that were killed.
 fn remove_leftovers(pods: &Path) {
     for entry in fs::read_dir(pods).into_iter().flatten().flatten() {
         let name = entry.file_name();

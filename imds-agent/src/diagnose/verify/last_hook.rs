@@ -29,12 +29,10 @@ pub(crate) struct LastHook {
     next_id: u16,
     /// Links that detach the sink when they are closed.
     links: Vec<OwnedFd>,
-    /// Interfaces on which the sink is a filter.
     filtered: Vec<u32>,
 }
 
 impl LastHook {
-    /// Attaches the sink to these devices.
     pub(crate) async fn attach(
         pins: &PinDir,
         netlink: &Netlink,

@@ -35,7 +35,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-pub use self::verify_report::{Outcome, VerifyCheck, VerifyReport};
+pub(crate) use self::verify_report::{Outcome, VerifyCheck, VerifyReport};
 use self::{
     fixture::{LoopbackTap, TestDevice, TestPod},
     path_checks::Paths,
@@ -70,49 +70,33 @@ const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Delay between two reads of counters.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Reason why no check could run.
 #[derive(Debug, Error)]
-pub enum VerifyError {
-    /// The pin directory has no programs and maps.
+pub(crate) enum VerifyError {
     #[error("nothing is loaded at {}: start `imds-agent run`, or set the --pin-dir of the running agent", .0.display())]
     Unloaded(PathBuf),
-    /// A network namespace could not be created or entered.
     #[error("failed to create a network namespace, which needs CAP_SYS_ADMIN")]
     Namespace(#[source] io::Error),
-    /// No route of the node leads to an endpoint.
     #[error("this node has no uplink: no route leads to an endpoint")]
     NoExit,
     /// Another program decides on test packets before the last hook.
     #[error("another program runs before the last hook at {0}, and can send test packets out of the machine")]
     Bypassed(String),
-    /// A system call failed.
     #[error("failed to {operation} {subject}")]
     Io {
         /// Operation, such as `open`.
         operation: &'static str,
         /// Object of the operation, such as `a socket`.
         subject: String,
-        /// Error of the system call.
         source: io::Error,
     },
-    /// A map can't be read or written.
     #[error("failed to use the map {map}")]
-    Map {
-        /// Name of the map.
-        map: &'static str,
-        /// Error of the map operation.
-        source: MapError,
-    },
-    /// The datapath can't be read.
+    Map { map: &'static str, source: MapError },
     #[error(transparent)]
     Datapath(#[from] DatapathError),
-    /// A request to rtnetlink failed.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    /// Another run did not end.
     #[error("another `imds-agent verify` runs on this node")]
     Locked,
-    /// A signal ended the run.
     #[error("interrupted; all test devices are removed")]
     Interrupted,
 }
@@ -147,7 +131,7 @@ struct Enforced {
 }
 
 /// Runs all checks. All test devices, routes and map entries are removed when this returns.
-pub async fn verify(pins: &PinDir, netlink: &Netlink) -> Result<VerifyReport, VerifyError> {
+pub(crate) async fn verify(pins: &PinDir, netlink: &Netlink) -> Result<VerifyReport, VerifyError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(VerifyError::io("listen for", "SIGINT"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(VerifyError::io("listen for", "SIGTERM"))?;
     let interrupted = async {
@@ -209,15 +193,11 @@ impl Enforced {
         let maps = Maps::open(pins)?;
         let unreadable = |map| move |source| VerifyError::Map { map, source };
         let policy = maps.policy.get(&0, 0).map_err(unreadable(MAP_POLICY))?;
-        let entries = endpoint_maps::read(&maps).map_err(unreadable(MAP_ENDPOINTS))?;
-        let mut entries: Vec<_> = entries.into_iter().collect();
-        entries.sort_by_key(|(_, entry)| entry.id);
-        let endpoints = entries.iter().map(|(address, entry)| Endpoint::from_entry(*address, entry));
         Ok(Self {
             pins: pins.clone(),
             mode: Mode::from_u32(policy.mode),
             hooks: Hooks::from_bits(policy.hooks),
-            endpoints: endpoints.collect(),
+            endpoints: endpoint_maps::read(&maps).map_err(unreadable(MAP_ENDPOINTS))?,
             probes: Probes::open(pins)?,
             maps,
             status,
@@ -225,7 +205,6 @@ impl Enforced {
     }
 }
 
-/// Test devices and hooks that exist during a run.
 struct Fixture {
     pod: Result<TestPod, Skip>,
     paths: Paths,

@@ -48,14 +48,12 @@ pub(crate) async fn check(
     join_all(results).await
 }
 
-/// Skips the check of each endpoint.
 pub(crate) fn skip(endpoints: &[Endpoint], skip: &Skip) -> Vec<VerifyCheck> {
     let skipped =
         |endpoint| VerifyCheck::skipped(PATH, EXPECTED, skip).with_sender("node").with_endpoint(endpoint);
     endpoints.iter().map(skipped).collect()
 }
 
-/// A socket that is not connected yet.
 struct Call {
     socket: TcpSocket,
     to: SocketAddr,

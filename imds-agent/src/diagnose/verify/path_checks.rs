@@ -38,7 +38,6 @@ const NO_MARK: &str = "denied at node_egress: exempt pods behind a bridge need `
 pub(crate) struct Paths {
     last_hook: Result<LastHook, Skip>,
     devices: BTreeMap<u32, Device>,
-    /// Endpoint addresses that are local to the node.
     local: BTreeSet<IpAddr>,
     /// Names of excluded interfaces with a route to an endpoint.
     pub(crate) excluded: Vec<String>,
@@ -93,7 +92,6 @@ impl Paths {
         Ok(Self { last_hook, devices, local, excluded })
     }
 
-    /// Removes the last hook, and the routes through the node's bridges.
     pub(crate) async fn remove(&mut self, netlink: &Netlink) -> Result<(), VerifyError> {
         if let Ok(last_hook) = &mut self.last_hook {
             last_hook.detach(netlink).await;
@@ -101,7 +99,6 @@ impl Paths {
         Ok(routes::remove(netlink).await?)
     }
 
-    /// Runs the checks of all paths.
     pub(crate) async fn check(
         &mut self,
         enforced: &Enforced,

@@ -11,7 +11,6 @@ use imds_ebpf_common::{
 use super::VerifyError;
 use crate::datapath::{object, pin::dir::PinDir};
 
-/// Flags of a probe.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u32)]
 pub(crate) enum Treatment {
@@ -95,7 +94,6 @@ impl Probe<'_> {
         Verdict::COUNTED.into_iter().find(|&verdict| self.count(hook, verdict) > 0)
     }
 
-    /// Returns how many verdicts a hook gave since the last reset.
     pub(crate) fn total(&self, hook: Hook) -> u64 {
         Verdict::COUNTED.into_iter().map(|verdict| self.count(hook, verdict)).sum()
     }

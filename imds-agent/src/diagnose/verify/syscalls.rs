@@ -30,7 +30,6 @@ pub(crate) fn is_refused(result: &io::Result<()>) -> bool {
     result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))
 }
 
-/// Describes the result of a call.
 pub(crate) fn phrase(result: &io::Result<()>) -> String {
     let Err(error) = result else { return "done".to_owned() };
     let reason = error

@@ -1,4 +1,4 @@
-//! Results of the checks, and the report.
+//! Results of the checks, and the report. docs/json.md describes the fields.
 
 use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
 
@@ -12,54 +12,35 @@ use crate::{
     escape::escape,
 };
 
-/// Report of one `imds-agent verify`.
 #[derive(Debug, Serialize)]
-pub struct VerifyReport {
-    /// Schema version. Removed and changed fields increase it.
+pub(crate) struct VerifyReport {
     pub schema: u32,
-    /// Version of the program that made the report.
     pub version: &'static str,
-    /// Directory of the pinned maps, programs and links.
     pub pin_dir: PathBuf,
-    /// Effective mode: `enforce`, `audit` or `off`.
     pub mode: &'static str,
-    /// True if no check failed and at least one passed.
     pub passed: bool,
-    /// Checks in the order in which they ran.
     pub checks: Vec<VerifyCheck>,
 }
 
 /// Result of one check, with its expectation.
 #[derive(Clone, Debug, Serialize)]
-pub struct VerifyCheck {
-    /// Hook, or `path` for the path through the node.
+pub(crate) struct VerifyCheck {
     pub hook: &'static str,
-    /// Sender of the test packets; `None` for a check without traffic.
     pub sender: Option<String>,
-    /// Name of the endpoint; `None` for a check of the hook as a whole.
     pub endpoint: Option<String>,
-    /// Address of the endpoint.
     pub address: Option<IpAddr>,
-    /// Allowed service that the check is about, such as `udp/53`.
     pub service: Option<String>,
-    /// Result that an enforced node shows.
     pub expected: &'static str,
-    /// Observed result, or the reason why the check was skipped.
     pub observed: String,
-    /// Outcome of the check.
     pub outcome: Outcome,
 }
 
-/// Outcome of a check.
 #[derive(AsRefStr, Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
-pub enum Outcome {
-    /// The observed result is the expected one.
+pub(crate) enum Outcome {
     Passed,
-    /// The observed result differs from the expected one.
     Failed,
-    /// The check could not run here.
     Skipped,
 }
 
@@ -107,7 +88,6 @@ impl VerifyCheck {
         }
     }
 
-    /// Creates the result of a check that could not run.
     pub(crate) fn skipped(hook: &'static str, expected: &'static str, skip: &Skip) -> Self {
         Self::new(hook, expected, &*skip.reason, skip.outcome)
     }
@@ -118,23 +98,19 @@ impl VerifyCheck {
         Self::new(hook.name(), "all programs attached", observed, Outcome::from_success(is_attached))
     }
 
-    /// Adds the sender of the test traffic.
     pub(crate) fn with_sender(self, sender: impl Into<String>) -> Self {
         Self { sender: Some(sender.into()), ..self }
     }
 
-    /// Adds the endpoint that the check is about.
     pub(crate) fn with_endpoint(self, endpoint: &Endpoint) -> Self {
         Self { endpoint: Some(endpoint.name.clone()), address: Some(endpoint.address), ..self }
     }
 
-    /// Adds the allowed service that the check is about.
     pub(crate) fn with_service(self, service: Option<AllowedPort>) -> Self {
         Self { service: service.map(|service| service.to_string()), ..self }
     }
 }
 
-/// Reports whether at least one check passed and none failed.
 pub(crate) fn is_passed(checks: &[VerifyCheck]) -> bool {
     let has = |outcome| checks.iter().any(|check| check.outcome == outcome);
     has(Outcome::Passed) && !has(Outcome::Failed)
@@ -142,7 +118,7 @@ pub(crate) fn is_passed(checks: &[VerifyCheck]) -> bool {
 
 impl VerifyReport {
     /// Returns the report as text that ends with a newline.
-    pub fn table(&self) -> String {
+    pub(crate) fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(NOTHING);
         table.set_header(["HOOK", "SENDER", "ENDPOINT", "ADDRESS", "EXPECTED", "OBSERVED", "RESULT"]);

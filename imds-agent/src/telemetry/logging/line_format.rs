@@ -13,9 +13,8 @@ use crate::escape::{escape, to_json};
 /// Maximum length of a message in bytes. An error of the BPF verifier quotes its whole log.
 const MAX_MESSAGE: usize = 16 << 10;
 
-/// Format of the log lines.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     /// Time, level and message
     #[default]
     Text,
@@ -23,7 +22,6 @@ pub enum LogFormat {
     Json,
 }
 
-/// Converts log records to lines of a format.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LineFormat {
     format: LogFormat,

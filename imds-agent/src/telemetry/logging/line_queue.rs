@@ -13,14 +13,12 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// Maximum number of queued bytes.
 const MAX_BYTES: usize = 256 << 10;
 /// Size of one write in bytes. A writable pipe accepts this many without blocking (`PIPE_BUF`).
 const CHUNK: usize = 4096;
 /// Time without progress after which a flush gives up.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Queue of lines for standard error.
 #[derive(Debug, Default)]
 pub(crate) struct LineQueue {
     state: Mutex<State>,
@@ -30,7 +28,6 @@ pub(crate) struct LineQueue {
 #[derive(Debug, Default)]
 struct State {
     entries: VecDeque<Entry>,
-    /// Sum of the lengths of the lines.
     bytes: usize,
     dropped: u64,
     /// Number of dropped lines that no entry reports yet.
@@ -76,7 +73,6 @@ impl LineQueue {
         self.changed.notify_all();
     }
 
-    /// Returns the number of dropped lines.
     pub(crate) fn dropped(&self) -> u64 {
         self.lock().dropped
     }
@@ -95,7 +91,6 @@ impl LineQueue {
         }
     }
 
-    /// Takes the next entry; `None` if there is none.
     fn try_pop(&self) -> Option<Entry> {
         let mut state = self.lock();
         let entry = state.entries.pop_front();
@@ -111,7 +106,6 @@ impl LineQueue {
         entry
     }
 
-    /// Waits for the next entry.
     fn pop(&self) -> Entry {
         loop {
             if let Some(entry) = self.try_pop() {

@@ -13,7 +13,7 @@ use std::{
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-pub use self::line_format::LogFormat;
+pub(crate) use self::line_format::LogFormat;
 use self::{line_format::LineFormat, line_queue::LineQueue};
 
 /// Environment variable with log filters. [`LogOptions::level`] overrides it.
@@ -36,10 +36,8 @@ const LIBRARIES: [&str; 12] = [
     "want",
 ];
 
-/// Format and level of the log.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct LogOptions {
-    /// Format of the lines.
+pub(crate) struct LogOptions {
     pub format: LogFormat,
     /// Lowest level to log. Overrides the filters of `RUST_LOG`.
     pub level: Option<LevelFilter>,
@@ -54,8 +52,7 @@ struct Logger {
 
 static QUEUE: OnceLock<(LineQueue, LineFormat)> = OnceLock::new();
 
-/// Sets up the log of this process.
-pub fn init(options: LogOptions) -> io::Result<()> {
+pub(crate) fn init(options: LogOptions) -> io::Result<()> {
     let format = LineFormat::new(options.format);
     if options.is_queued {
         let (queue, _) = QUEUE.get_or_init(|| (LineQueue::default(), format));
@@ -81,19 +78,18 @@ pub fn init(options: LogOptions) -> io::Result<()> {
 }
 
 /// Returns the number of lines that were dropped because standard error was not read.
-pub fn dropped() -> u64 {
+pub(crate) fn dropped() -> u64 {
     QUEUE.get().map_or(0, |(queue, _)| queue.dropped())
 }
 
 /// Waits until all lines are written, or until standard error accepts none.
-pub fn flush() {
+pub(crate) fn flush() {
     if let Some((queue, _)) = QUEUE.get() {
         queue.flush();
     }
 }
 
-/// Writes the error with which the process ends.
-pub fn write_final_error(text: &str) {
+pub(crate) fn write_final_error(text: &str) {
     match QUEUE.get() {
         Some((queue, format)) => queue.push_last(format.final_error(text)),
         // A closed standard error must not cause a panic.

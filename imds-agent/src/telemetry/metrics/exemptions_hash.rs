@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Returns the hash, or `None` if nothing is loaded.
-pub fn exemptions_hash(pins: &PinDir) -> Option<u64> {
+pub(crate) fn exemptions_hash(pins: &PinDir) -> Option<u64> {
     let record = config_record::read(&Maps::open(pins).ok()?).ok()??;
     Some(hash(&record.text))
 }

@@ -4,9 +4,8 @@ use std::fmt::{Display, Write as _};
 
 use crate::escape::escape;
 
-/// Text format of `/metrics`.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum Format {
+pub(crate) enum Format {
     /// Prometheus text format, version 0.0.4.
     #[default]
     Text,
@@ -16,12 +15,11 @@ pub enum Format {
 
 impl Format {
     /// Returns `OpenMetrics` if the header lists its version 1.0.0, as Prometheus does, else the Prometheus text format.
-    pub fn from_accept(header: &str) -> Self {
+    pub(crate) fn from_accept(header: &str) -> Self {
         if header.split(',').any(includes_open_metrics) { Self::OpenMetrics } else { Self::Text }
     }
 
-    /// Returns the value of the `Content-Type` header.
-    pub const fn content_type(self) -> &'static str {
+    pub(crate) const fn content_type(self) -> &'static str {
         match self {
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
@@ -36,7 +34,6 @@ pub(crate) struct Exposition {
     text: String,
 }
 
-/// A label with its value.
 pub(crate) type Label<V> = (&'static str, V);
 
 impl Exposition {
@@ -49,7 +46,6 @@ impl Exposition {
         self.counters(name, help, [([] as [Label<&str>; 0], value)]);
     }
 
-    /// Adds a gauge without labels.
     pub(crate) fn gauge(&mut self, name: &str, help: &str, value: impl Display) {
         self.gauges(name, help, [([] as [Label<&str>; 0], value)]);
     }
@@ -100,7 +96,6 @@ impl Exposition {
         }
     }
 
-    /// Returns the text of all metrics.
     pub(crate) fn finish(self) -> String {
         self.text + if self.format == Format::OpenMetrics { "# EOF\n" } else { "" }
     }

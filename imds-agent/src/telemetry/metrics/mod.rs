@@ -14,7 +14,7 @@ use imds_ebpf_common::{
 };
 
 use self::format::Exposition;
-pub use self::{
+pub(crate) use self::{
     exemptions_hash::exemptions_hash, format::Format, program_runs::RunTimeStats, snapshot::Snapshot,
 };
 use crate::{
@@ -23,11 +23,10 @@ use crate::{
 };
 
 /// Sums of denied and audited packets by namespace, endpoint, hook and verdict.
-pub type Denied = BTreeMap<(String, DenialTo), Count>;
+pub(crate) type Denied = BTreeMap<(String, DenialTo), Count>;
 
-/// Endpoint, hook and verdict of denials.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct DenialTo {
+pub(crate) struct DenialTo {
     address: Address,
     hook: u32,
     verdict: u32,
@@ -39,8 +38,9 @@ impl From<&DenialKey> for DenialTo {
     }
 }
 
-/// Sums the denial records by namespace, endpoint, hook and verdict.
-pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>) -> Result<Denied, E> {
+pub(crate) fn sum<E>(
+    denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>,
+) -> Result<Denied, E> {
     let mut denied = Denied::new();
     for denial in denials {
         let (key, record) = denial?;
@@ -50,8 +50,7 @@ pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>
     Ok(denied)
 }
 
-/// Encodes all metrics of one scrape.
-pub fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
+pub(crate) fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
     let mut exposition = Exposition::new(format);
     snapshot.add(&mut exposition);
     program_runs::add(pins, &mut exposition);

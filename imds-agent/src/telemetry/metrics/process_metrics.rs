@@ -9,7 +9,6 @@ use nix::{
 
 use super::format::Exposition;
 
-/// Resource usage of a process.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Process {
     cpu_seconds: f64,

@@ -13,7 +13,7 @@ use crate::datapath::pin::dir::PinDir;
 
 /// Switch for the measurement of run times of all BPF programs (`BPF_ENABLE_STATS`, Linux 5.8).
 #[derive(Debug, Default)]
-pub struct RunTimeStats {
+pub(crate) struct RunTimeStats {
     is_desired: bool,
     /// Descriptor that keeps the measurement on. The kernel stops when the last such descriptor is closed.
     enabled: Option<OwnedFd>,
@@ -21,7 +21,7 @@ pub struct RunTimeStats {
 
 impl RunTimeStats {
     /// Starts or stops the measurement. A failure is logged once and has no other effect.
-    pub fn set(&mut self, is_desired: bool) {
+    pub(crate) fn set(&mut self, is_desired: bool) {
         if self.is_desired == is_desired {
             return;
         }

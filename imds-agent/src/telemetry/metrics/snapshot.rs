@@ -21,14 +21,11 @@ use crate::{
 /// Maximum number of namespaces with a label value of their own.
 const MAX_NAMESPACES: usize = 100;
 
-/// Values of the node and the agent that one scrape reports.
 #[derive(Debug)]
-pub struct Snapshot {
-    /// Status of the node, read from the kernel.
+pub(crate) struct Snapshot {
     pub report: StatusReport,
     /// Sums of denials by namespace.
     pub denials: Denied,
-    /// Counters of the agent since its start.
     pub stats: AgentStats,
     /// Event counters; `None` if another process collects the events.
     pub collected: Option<Collected>,
@@ -272,7 +269,6 @@ fn add_packets<const N: usize>(
     to.counters(bytes, help, samples.iter().map(|(labels, count)| (*labels, count.bytes)));
 }
 
-/// Returns samples with one label.
 fn by<'v, V>(
     label: &'static str,
     values: impl IntoIterator<Item = (&'v str, V)>,

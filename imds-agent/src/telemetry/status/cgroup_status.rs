@@ -3,15 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use imds_ebpf_common::{
-    CounterKey, Hook,
+    CgroupRecord, CounterKey, Hook,
     cgroup::SENDMSG_OFF,
     names::{MAP_CGROUP, MAP_NODE_ALLOW, PROG_LOCAL_SERVICE},
 };
 use toml::Value;
 
 use super::{
-    CgroupProgram, HostNetworkReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PartReport,
-    SocketReport, StatusReport, effective_table, unreadable,
+    HostNetworkReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PartReport, SocketReport,
+    StatusReport, effective_table, unreadable,
 };
 use crate::{
     config::Hooks,
@@ -41,35 +41,35 @@ impl StatusReport {
         counts: &mut BTreeMap<(u32, u8), Counts>,
     ) -> Result<(), DatapathError> {
         let mut take = |hook: Hook| counts.remove(&(CounterKey::DELETED, hook as u8)).unwrap_or_default();
+        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         if hooks.contains(Hook::Socket) {
-            self.add_sockets(pins, maps, take(Hook::Socket))?;
+            self.add_sockets(pins, &record, take(Hook::Socket));
         }
         if hooks.contains(Hook::LocalService) {
-            self.add_local_service(pins, maps, take(Hook::LocalService))?;
+            self.add_local_service(pins, &record, take(Hook::LocalService));
         }
         if hooks.contains(Hook::HostNetwork) {
             self.add_host_network(host_cgroups::inspect(pins)?, take(Hook::HostNetwork));
         }
         if hooks.contains(Hook::NodeAllow) {
-            self.add_node_allow(pins, maps, take(Hook::NodeAllow))?;
+            self.add_node_allow(pins, maps, &record, take(Hook::NodeAllow))?;
         }
         Ok(())
     }
 
     /// Adds the `socket` hook: its programs on the cgroup that the agent recorded.
-    fn add_sockets(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
+    fn add_sockets(&mut self, pins: &PinDir, record: &CgroupRecord, counts: Counts) {
         self.total += counts;
-        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         let reason = SendmsgReason::from_u32(record.sendmsg);
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
-        let programs = cgroup.map(|id| cgroup_programs::inspect(pins, SOCKETS, id)).unwrap_or_default();
+        let mut programs = cgroup.map(|id| cgroup_programs::inspect(pins, SOCKETS, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP, NO_CGROUP_REMEDY);
         }
-        let is_desired = |program: &&ProgramState| reason.is_some() || !program.is_sendmsg;
-        let desired: Vec<_> = programs.iter().filter(is_desired).collect();
-        self.add_programs(Hook::Socket, &desired);
         let mut sendmsg = programs.iter().filter(|program| program.is_sendmsg);
+        let has_sendmsg = !programs.is_empty() && sendmsg.all(|program| program.is_attached);
+        programs.retain(|program| reason.is_some() || !program.is_sendmsg);
+        self.add_programs(Hook::Socket, &programs);
         let text = match (reason, record.sendmsg) {
             (Some(reason), _) => Some(reason.text()),
             (None, 0) => Some("from_pod and node_egress cover pods whose packets the node forwards"),
@@ -77,21 +77,16 @@ impl StatusReport {
             (None, _) => None,
         };
         self.sockets = Some(SocketReport {
-            attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
-            programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
-            sendmsg: PartReport {
-                attached: !programs.is_empty() && sendmsg.all(|program| program.is_attached),
-                reason: text,
-            },
+            attached: are_attached(&programs),
+            programs,
+            sendmsg: PartReport { attached: has_sendmsg, reason: text },
             counts,
         });
-        Ok(())
     }
 
     /// Adds the `local_service` hook: its program on the cgroup that the agent recorded.
-    fn add_local_service(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
+    fn add_local_service(&mut self, pins: &PinDir, record: &CgroupRecord, counts: Counts) {
         self.total += counts;
-        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         let desired = record.local_service == 1;
         let has_cgroup = record.cgroup != 0;
         let program =
@@ -106,38 +101,43 @@ impl StatusReport {
             Some(_) | None => {}
         }
         self.local_service = Some(LocalServiceReport { attached, desired, counts });
-        Ok(())
     }
 
     /// Adds the `host_network` hook: its programs on the cgroups of Kubernetes pods.
     fn add_host_network(&mut self, cgroups: BTreeMap<u64, Vec<ProgramState>>, counts: Counts) {
         self.total += counts;
-        self.add_programs(Hook::HostNetwork, &cgroups.values().flatten().collect::<Vec<_>>());
+        let (cgroups, programs): (Vec<_>, Vec<_>) = cgroups.into_iter().unzip();
+        let programs = programs.concat();
+        self.add_programs(Hook::HostNetwork, &programs);
         if cgroups.is_empty() && !lacks_cookie() {
             let problem =
                 "hostNetwork pods are not restricted: no cgroup of Kubernetes pods (kubepods) was found";
             self.problem(None, problem, kubepods::missing_kubepods_hint());
         }
-        let attached = !cgroups.is_empty() && cgroups.values().flatten().all(|program| program.is_attached);
-        let programs = cgroups.iter().flat_map(|(id, programs)| cgroup_programs_of(*id, programs)).collect();
-        let cgroups = cgroups.into_keys().collect();
+        let attached = are_attached(&programs);
         self.host_network = Some(HostNetworkReport { attached, cgroups, programs, counts });
     }
 
     /// Adds the `node_allow` hook: its programs on the cgroup that the agent recorded, and the allow list.
-    fn add_node_allow(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
+    fn add_node_allow(
+        &mut self,
+        pins: &PinDir,
+        maps: &Maps,
+        record: &CgroupRecord,
+        counts: Counts,
+    ) -> Result<(), DatapathError> {
         self.total += counts;
-        let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
-        let programs = cgroup.map(|id| cgroup_programs::inspect(pins, NODE_ALLOW, id)).unwrap_or_default();
+        let mut programs =
+            cgroup.map(|id| cgroup_programs::inspect(pins, NODE_ALLOW, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY);
         }
         let has_packets = object::cgroup_has_cookie();
-        let desired: Vec<_> =
-            programs.iter().filter(|program| has_packets || !program.is_packet_program).collect();
-        self.add_programs(Hook::NodeAllow, &desired);
         let mut packets = programs.iter().filter(|program| program.is_packet_program);
+        let checks_packets = !programs.is_empty() && packets.all(|program| program.is_attached);
+        programs.retain(|program| has_packets || !program.is_packet_program);
+        self.add_programs(Hook::NodeAllow, &programs);
         let reason =
             "this kernel does not report the network namespace of packets at cgroups (needs Linux 6.15)";
         let active: BTreeSet<u32> =
@@ -146,12 +146,9 @@ impl StatusReport {
         let allow =
             entries.map(|(process, number)| NodeAllowEntry { process, active: active.contains(&number) });
         self.node_allow = Some(NodeAllowReport {
-            attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
-            programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
-            packets: PartReport {
-                attached: !programs.is_empty() && packets.all(|program| program.is_attached),
-                reason: (!has_packets).then_some(reason),
-            },
+            attached: are_attached(&programs),
+            programs,
+            packets: PartReport { attached: checks_packets, reason: (!has_packets).then_some(reason) },
             cgroup,
             allow: allow.collect(),
             counts,
@@ -160,10 +157,9 @@ impl StatusReport {
     }
 
     /// Adds the problems of the programs of a hook whose programs compare network namespaces.
-    fn add_programs(&mut self, hook: Hook, programs: &[&ProgramState]) {
-        let is_missing = programs.is_empty() || programs.iter().any(|program| !program.is_attached);
+    fn add_programs(&mut self, hook: Hook, programs: &[ProgramState]) {
         if lacks_cookie() {
-            self.problem(None, no_cookie(hook, !is_missing), no_cookie_remedy(hook));
+            self.problem(None, no_cookie(hook, are_attached(programs)), no_cookie_remedy(hook));
             return;
         }
         for program in programs {
@@ -189,19 +185,8 @@ fn lacks_cookie() -> bool {
     matches!(netns::identity(), Ok(None))
 }
 
-/// Returns the programs that the cgroup with this id should have.
-fn cgroup_programs_of<'p>(
-    cgroup: u64,
-    programs: impl IntoIterator<Item = &'p ProgramState>,
-) -> Vec<CgroupProgram> {
-    let programs = programs.into_iter();
-    programs
-        .map(|&ProgramState { program, is_attached, .. }| CgroupProgram {
-            program,
-            cgroup,
-            attached: is_attached,
-        })
-        .collect()
+fn are_attached(programs: &[ProgramState]) -> bool {
+    !programs.is_empty() && programs.iter().all(|program| program.is_attached)
 }
 
 /// Returns the allow list of the effective configuration, in the order of the file.

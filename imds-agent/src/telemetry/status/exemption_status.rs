@@ -78,8 +78,7 @@ impl StatusReport {
         known.map_or_else(|| address.to_string(), |endpoint| endpoint.name.clone())
     }
 
-    /// Returns the number of exempt senders by the name of their rule.
-    pub fn senders_by_rule(&self) -> BTreeMap<&str, usize> {
+    pub(crate) fn senders_by_rule(&self) -> BTreeMap<&str, usize> {
         let mut senders = BTreeMap::new();
         for sender in &self.exemptions {
             *senders.entry(sender.rule.as_str()).or_default() += 1;

@@ -22,7 +22,6 @@ use crate::{
 };
 
 impl StatusReport {
-    /// Adds an interface with its attachments and counters.
     pub(crate) async fn add(
         &mut self,
         link: &Link,
@@ -72,7 +71,6 @@ impl StatusReport {
         Ok(())
     }
 
-    /// Adds the problems of a desired attachment.
     fn check_attachment(
         &mut self,
         link: &Link,

@@ -20,23 +20,22 @@ use imds_ebpf_common::{
 use toml::Table;
 
 use self::status_report::NOT_ATTACHED;
-pub use self::status_report::{
-    Agent, CgroupProgram, Configuration, Endpoint, ExemptSender, HookAttachment, HostNetworkReport,
-    Interface, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PartReport, Problem, Provider,
-    RejectedConfigReport, RejectedProgram, SocketReport, State, StatusReport,
+pub(crate) use self::status_report::{
+    Agent, ExemptSender, HookAttachment, HostNetworkReport, Interface, LocalServiceReport, NodeAllowEntry,
+    NodeAllowReport, PartReport, Problem, Provider, RejectedProgram, SocketReport, State, StatusReport,
 };
 pub(crate) use self::{
     cgroup_status::node_allow_entries,
     exemption_status::{exemption_rules, rule_name},
 };
 use crate::{
-    config::{
-        Hooks,
-        endpoint_set::{AllowedPort, Endpoint as ProtectedEndpoint},
-    },
+    config::Hooks,
     datapath::{
         DatapathError,
-        maps::{config_record, counters, endpoint_maps, pod_names},
+        maps::{
+            config_record::{self, EffectiveConfig, RejectedConfig},
+            counters, endpoint_maps, pod_names,
+        },
         object::{self, Maps, ObjectError},
         pin::{
             agents,
@@ -57,8 +56,7 @@ const SCHEMA: u32 = 1;
 /// Maximum number of attempts to read a status during which the policy does not change.
 const ATTEMPTS: usize = 5;
 
-/// Reads the status from the kernel.
-pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
+pub(crate) async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
     for _ in 0..ATTEMPTS {
         let before = policy(pins);
         let report = gather_once(pins, netlink).await;
@@ -69,7 +67,6 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, Da
     gather_once(pins, netlink).await
 }
 
-/// Returns the effective policy; `None` if it can't be read.
 fn policy(pins: &PinDir) -> Option<Policy> {
     Maps::open(pins).ok()?.policy.get(&0, 0).ok()
 }
@@ -164,7 +161,6 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
 }
 
 impl StatusReport {
-    /// Returns the report of a node on which nothing is loaded.
     fn unloaded(pins: &PinDir, holder: Option<&LockOwner>) -> Self {
         Self {
             schema: SCHEMA,
@@ -188,10 +184,8 @@ impl StatusReport {
 
     fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
         let record = config_record::read(maps).map_err(unreadable(MAP_CONFIG))?;
-        if let Some(record) = &record
-            && let Some(config_record::RejectedConfig { at, error }) = &record.rejected
-        {
-            let from = record.path.as_ref().map_or_else(
+        if let Some(EffectiveConfig { path, rejected: Some(RejectedConfig { at, error }), .. }) = &record {
+            let from = path.as_ref().map_or_else(
                 || "the built-in defaults".to_owned(),
                 |path| format!("the configuration loaded from {}", path.display()),
             );
@@ -199,12 +193,7 @@ impl StatusReport {
                           or on SIGHUP";
             self.problem(None, format!("configuration rejected, using {from}: {error} ({at:.0})"), remedy);
         }
-        self.configuration =
-            record.map(|config_record::EffectiveConfig { generation, path, loaded_at, rejected, .. }| {
-                let rejected = rejected
-                    .map(|config_record::RejectedConfig { at, error }| RejectedConfigReport { at, error });
-                Configuration { generation, file: path, loaded_at, rejected }
-            });
+        self.configuration = record;
         Ok(())
     }
 
@@ -251,19 +240,11 @@ impl StatusReport {
     fn add_endpoints(&mut self, maps: &Maps, netlink: &Netlink) -> Result<Netlink, DatapathError> {
         let (configured, effective) = endpoint_maps::provider(maps).map_err(unreadable(MAP_PROVIDER))?;
         self.provider = Some(Provider { configured, effective });
-        let mut entries: Vec<_> =
-            endpoint_maps::read(maps).map_err(unreadable(MAP_ENDPOINTS))?.into_iter().collect();
-        entries.sort_by_key(|(_, entry)| entry.id);
-        let endpoint_set: Vec<_> =
-            entries.iter().map(|(address, entry)| ProtectedEndpoint::from_entry(*address, entry)).collect();
-        let to_strings = |ports: &[AllowedPort]| ports.iter().map(ToString::to_string).collect();
-        self.endpoints.extend(endpoint_set.iter().map(|ProtectedEndpoint { name, address, allow_ports }| {
-            Endpoint { name: name.clone(), address: *address, allow_ports: to_strings(allow_ports) }
-        }));
+        self.endpoints = endpoint_maps::read(maps).map_err(unreadable(MAP_ENDPOINTS))?;
         if self.endpoints.is_empty() && self.mode != Some(Mode::Off.name()) {
             self.problem(None, "no endpoint is protected", "start `imds-agent run`");
         }
-        Ok(netlink.clone().with_endpoints(endpoint_set.iter().map(|endpoint| endpoint.address).collect()))
+        Ok(netlink.clone().with_endpoints(self.endpoints.iter().map(|endpoint| endpoint.address).collect()))
     }
 }
 

@@ -4,19 +4,22 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{
-    CgroupProgram, Configuration, Endpoint, HookAttachment, NodeAllowReport, PartReport, Provider, State,
-    StatusReport,
-};
+use super::{HookAttachment, NodeAllowReport, PartReport, Provider, State, StatusReport};
 use crate::{
-    datapath::maps::counters::{Count, Counts},
+    datapath::{
+        attach::cgroup_programs::ProgramState,
+        maps::{
+            config_record::EffectiveConfig,
+            counters::{Count, Counts},
+        },
+    },
     escape::escape,
     kube::pod_ref::PodWatchStatus,
 };
 
 impl StatusReport {
     /// Returns the report as text that ends with a newline.
-    pub fn table(&self) -> String {
+    pub(crate) fn table(&self) -> String {
         let mut text = String::new();
         // Writing to a string does not fail.
         let _ok = self.write(&mut text);
@@ -63,10 +66,10 @@ impl StatusReport {
     }
 
     fn write_configuration(&self, text: &mut String) -> std::fmt::Result {
-        let Some(Configuration { generation, file, loaded_at, .. }) = &self.configuration else {
+        let Some(EffectiveConfig { generation, path, loaded_at, .. }) = &self.configuration else {
             return Ok(());
         };
-        let file = file.as_ref().map_or("all defaults".into(), |file| file.to_string_lossy());
+        let file = path.as_ref().map_or("all defaults".into(), |file| file.to_string_lossy());
         writeln!(text, "config     {file}, generation {generation}, active since {loaded_at:.0}")
     }
 
@@ -83,14 +86,9 @@ impl StatusReport {
         if self.endpoints.is_empty() {
             writeln!(text, "endpoints  none")?;
         }
-        for (index, Endpoint { name, address, allow_ports }) in self.endpoints.iter().enumerate() {
+        for (index, endpoint) in self.endpoints.iter().enumerate() {
             let title = if index == 0 { "endpoints" } else { "" };
-            let kept = if allow_ports.is_empty() {
-                String::new()
-            } else {
-                format!(", allows {}", allow_ports.join(" "))
-            };
-            writeln!(text, "{title:<10} {address} ({name}){kept}")?;
+            writeln!(text, "{title:<10} {endpoint}")?;
         }
         Ok(())
     }
@@ -199,13 +197,13 @@ fn phrase_attachment(attachment: &HookAttachment) -> String {
 }
 
 /// Formats the programs of a cgroup hook: `cgroup` if all are attached, `-` if none is. Names the missing ones otherwise.
-fn phrase_programs(programs: &[CgroupProgram]) -> String {
+fn phrase_programs(programs: &[ProgramState]) -> String {
     let mut cgroups: BTreeMap<u64, Vec<&str>> = BTreeMap::new();
     for program in programs {
         let missing = cgroups.entry(program.cgroup).or_default();
-        missing.extend((!program.attached).then_some(program.program));
+        missing.extend((!program.is_attached).then_some(program.program));
     }
-    if programs.iter().all(|program| !program.attached) {
+    if programs.iter().all(|program| !program.is_attached) {
         return "-".to_owned();
     }
     let all = if cgroups.len() == 1 { "cgroup".to_owned() } else { format!("{} cgroups", cgroups.len()) };
@@ -248,7 +246,14 @@ mod tests {
     #[test]
     fn partly_attached_hooks_name_the_missing_programs() {
         let programs = |states: &[(&'static str, u64, bool)]| {
-            let program = |&(program, cgroup, attached)| CgroupProgram { program, cgroup, attached };
+            let program = |&(program, cgroup, is_attached)| ProgramState {
+                program,
+                cgroup,
+                is_sendmsg: false,
+                is_attached,
+                is_packet_program: false,
+                problem: None,
+            };
             phrase_programs(&states.iter().map(program).collect::<Vec<_>>())
         };
         assert_eq!(programs(&[]), "-");

@@ -3,7 +3,7 @@
 mod model;
 mod view;
 
-pub use self::{
-    model::{Command, Model, SortOrder},
+pub(crate) use self::{
+    model::{Command, Model},
     view::draw,
 };

@@ -12,56 +12,44 @@ use crate::{
     telemetry::status::{self, StatusReport},
 };
 
-/// Maximum number of events that the model keeps.
 const EVENTS: usize = 200;
 
 /// State of the view, updated at each refresh.
 #[derive(Debug, Default)]
-pub struct Model {
+pub(crate) struct Model {
     /// Lines above the table: mode, provider, hooks and agent.
     pub header: Vec<String>,
     /// First problem of the status, and the number of further ones.
     pub problem: Option<(String, usize)>,
-    /// Rows of interfaces and hooks, sorted by `sort`.
     pub rows: Vec<Row>,
     /// Latest events, the newest at the end.
     pub events: VecDeque<String>,
-    /// Sort order of the rows.
     pub sort: SortOrder,
     /// Number of rows above the first visible one.
     pub offset: usize,
-    /// True while the view is not refreshed.
     pub is_paused: bool,
-    /// True while the list of keys is shown.
     pub shows_keys: bool,
     /// Counts at the previous refresh, by interface index and name.
     pub(crate) before: BTreeMap<(u32, String), Counts>,
 }
 
-/// Row of an interface or a cgroup hook.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Row {
-    /// Name of the interface or hook.
+pub(crate) struct Row {
     pub name: String,
     /// Interface index; 0 for a hook.
     pub index: u32,
     /// Role of the interface; empty for a hook.
     pub role: String,
-    /// Pod of the interface, if it is known.
     pub pod: Option<String>,
-    /// Packets and bytes by verdict.
     pub counts: Counts,
     /// Denied packets or calls per second.
     pub denied: f64,
-    /// Audited packets or calls per second.
     pub audited: f64,
-    /// Exempt packets or calls per second.
     pub exempt: f64,
 }
 
-/// Sort order of the rows.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum SortOrder {
+pub(crate) enum SortOrder {
     /// Denials per second, then the total of denials.
     #[default]
     Rate,
@@ -71,26 +59,20 @@ pub enum SortOrder {
     Name,
 }
 
-/// Command that a key stands for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Command {
-    /// Switches to the next sort order.
+pub(crate) enum Command {
     Sort,
-    /// Pauses or resumes the refresh.
     Pause,
-    /// Shows or hides the list of keys.
     Keys,
     /// Scrolls down by this number of rows, or up if it is negative.
     Scroll(isize),
-    /// Scrolls to the first row.
     First,
-    /// Scrolls to the last row.
     Last,
 }
 
 impl SortOrder {
     /// Returns the name of the order in the status line.
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Rate => "denied/s",
             Self::Total => "denied",
@@ -109,7 +91,7 @@ impl SortOrder {
 
 impl Model {
     /// Updates the model with a status. `elapsed` is the time since the previous one; `None` for the first, which has no rates.
-    pub fn take(&mut self, report: &StatusReport, elapsed: Option<Duration>) {
+    pub(crate) fn take(&mut self, report: &StatusReport, elapsed: Option<Duration>) {
         self.header = header(report);
         self.problem = report.problems.split_first().map(|(first, others)| {
             let of = first.interface.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
@@ -134,16 +116,14 @@ impl Model {
         self.order();
     }
 
-    /// Adds new events and drops the oldest ones beyond the limit.
-    pub fn add_events(&mut self, events: impl IntoIterator<Item = String>) {
+    pub(crate) fn add_events(&mut self, events: impl IntoIterator<Item = String>) {
         self.events.extend(events);
         while self.events.len() > EVENTS {
             self.events.pop_front();
         }
     }
 
-    /// Applies the command of a key.
-    pub fn apply(&mut self, command: Command) {
+    pub(crate) fn apply(&mut self, command: Command) {
         match command {
             Command::Sort => {
                 self.sort = self.sort.next();

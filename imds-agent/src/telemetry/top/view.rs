@@ -10,7 +10,6 @@ use ratatui::{
 
 use super::model::{Model, Row};
 
-/// Maximum number of lines for events.
 const EVENTS: u16 = 10;
 const KEYS: [&str; 6] = [
     "q, Esc, Ctrl-C  quit",
@@ -21,8 +20,7 @@ const KEYS: [&str; 6] = [
     "?               show or hide this",
 ];
 
-/// Draws the whole view.
-pub fn draw(frame: &mut Frame<'_>, model: &Model) {
+pub(crate) fn draw(frame: &mut Frame<'_>, model: &Model) {
     let header = model.header.len() + usize::from(model.problem.is_some());
     let area = frame.area();
     let events = EVENTS.min(area.height / 3);
