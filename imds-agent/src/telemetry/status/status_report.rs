@@ -266,7 +266,7 @@ impl HookAttachment {
 
     /// Reports whether the agent's program is attached and runs before all others.
     pub fn is_enforced(&self) -> bool {
-        self.order == Some(Order::First.name())
+        self.order == Some(Order::First.into())
     }
 }
 
