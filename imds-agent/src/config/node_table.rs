@@ -69,12 +69,13 @@ impl NodeTable {
         self.allow.is_none()
     }
 
-    /// Returns the valid entries of a broken file, as far as they can be read; `None` if the file has no `[node]` table with a key.
+    /// Returns the table with the valid entries of a broken file, as far as they can be read. The result is empty if the file has no
+    /// `[node]` table with a key.
     /// An unknown key that may be a misspelt `node`, and a key `allow` elsewhere, count as that table.
     ///
     /// An invalid entry allows nothing. The list stays even if it has no other entry: without a list, every process of the node
     /// could reach the endpoints.
-    pub(super) fn salvage(source: SourceFile<'_>) -> Option<Vec<NodeProcess>> {
+    pub(super) fn salvage(source: SourceFile<'_>) -> Self {
         let (document, _) = DeTable::parse_recoverable(source.text);
         let document = document.get_ref();
         let is_meant = |(name, value): &(&Spanned<Cow<'_, str>>, &Spanned<DeValue<'_>>)| {
@@ -83,9 +84,9 @@ impl NodeTable {
             is_list && (name == "allow" || is_similar_to_node(name)) || value.get("allow").is_some()
         };
         let misspelt = || document.iter().find(is_meant).map(|(_, value)| value);
-        let node = document.get("node").or_else(misspelt)?.get_ref();
-        let allow = match node {
-            DeValue::Table(table) if table.is_empty() => return None,
+        let Some(node) = document.get("node").or_else(misspelt) else { return Self::default() };
+        let allow = match node.get_ref() {
+            DeValue::Table(table) if table.is_empty() => return Self::default(),
             DeValue::Table(table) => table.get("allow").and_then(|allow| allow.get_ref().as_array()),
             _ => None,
         };
@@ -98,14 +99,8 @@ impl NodeTable {
                 break;
             }
         }
-        Some(processes)
-    }
-
-    /// Returns the table with these entries.
-    pub(super) fn new(allow: Option<&[NodeProcess]>) -> Self {
         let unplaced = |process: &NodeProcess| Spanned::new(0..0, process.to_string());
-        let allow = allow.map(|allow| Spanned::new(0..0, allow.iter().map(unplaced).collect()));
-        Self { allow }
+        Self { allow: Some(Spanned::new(0..0, processes.iter().map(unplaced).collect())) }
     }
 
     /// Returns the allow list; `None` if every process of the node may reach protected endpoints.
