@@ -13,9 +13,12 @@ mod rulesets;
 /// Environment variable with the name of the target.
 pub const TARGET: &str = "IMDS_FUZZ_TARGET";
 
-/// Each target by its name on the command line, which is also the directory of its seeds. A target decodes bytes as the agent
-/// does, and panics if the result violates an invariant.
-pub const TARGETS: [(&str, fn(&[u8])); 6] = [
+/// Name of a target on the command line, which is also the directory of its seeds, and a function that decodes bytes as the agent
+/// does. The function panics if the result violates an invariant.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: [Target; 6] = [
     ("classify", classify::run),
     ("config", config::run),
     ("netlink", netlink::run),
