@@ -198,11 +198,8 @@ impl Reconciler {
             || !self.progress.initial_sync_done
             || self.attaching.turn == Some(point);
         let is_first = !self.attaching.attached.contains(&point);
-        let is_repair = |action: &Action| match action {
-            Action::Attach(_) => !is_first,
-            Action::Replace(_) | Action::Reorder(_) => true,
-            Action::Detach(_) | Action::Pin(_) => false,
-        };
+        let is_repair =
+            |action: &Action| action.is_repair() && !(is_first && matches!(action, Action::Attach(_)));
         !is_expected && actions.iter().any(is_repair)
     }
 

@@ -23,10 +23,10 @@ impl Datapath {
     /// `datapath_config` does not have stay until [`Datapath::release`].
     pub fn prepare(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
         self.hooks = self.hooks.union(datapath_config.hooks);
-        self.programs.add(self.pin_lock.dir(), self.hooks)?;
-        self.programs.pin(self.pin_lock.dir())?;
+        self.programs.add(&self.pin_lock.dir, self.hooks)?;
+        self.programs.pin(&self.pin_lock.dir)?;
         self.programs.record_rejected(&mut self.maps)?;
-        self.cgroups.prepare(self.pin_lock.dir(), datapath_config)
+        self.cgroups.prepare(&self.pin_lock.dir, datapath_config)
     }
 
     /// Applies mode, deny action and endpoints. Requests that both the old and the new policy deny stay denied throughout.
@@ -46,10 +46,10 @@ impl Datapath {
     /// Removes the hooks that `datapath_config` does not have from the desired hooks. The next reconciliation detaches them.
     pub fn release(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
         self.hooks = datapath_config.hooks;
-        self.cgroups.release(self.pin_lock.dir(), datapath_config)?;
+        self.cgroups.release(&self.pin_lock.dir, datapath_config)?;
         self.programs.retain_hooks(datapath_config.hooks);
         self.programs.record_rejected(&mut self.maps)?;
-        Ok(self.programs.pin(self.pin_lock.dir())?)
+        Ok(self.programs.pin(&self.pin_lock.dir)?)
     }
 }
 

@@ -248,7 +248,7 @@ pub(crate) fn lacks_bpffs(path: &Path) -> bool {
 }
 
 /// Pins an object at `path`. Replaces an existing pin atomically. Does nothing while no bpffs is mounted, which
-/// [`PinLock::failure`](super::lock::PinLock::failure) reports.
+/// [`Datapath::pin_failure`](crate::datapath::Datapath::pin_failure) reports.
 pub fn replace_pin(object: impl AsFd, path: &Path) -> Result<(), PinError> {
     let mut new = path.as_os_str().to_owned();
     new.push(REPLACEMENT_SUFFIX);

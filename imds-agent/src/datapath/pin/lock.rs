@@ -124,38 +124,24 @@ pub struct LockOwner {
 /// Lock of a pin directory, released when dropped.
 #[derive(Debug)]
 pub struct PinLock {
-    dir: PinDir,
+    /// The locked pin directory.
+    pub(in crate::datapath) dir: PinDir,
     lock: Flock<File>,
     /// Lock of the directory of maps, which marks the agent as ready. The kernel releases it when the process ends.
     ready: Option<Flock<File>>,
-    is_new: bool,
-    /// Reason why nothing is pinned: no bpffs is mounted.
-    failure: Option<String>,
+    /// True if this process has created the directory.
+    pub(in crate::datapath) is_new: bool,
+    /// Reason why nothing is pinned; `None` if a bpffs is mounted.
+    pub(in crate::datapath) failure: Option<String>,
 }
 
 impl PinLock {
-    /// Returns the locked pin directory.
-    pub fn dir(&self) -> &PinDir {
-        &self.dir
-    }
-
-    /// Reports whether this process has created the directory.
-    pub fn is_new(&self) -> bool {
-        self.is_new
-    }
-
-    /// Returns the reason why nothing is pinned; `None` if a bpffs is mounted.
-    pub fn failure(&self) -> Option<&str> {
-        self.failure.as_deref()
-    }
-
     /// Records that no bpffs is mounted. Logs each failure once.
     fn record_failure(&mut self, error: PinError) {
-        let failure = Some(format!("{:#}", anyhow::Error::from(error)));
-        if self.failure != failure {
-            self.failure = failure;
-            let failure = self.failure().unwrap_or_default();
+        let failure = format!("{:#}", anyhow::Error::from(error));
+        if self.failure.as_ref() != Some(&failure) {
             log::error!("{failure}; enforcing without pins: enforcement ends with the agent");
+            self.failure = Some(failure);
         }
     }
 
@@ -168,7 +154,7 @@ impl PinLock {
     }
 
     /// Creates removed directories again, and locks them. Returns `true` if any was missing. Without a bpffs, records that as
-    /// [`Self::failure`].
+    /// the failure.
     pub fn restore(&mut self) -> Result<bool, PinError> {
         let is_complete = is_lock_of(&self.lock, self.dir.root())
             && self.ready.as_ref().is_none_or(|ready| is_lock_of(ready, &self.dir.maps()))
