@@ -80,3 +80,8 @@ impl DatapathError {
         }
     }
 }
+
+/// Adds the name of the map to the error of an operation on it.
+pub(crate) fn map_error(map: &'static str) -> impl Fn(MapError) -> DatapathError + Copy {
+    move |source| DatapathError::Map { map, source }
+}

@@ -21,6 +21,7 @@ use imds_ebpf_common::{
     AttachMode, DenyAction, DenyErrno, Hook, Mode, Subject, SubjectKind, TcHook, TcHookSet,
 };
 
+pub(crate) use self::datapath_error::map_error;
 use self::{
     attach::{cgroup_hooks::Cgroups, mprog::Links, netns_identity::hooks_without_identity},
     maps::pod_names::WrittenNames,

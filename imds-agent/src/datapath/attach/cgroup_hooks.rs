@@ -17,7 +17,7 @@ use super::{
 use crate::{
     config::{Hooks, Sendmsg},
     datapath::{
-        Datapath, DatapathConfig, DatapathError,
+        Datapath, DatapathConfig, DatapathError, map_error,
         object::{self, Maps},
         pin::dir::PinDir,
     },
@@ -193,7 +193,7 @@ impl Cgroups {
         if self.recorded == Some(record) {
             return Ok(());
         }
-        maps.cgroup.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_CGROUP, source })?;
+        maps.cgroup.set(0, record, 0).map_err(map_error(MAP_CGROUP))?;
         self.recorded = Some(record);
         Ok(())
     }

@@ -6,7 +6,7 @@ use super::endpoint_maps;
 use crate::{
     config::{Hooks, endpoint_set::EndpointSet},
     datapath::{
-        Datapath, DatapathConfig, DatapathError,
+        Datapath, DatapathConfig, DatapathError, map_error,
         object::Maps,
         pin::{dir::PinDir, netns_owner},
     },
@@ -63,7 +63,7 @@ pub(crate) fn switch_off(pins: &PinDir) -> Result<bool, DatapathError> {
             return Ok(false);
         }
     };
-    let failed = |source| DatapathError::Map { map: MAP_POLICY, source };
+    let failed = map_error(MAP_POLICY);
     let policy = maps.policy.get(&0, 0).map_err(failed)?;
     maps.policy.set(0, Policy { mode: Mode::Off as u32, ..policy }, 0).map_err(failed)?;
     Ok(true)
@@ -100,5 +100,5 @@ fn write_policy(maps: &mut Maps, datapath_config: &DatapathConfig) -> Result<(),
         mark: datapath_config.mark,
         netns_cookie: datapath_config.identity.map_or(0, OwnNetns::cookie),
     };
-    maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })
+    maps.policy.set(0, policy, 0).map_err(map_error(MAP_POLICY))
 }
