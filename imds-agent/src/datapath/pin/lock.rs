@@ -11,7 +11,10 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::dir::{PinDir, PinError, io_error, open_existing};
+use super::{
+    contents::PinKind,
+    dir::{PinDir, PinError, io_error, open_existing},
+};
 use crate::datapath::sys::rcu;
 
 /// Time limit for taking the lock. `status` holds it for a moment to check whether another process does.
@@ -69,7 +72,7 @@ impl PinDir {
     /// Locks the event ring buffer for this process until the result is dropped. Returns `None` if another process holds the
     /// lock. Uses the directory of programs for the lock, which has no other lock.
     pub fn try_lock_events(&self) -> Result<Option<Flock<File>>, PinError> {
-        let path = self.programs();
+        let path = self.directory(PinKind::Program);
         let directory = File::open(&path).map_err(io_error("open", &path))?;
         Ok(Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok())
     }
@@ -77,7 +80,7 @@ impl PinDir {
     /// Returns the process that holds the lock of the directory, or `None` if no process does.
     pub fn lock_owner(&self) -> Result<Option<LockOwner>, PinError> {
         let Some(owner) = lock_owner(self.root())? else { return Ok(None) };
-        Ok(Some(LockOwner { is_ready: is_locked(&self.maps())?, ..owner }))
+        Ok(Some(LockOwner { is_ready: is_locked(&self.directory(PinKind::Map))?, ..owner }))
     }
 
     /// Locks the directory at `path`. If the directory was removed in the meantime, creates it and locks the new one.
@@ -148,7 +151,7 @@ impl PinLock {
     /// Marks the agent as ready: `status` then reports that every interface was reconciled. Does nothing without a bpffs.
     pub fn set_ready(&mut self) -> Result<(), PinError> {
         if self.ready.is_none() && self.failure.is_none() {
-            self.ready = Some(self.dir.lock_path(&self.dir.maps())?);
+            self.ready = Some(self.dir.lock_path(&self.dir.directory(PinKind::Map))?);
         }
         Ok(())
     }
@@ -157,8 +160,8 @@ impl PinLock {
     /// the failure.
     pub fn restore(&mut self) -> Result<bool, PinError> {
         let is_complete = is_lock_of(&self.lock, self.dir.root())
-            && self.ready.as_ref().is_none_or(|ready| is_lock_of(ready, &self.dir.maps()))
-            && [self.dir.maps(), self.dir.programs(), self.dir.links()].iter().all(|path| path.is_dir());
+            && self.ready.as_ref().is_none_or(|ready| is_lock_of(ready, &self.dir.directory(PinKind::Map)))
+            && PinKind::ALL.into_iter().all(|kind| self.dir.directory(kind).is_dir());
         if is_complete {
             return Ok(false);
         }
