@@ -44,7 +44,30 @@ impl FromStr for NodeProcess {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        parse(text)
+        match text.split_once(':') {
+            Some(("uid", uid)) => parse_uid(uid).ok_or_else(|| {
+                format!("{text:?}: a user is a number from 0 to {}, as `id -u NAME` prints it", u32::MAX - 1)
+            }),
+            Some(("cgroup", path)) => {
+                Self::from_cgroup(path.to_owned()).map_err(|message| format!("{text:?}: {message}"))
+            }
+            Some((kind, _)) => {
+                let suggestion = did_you_mean(kind, ["uid", "cgroup"]);
+                Err(format!("{text:?} is not \"uid:NUMBER\" or \"cgroup:/PATH\"{suggestion}"))
+            }
+            None => {
+                let kind = if parse_uid(text).is_some() {
+                    "uid:"
+                } else if text.starts_with('/') {
+                    "cgroup:"
+                } else {
+                    ""
+                };
+                let suggestion =
+                    if kind.is_empty() { String::new() } else { format!("; did you mean \"{kind}{text}\"?") };
+                Err(format!("{text:?} is not \"uid:NUMBER\" or \"cgroup:/PATH\"{suggestion}"))
+            }
+        }
     }
 }
 
@@ -132,39 +155,12 @@ fn parse_new(
     others: &[NodeProcess],
     source: SourceFile<'_>,
 ) -> Result<NodeProcess, String> {
-    let process = source.check_systemd_escapes(text.span()).and_then(|()| parse(text.get_ref()));
+    let process = source.check_systemd_escapes(text.span()).and_then(|()| text.get_ref().parse());
     let process = process.and_then(|process| {
         let is_new = !others.contains(&process);
         is_new.then_some(process).ok_or_else(|| format!("{:?} is listed twice", text.get_ref()))
     });
     process.map_err(|message| format!("node.allow: {message}"))
-}
-
-fn parse(text: &str) -> Result<NodeProcess, String> {
-    match text.split_once(':') {
-        Some(("uid", uid)) => parse_uid(uid).ok_or_else(|| {
-            format!("{text:?}: a user is a number from 0 to {}, as `id -u NAME` prints it", u32::MAX - 1)
-        }),
-        Some(("cgroup", path)) => {
-            NodeProcess::from_cgroup(path.to_owned()).map_err(|message| format!("{text:?}: {message}"))
-        }
-        Some((kind, _)) => {
-            let suggestion = did_you_mean(kind, ["uid", "cgroup"]);
-            Err(format!("{text:?} is not \"uid:NUMBER\" or \"cgroup:/PATH\"{suggestion}"))
-        }
-        None => {
-            let kind = if parse_uid(text).is_some() {
-                "uid:"
-            } else if text.starts_with('/') {
-                "cgroup:"
-            } else {
-                ""
-            };
-            let suggestion =
-                if kind.is_empty() { String::new() } else { format!("; did you mean \"{kind}{text}\"?") };
-            Err(format!("{text:?} is not \"uid:NUMBER\" or \"cgroup:/PATH\"{suggestion}"))
-        }
-    }
 }
 
 /// The largest number is no user: system calls take it for "unchanged".
@@ -220,8 +216,8 @@ mod tests {
             ),
             (&format!("cgroup:{deep}"), cgroup(&deep)),
         ] {
-            assert_eq!(parse(text), expected);
-            assert_eq!(parse(text).unwrap().to_string(), text);
+            assert_eq!(text.parse(), expected);
+            assert_eq!(text.parse::<NodeProcess>().unwrap().to_string(), text);
         }
         for (text, part) in [
             ("uid:", "is a number"),
@@ -246,9 +242,9 @@ mod tests {
             (&format!("cgroup:{deep}/a"), "at most 10"),
             (&format!("cgroup:/{}", "a".repeat(MAX_CGROUP_LENGTH)), "at most 10"),
         ] {
-            let error = parse(text).unwrap_err();
+            let error = text.parse::<NodeProcess>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }
-        assert_eq!(parse("cgroup:/sys/fs/cgroups"), cgroup("/sys/fs/cgroups"));
+        assert_eq!("cgroup:/sys/fs/cgroups".parse(), cgroup("/sys/fs/cgroups"));
     }
 }

@@ -89,7 +89,7 @@ impl Reconciler {
     pub async fn search_due(&self) {
         let polls = self.exemptions.rules.need_polling()
             || self.node_processes.has_cgroups()
-            || self.waits_for_plugins();
+            || self.attaching.queue.delayed().next().is_some();
         let of_rules = polls.then_some(PERIOD);
         match of_rules.into_iter().chain(self.exemptions.pods.retry_delay()).min() {
             Some(retry_delay) => sleep_until(self.exemptions.last_search + retry_delay).await,

@@ -141,7 +141,7 @@ impl Reconciler {
                     reconciled = postponed;
                 }
                 // The hook only prepares this link for a route to an endpoint, so an obstacle is not an error.
-                Err(error) if self.node.uplinks.is_optional(link, hook) && error.obstacle().is_some() => {
+                Err(error @ DatapathError::Obstacle(_)) if self.node.uplinks.is_optional(link, hook) => {
                     log::debug!("{} (ifindex {}): {:#}", link.name, link.index, anyhow::Error::from(error));
                     state.assignment.hooks = TcHookSet::FROM_POD;
                 }

@@ -198,7 +198,7 @@ impl Reconciler {
         let sockets = if datapath_config.cgroup_of(Hook::Socket).is_some() { "on" } else { "off" };
         let mode = datapath_config.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces, socket hook {sockets}");
-        let others = self.other_agents().map(|agent| ("node".to_owned(), agent.to_string()));
+        let others = self.other_agents.running.iter().map(|agent| ("node".to_owned(), agent.to_string()));
         let errors = self.errors().map(|(name, error)| (name.to_owned(), error.to_owned()));
         let mut errors = others.chain(errors);
         match errors.next() {
