@@ -1,8 +1,9 @@
 //! Decoders of the ring buffer and of pinned maps: any content can be printed as one line and as JSON, and proposed
 //! rules are valid TOML with exemptions only.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, mem, path::Path, ptr, slice};
 
+use aya::Pod;
 use imds_agent::{
     config::{Config, endpoint_set::Endpoint as ProtectedEndpoint},
     datapath::maps::config_record::EffectiveConfig,
@@ -13,7 +14,7 @@ use imds_agent::{
     },
 };
 use imds_ebpf_common::{
-    Address, ConfigRecord, Endpoint, Event, KubernetesRecord, PodRecord,
+    Address, ConfigRecord, Endpoint, Event, KubernetesRecord,
     event_log::{DenialKey, DenialRecord},
 };
 use jiff::Timestamp;
@@ -54,8 +55,7 @@ fn report(bytes: &[u8], endpoint: &ProtectedEndpoint) {
         first.address = Address::from_ipv6(filled(bytes));
     }
     let pods = BTreeSet::from(PODS.map(str::to_owned));
-    let report =
-        DenialReport::new("/sys/fs/bpf/imds".into(), &denials, std::slice::from_ref(endpoint), &pods);
+    let report = DenialReport::new("/sys/fs/bpf/imds".into(), &denials, slice::from_ref(endpoint), &pods);
     let _json = serde_json::to_string(&report).expect("JSON");
     assert!(report.table().lines().all(is_one_line), "{}", report.table());
     let rules: toml::Table = report.rules.parse().unwrap_or_else(|error| panic!("{error}\n{}", report.rules));
@@ -70,29 +70,11 @@ fn is_one_line(text: &str) -> bool {
 }
 
 /// Returns a map value with these bytes, padded with zeros.
-fn filled<T: Plain>(bytes: &[u8]) -> T {
-    let mut value = T::ZERO;
+fn filled<T: Pod>(bytes: &[u8]) -> T {
+    // SAFETY: zeros are a valid value of a `Pod` type.
+    let mut value: T = unsafe { mem::zeroed() };
     let length = bytes.len().min(size_of::<T>());
-    // SAFETY: any bytes are a valid value by the trait's contract, and `length` is at most the size of the value.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut value).cast::<u8>(), length) };
+    // SAFETY: any bytes are a valid value of a `Pod` type, and `length` is at most the size of the value.
+    unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut value).cast::<u8>(), length) };
     value
 }
-
-/// # Safety
-///
-/// Any bytes must be a valid value of the type.
-unsafe trait Plain: Sized {
-    const ZERO: Self;
-}
-
-macro_rules! plain {
-    ($($type:ty),*) => {$(
-        // SAFETY: the type consists of integers without padding, as in the BPF maps.
-        unsafe impl Plain for $type {
-            // SAFETY: zeros are a valid value of a `Plain` type.
-            const ZERO: Self = unsafe { std::mem::zeroed() };
-        }
-    )*};
-}
-
-plain!(ConfigRecord, KubernetesRecord, PodRecord, DenialKey, DenialRecord, Endpoint, [u8; 16]);

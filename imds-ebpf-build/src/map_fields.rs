@@ -45,74 +45,40 @@ enum Enum {
     Verdict,
 }
 
-use Enum::{AllowedKind as AllowedKinds, Protocol};
 use Meaning::{Bytes, Number, Text};
 
 /// All fields with a meaning, by the struct that contains them. The build fails if a field does not exist, and if an array of
 /// bytes is missing here.
-const FIELDS: [(&str, &[(&str, Meaning)]); 17] = [
-    ("Address", &[("octets", Bytes)]),
-    ("AllowedProcess", &[("kind", Number(AllowedKinds))]),
-    ("ConfigRecord", &[("path", Text), ("error", Text), ("text", Text)]),
-    ("CounterKey", &[("hook", Number(Enum::Hook)), ("verdict", Number(Enum::Verdict))]),
-    ("DenialKey", &[("hook", Number(Enum::Hook)), ("verdict", Number(Enum::Verdict))]),
-    (
-        "DenialRecord",
-        &[
-            ("namespace", Text),
-            ("service_account", Text),
-            ("label", Text),
-            ("pod", Text),
-            ("interface", Text),
-            ("comm", Text),
-            ("cgroup", Text),
-        ],
-    ),
-    ("Endpoint", &[("name", Text)]),
-    (
-        "Event",
-        &[
-            ("source", Bytes),
-            ("destination", Bytes),
-            ("hook", Number(Enum::Hook)),
-            ("verdict", Number(Enum::Verdict)),
-            ("comm", Text),
-        ],
-    ),
-    ("ExemptionRecord", &[("verdict", Number(Enum::Verdict)), ("flags", Number(Enum::ExemptionFlag))]),
-    (
-        "InterfaceRecord",
-        &[
-            ("name", Text),
-            ("role", Number(Enum::Role)),
-            ("attach_modes", Number(Enum::AttachMode)),
-            ("own_packets", Number(Enum::OwnPackets)),
-        ],
-    ),
-    ("KubernetesRecord", &[("node", Text), ("error", Text)]),
-    (
-        "PodRecord",
-        &[
-            ("namespace", Text),
-            ("name", Text),
-            ("service_account", Text),
-            ("container", Text),
-            ("label", Text),
-            ("uid", Text),
-        ],
-    ),
-    (
-        "Policy",
-        &[
-            ("mode", Number(Enum::Mode)),
-            ("on_deny", Number(Enum::DenyAction)),
-            ("on_deny_errno", Number(Enum::DenyErrno)),
-        ],
-    ),
-    ("ProviderRecord", &[("configured", Text), ("effective", Text)]),
-    ("RateLimitKey", &[("hook", Number(Enum::Hook)), ("verdict", Number(Enum::Verdict))]),
-    ("Service", &[("protocol", Number(Protocol))]),
-    ("Subject", &[("kind", Number(Enum::SubjectKind))]),
+const FIELDS: &[(&str, &[&str], Meaning)] = &[
+    ("Address", &["octets"], Bytes),
+    ("AllowedProcess", &["kind"], Number(Enum::AllowedKind)),
+    ("ConfigRecord", &["path", "error", "text"], Text),
+    ("CounterKey", &["hook"], Number(Enum::Hook)),
+    ("CounterKey", &["verdict"], Number(Enum::Verdict)),
+    ("DenialKey", &["hook"], Number(Enum::Hook)),
+    ("DenialKey", &["verdict"], Number(Enum::Verdict)),
+    ("DenialRecord", &["namespace", "service_account", "label", "pod", "interface", "comm", "cgroup"], Text),
+    ("Endpoint", &["name"], Text),
+    ("Event", &["source", "destination"], Bytes),
+    ("Event", &["hook"], Number(Enum::Hook)),
+    ("Event", &["verdict"], Number(Enum::Verdict)),
+    ("Event", &["comm"], Text),
+    ("ExemptionRecord", &["verdict"], Number(Enum::Verdict)),
+    ("ExemptionRecord", &["flags"], Number(Enum::ExemptionFlag)),
+    ("InterfaceRecord", &["name"], Text),
+    ("InterfaceRecord", &["role"], Number(Enum::Role)),
+    ("InterfaceRecord", &["attach_modes"], Number(Enum::AttachMode)),
+    ("InterfaceRecord", &["own_packets"], Number(Enum::OwnPackets)),
+    ("KubernetesRecord", &["node", "error"], Text),
+    ("PodRecord", &["namespace", "name", "service_account", "container", "label", "uid"], Text),
+    ("Policy", &["mode"], Number(Enum::Mode)),
+    ("Policy", &["on_deny"], Number(Enum::DenyAction)),
+    ("Policy", &["on_deny_errno"], Number(Enum::DenyErrno)),
+    ("ProviderRecord", &["configured", "effective"], Text),
+    ("RateLimitKey", &["hook"], Number(Enum::Hook)),
+    ("RateLimitKey", &["verdict"], Number(Enum::Verdict)),
+    ("Service", &["protocol"], Number(Enum::Protocol)),
+    ("Subject", &["kind"], Number(Enum::SubjectKind)),
 ];
 
 /// Names of fields that fill gaps. `bpftool` would print them as zeros.
@@ -185,14 +151,13 @@ impl Enum {
 pub(crate) fn retype(btf: &[u8]) -> Result<Vec<u8>> {
     let mut types = Types::new(Btf::parse(btf)?)?;
     let mut missing: BTreeSet<_> =
-        FIELDS.iter().flat_map(|(of, fields)| fields.iter().map(move |&(field, _)| (*of, field))).collect();
+        FIELDS.iter().flat_map(|&(of, fields, _)| fields.iter().map(move |&field| (of, field))).collect();
     for id in types.map_value_types()? {
         types.btf.retain_members(id, |of, field| !PADDING.contains(&field) && (of, field) != LIMITER);
         for member in types.btf.members(id) {
             let (of, field) = (types.btf.name(id), types.btf.string(member.name));
-            let fields = FIELDS.iter().find(|(name, _)| *name == of).map(|(_, fields)| *fields);
-            let found = fields.and_then(|fields| fields.iter().find(|(name, _)| *name == field));
-            let Some(&(field, meaning)) = found else {
+            let found = FIELDS.iter().find(|(name, fields, _)| *name == of && fields.contains(&field));
+            let Some(&(_, _, meaning)) = found else {
                 ensure!(
                     !types.is_bytes(member.type_id),
                     "{of}.{field} is an array of bytes: list it as Text or Bytes in map_fields.rs"
@@ -335,7 +300,11 @@ mod tests {
     }
 
     fn all() -> impl Iterator<Item = (&'static str, Vec<(&'static str, Meaning)>)> {
-        FIELDS.iter().map(|&(of, fields)| (of, fields.to_vec()))
+        let mut structs: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for &(of, fields, meaning) in FIELDS {
+            structs.entry(of).or_default().extend(fields.iter().map(|&field| (field, meaning)));
+        }
+        structs.into_iter()
     }
 
     #[test]

@@ -18,7 +18,8 @@ const FROM_SOURCE: &str = "IMDS_EBPF_FROM_SOURCE";
 /// BPF object with the record of its inputs: hash of the sources, hash of the object, and the versions of the toolchain.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Object {
-    bytes: Vec<u8>,
+    /// Content of the object.
+    pub bytes: Vec<u8>,
     record: String,
 }
 
@@ -90,11 +91,6 @@ impl Object {
         fs::write(&object, &self.bytes).with_context(|| format!("failed to write {}", object.display()))?;
         fs::write(&record, &self.record).with_context(|| format!("failed to write {}", record.display()))?;
         Ok(object)
-    }
-
-    /// Returns the content of the object.
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
     }
 
     /// Returns the versions of compiler, LLVM and linker, one per line.

@@ -1,11 +1,12 @@
 //! Installed and missing parts of the toolchains.
 
 use std::{
-    error::Error,
     fmt,
     path::{Path, PathBuf},
     process::Command,
 };
+
+use thiserror::Error;
 
 use crate::{
     Host, Toolchain, llvm,
@@ -47,23 +48,31 @@ pub struct Survey {
 }
 
 /// Reason why a part of a toolchain cannot be used.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
 pub enum MissingPart {
     /// bpf-linker is not installed.
+    #[error("is neither on the PATH nor in cargo's bin directory")]
     Linker,
     /// bpf-linker does not start, for example because its libLLVM was removed.
+    #[error("at {} does not start", .0.display())]
     BrokenLinker(PathBuf),
     /// rustup is not installed.
+    #[error("needs rustup, which is not installed")]
     Rustup,
     /// rustup has no nightly toolchain.
+    #[error("is not installed")]
     Nightly,
     /// The nightly toolchain has no rust-src.
+    #[error("lacks rust-src")]
     RustSrc,
     /// Debian's rustc or cargo is not installed.
+    #[error("rustc-web and cargo-web are not installed")]
     DebianCompiler,
     /// Debian's precompiled `core` for the BPF target is not installed.
+    #[error("libstd-rust-web-dev-bpf is not installed")]
     DebianCore,
     /// The compiler's LLVM is newer than the linker's, which cannot read its bitcode.
+    #[error("has LLVM {compiler}, which bpf-linker's LLVM {linker} cannot read")]
     OlderLinker {
         /// Major version of the compiler's LLVM.
         compiler: u32,
@@ -73,7 +82,19 @@ pub enum MissingPart {
 }
 
 /// Error for a machine without a complete toolchain: the missing parts of each.
-#[derive(Debug)]
+#[derive(Debug, Error)]
+#[error(
+    "found no complete toolchain for the BPF object: bpf-linker {}; rustup's nightly {}; Debian's compiler: {}. \
+     On Debian, `cargo xtask setup` as root installs the missing parts. Otherwise do one of: \
+     (1) rustup toolchain install nightly --component rust-src, and put a bpf-linker of \
+     https://github.com/aya-rs/bpf-linker/releases on the PATH; \
+     (2) apt-get install {} llvm-22-dev && LLVM_PREFIX=/usr/lib/llvm-22 cargo install bpf-linker \
+     --version {LINKER_VERSION} --no-default-features --features llvm-22",
+    describe(linker.as_ref()),
+    describe(nightly.as_ref()),
+    describe(debian.as_ref()),
+    DEBIAN_PACKAGES.join(" ")
+)]
 pub struct NoToolchain {
     linker: Option<MissingPart>,
     nightly: Option<MissingPart>,
@@ -153,6 +174,10 @@ fn output(program: &Path, arguments: &[&str]) -> Option<String> {
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+fn describe(part: Option<&MissingPart>) -> String {
+    part.map_or_else(|| "is installed".to_owned(), MissingPart::to_string)
+}
+
 impl fmt::Display for Compiler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -161,48 +186,6 @@ impl fmt::Display for Compiler {
         })
     }
 }
-
-impl fmt::Display for MissingPart {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Linker => f.write_str("is neither on the PATH nor in cargo's bin directory"),
-            Self::BrokenLinker(path) => write!(f, "at {} does not start", path.display()),
-            Self::Rustup => f.write_str("needs rustup, which is not installed"),
-            Self::Nightly => f.write_str("is not installed"),
-            Self::RustSrc => f.write_str("lacks rust-src"),
-            Self::DebianCompiler => f.write_str("rustc-web and cargo-web are not installed"),
-            Self::DebianCore => f.write_str("libstd-rust-web-dev-bpf is not installed"),
-            Self::OlderLinker { compiler, linker } => {
-                write!(f, "has LLVM {compiler}, which bpf-linker's LLVM {linker} cannot read")
-            }
-        }
-    }
-}
-
-impl Error for MissingPart {}
-
-impl fmt::Display for NoToolchain {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let say = |part: &Option<MissingPart>| {
-            part.as_ref().map_or_else(|| "is installed".to_owned(), MissingPart::to_string)
-        };
-        write!(
-            f,
-            "found no complete toolchain for the BPF object: bpf-linker {}; rustup's nightly {}; Debian's compiler: {}. \
-             On Debian, `cargo xtask setup` as root installs the missing parts. Otherwise do one of: \
-             (1) rustup toolchain install nightly --component rust-src, and put a bpf-linker of \
-             https://github.com/aya-rs/bpf-linker/releases on the PATH; \
-             (2) apt-get install {} llvm-22-dev && LLVM_PREFIX=/usr/lib/llvm-22 cargo install bpf-linker \
-             --version {LINKER_VERSION} --no-default-features --features llvm-22",
-            say(&self.linker),
-            say(&self.nightly),
-            say(&self.debian),
-            DEBIAN_PACKAGES.join(" "),
-        )
-    }
-}
-
-impl Error for NoToolchain {}
 
 #[cfg(test)]
 mod tests {

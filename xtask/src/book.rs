@@ -1,6 +1,6 @@
 //! The command `cargo xtask book`.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use imds_ebpf_build::Host;
@@ -27,9 +27,9 @@ pub(crate) fn run() -> Result<()> {
     if source.exists() {
         fs::remove_dir_all(&source).context("failed to remove the previous sources")?;
     }
-    for name in CONTENT {
-        copy(&root().join(name), &source.join(name)).with_context(|| format!("failed to copy {name}"))?;
-    }
+    fs::create_dir_all(&source).context("failed to create the directory of the sources")?;
+    let content = CONTENT.map(|name| root().join(name));
+    execute(Command::new("cp").arg("--recursive").args(content).arg(&source))?;
     let summary = source.join("docs/SUMMARY.md");
     let pages = fs::read_to_string(&summary).context("failed to read docs/SUMMARY.md")?;
     fs::remove_file(&summary).context("failed to move docs/SUMMARY.md")?;
@@ -44,22 +44,6 @@ fn table_of_contents(pages: &str) -> String {
     let pages =
         pages.replace("](", "](docs/").replacen("# Summary\n", "# Summary\n\n[imds-agent](README.md)\n", 1);
     pages + PROJECT
-}
-
-/// Copies a file, or a directory with its content.
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    if from.is_dir() {
-        for entry in fs::read_dir(from)? {
-            let entry = entry?;
-            copy(&entry.path(), &to.join(entry.file_name()))?;
-        }
-        return Ok(());
-    }
-    if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    fs::copy(from, to)?;
-    Ok(())
 }
 
 #[test]

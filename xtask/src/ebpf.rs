@@ -44,7 +44,7 @@ fn check(built: &Object, stored: Option<&Object>) -> Result<()> {
         built.toolchain()
     );
     ensure!(
-        built.bytes() == stored.bytes(),
+        built.bytes == stored.bytes,
         "the stored BPF object differs from the build: run `cargo xtask ebpf` and commit the result"
     );
     print_status("the stored BPF object matches the build");

@@ -82,11 +82,6 @@ impl Default for MetricsTable {
 }
 
 impl Listen {
-    /// Returns the default: the loopback address only.
-    pub(super) fn default_addresses() -> Vec<Self> {
-        vec![Self::Tcp(DEFAULT)]
-    }
-
     pub(super) fn parse(table: &MetricsTable, diagnostics: &mut Diagnostics<'_>) -> Vec<Self> {
         let mut addresses = Vec::new();
         let ListenList(texts) = table.listen.get_ref();

@@ -27,10 +27,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use imds_ebpf_common::{
-    DenyAction, DenyErrno, Mode,
-    maps::{CONFIG_TEXT_LEN, MARK},
-};
+use imds_ebpf_common::{DenyAction, DenyErrno, Mode, maps::CONFIG_TEXT_LEN};
 use thiserror::Error;
 
 pub use self::{
@@ -44,6 +41,7 @@ pub use self::{
 };
 use self::{
     file::File,
+    listen::MetricsTable,
     node_table::NodeTable,
     source::{Diagnostics, SourceFile},
 };
@@ -85,22 +83,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self {
-            mode: Mode::default(),
-            on_deny: DenyAction::default(),
-            on_deny_errno: DenyErrno::default(),
-            hooks: Hooks::default(),
-            sendmsg: Sendmsg::default(),
-            mark: MARK,
-            node_allow: None,
-            endpoints: Endpoints::default(),
-            interfaces: Interfaces::default(),
-            exempt: Exemptions::default(),
-            listen: Listen::default_addresses(),
-            program_run_time: false,
-            kubernetes: Kubernetes::default(),
-            text: File::default().to_toml(),
-        }
+        Self::from_file(&File::default(), &mut Diagnostics::new("", Path::new("")))
     }
 }
 
@@ -184,57 +167,52 @@ impl Config {
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigErrors> {
         let mut diagnostics = Diagnostics::new(text, path);
         let file = File::read(&mut diagnostics);
-        let text = file.to_toml();
-        if text.len() > CONFIG_TEXT_LEN {
+        if file.to_toml().len() > CONFIG_TEXT_LEN {
             // Returns before the checks that compare all entries with each other.
             let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
             return Err(diagnostics.source.error(0..0, message).into());
         }
-        let interfaces = Interfaces::parse(&file.interfaces, &mut diagnostics);
-        let endpoints = Endpoints::parse(&file, &mut diagnostics);
-        let exempt = Exemptions::parse(&file.exempt, &mut diagnostics);
-        let listen = Listen::parse(&file.metrics, &mut diagnostics);
-        let kubernetes = Kubernetes::parse(&file.kubernetes, &mut diagnostics);
-        if kubernetes.enabled == Enabled::No
-            && let Some(name) = exempt.first_pod_rule(&file.exempt)
+        let config = Self::from_file(&file, &mut diagnostics);
+        if config.kubernetes.enabled == Enabled::No
+            && let Some(name) = config.exempt.first_pod_rule(&file.exempt)
         {
             let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
             diagnostics.error(name.span(), message);
         }
-        let mode = file.mode;
-        let node_allow = file.node.parse(&mut diagnostics);
-        let hooks = file.hooks();
-        let sendmsg = file.hooks.get_ref().sendmsg(&mut diagnostics);
-        let mark = file.hooks.get_ref().mark(&mut diagnostics);
         // Later checks could report wrong errors if only a part of the file was read.
         if diagnostics.is_empty() {
-            if endpoints.is_empty() && mode != Mode::Off {
+            if config.endpoints.is_empty() && config.mode != Mode::Off {
                 let message =
                     "provider: \"none\" without an [[endpoint]] protects nothing; set mode = \"off\" instead";
                 diagnostics.error(file.provider.span(), message);
             }
-            if !hooks.deny_remote() {
+            if !config.hooks.deny_remote() {
                 let message = "hooks: all hooks are off, so nothing is enforced; set mode = \"off\" instead";
                 diagnostics.error(file.hooks.span(), message);
             }
         }
         diagnostics.finish()?;
-        Ok(Self {
-            mode,
+        Ok(config)
+    }
+
+    /// Validates each key of `file`, and records the errors.
+    fn from_file(file: &File, diagnostics: &mut Diagnostics<'_>) -> Self {
+        Self {
+            mode: file.mode,
             on_deny: file.on_deny,
             on_deny_errno: file.on_deny_errno,
-            hooks,
-            sendmsg,
-            mark,
-            node_allow,
-            endpoints,
-            interfaces,
-            exempt,
-            listen,
+            hooks: file.hooks(),
+            sendmsg: file.hooks.get_ref().sendmsg(diagnostics),
+            mark: file.hooks.get_ref().mark(diagnostics),
+            node_allow: file.node.parse(diagnostics),
+            endpoints: Endpoints::parse(file, diagnostics),
+            interfaces: Interfaces::parse(&file.interfaces, diagnostics),
+            exempt: Exemptions::parse(&file.exempt, diagnostics),
+            listen: Listen::parse(&file.metrics, diagnostics),
             program_run_time: file.metrics.program_run_time,
-            kubernetes,
-            text,
-        })
+            kubernetes: Kubernetes::parse(&file.kubernetes, diagnostics),
+            text: file.to_toml(),
+        }
     }
 
     /// Returns the built-in defaults for an unusable file, with its `mode` and `metrics` if these are valid, and the valid
@@ -245,15 +223,11 @@ impl Config {
     /// restart an agent that does not answer there.
     pub fn fallback(text: &str, path: &Path) -> Self {
         let File { mode, metrics, .. } = File::read(&mut Diagnostics::new(text, path));
-        let mut metrics_diagnostics = Diagnostics::new(text, path);
-        let listen = Listen::parse(&metrics, &mut metrics_diagnostics);
-        let node_allow = NodeTable::salvage(SourceFile { text, path });
-        let file = File { mode, node: NodeTable::new(node_allow.as_deref()), ..File::default() };
-        let config = Self { mode, hooks: file.hooks(), node_allow, text: file.to_toml(), ..Self::default() };
-        if !metrics_diagnostics.is_empty() {
-            return config;
-        }
-        Self { listen, text: File { metrics, ..file }.to_toml(), ..config }
+        let mut diagnostics = Diagnostics::new(text, path);
+        let _addresses = Listen::parse(&metrics, &mut diagnostics);
+        let metrics = if diagnostics.is_empty() { metrics } else { MetricsTable::default() };
+        let node = NodeTable::salvage(SourceFile { text, path });
+        Self::from_file(&File { mode, node, metrics, ..File::default() }, &mut diagnostics)
     }
 
     /// Returns the configuration with the `socket` hook off.

@@ -44,7 +44,30 @@ impl FromStr for NodeProcess {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        parse(text)
+        match text.split_once(':') {
+            Some(("uid", uid)) => parse_uid(uid).ok_or_else(|| {
+                format!("{text:?}: a user is a number from 0 to {}, as `id -u NAME` prints it", u32::MAX - 1)
+            }),
+            Some(("cgroup", path)) => {
+                Self::from_cgroup(path.to_owned()).map_err(|message| format!("{text:?}: {message}"))
+            }
+            Some((kind, _)) => {
+                let suggestion = did_you_mean(kind, ["uid", "cgroup"]);
+                Err(format!("{text:?} is not \"uid:NUMBER\" or \"cgroup:/PATH\"{suggestion}"))
+            }
+            None => {
+                let kind = if parse_uid(text).is_some() {
+                    "uid:"
+                } else if text.starts_with('/') {
+                    "cgroup:"
+                } else {
+                    ""
+                };
+                let suggestion =
+                    if kind.is_empty() { String::new() } else { format!("; did you mean \"{kind}{text}\"?") };
+                Err(format!("{text:?} is not \"uid:NUMBER\" or \"cgroup:/PATH\"{suggestion}"))
+            }
+        }
     }
 }
 
@@ -69,12 +92,13 @@ impl NodeTable {
         self.allow.is_none()
     }
 
-    /// Returns the valid entries of a broken file, as far as they can be read; `None` if the file has no `[node]` table with a key.
+    /// Returns the table with the valid entries of a broken file, as far as they can be read. The result is empty if the file has no
+    /// `[node]` table with a key.
     /// An unknown key that may be a misspelt `node`, and a key `allow` elsewhere, count as that table.
     ///
     /// An invalid entry allows nothing. The list stays even if it has no other entry: without a list, every process of the node
     /// could reach the endpoints.
-    pub(super) fn salvage(source: SourceFile<'_>) -> Option<Vec<NodeProcess>> {
+    pub(super) fn salvage(source: SourceFile<'_>) -> Self {
         let (document, _) = DeTable::parse_recoverable(source.text);
         let document = document.get_ref();
         let is_meant = |(name, value): &(&Spanned<Cow<'_, str>>, &Spanned<DeValue<'_>>)| {
@@ -83,9 +107,9 @@ impl NodeTable {
             is_list && (name == "allow" || is_similar_to_node(name)) || value.get("allow").is_some()
         };
         let misspelt = || document.iter().find(is_meant).map(|(_, value)| value);
-        let node = document.get("node").or_else(misspelt)?.get_ref();
-        let allow = match node {
-            DeValue::Table(table) if table.is_empty() => return None,
+        let Some(node) = document.get("node").or_else(misspelt) else { return Self::default() };
+        let allow = match node.get_ref() {
+            DeValue::Table(table) if table.is_empty() => return Self::default(),
             DeValue::Table(table) => table.get("allow").and_then(|allow| allow.get_ref().as_array()),
             _ => None,
         };
@@ -98,14 +122,8 @@ impl NodeTable {
                 break;
             }
         }
-        Some(processes)
-    }
-
-    /// Returns the table with these entries.
-    pub(super) fn new(allow: Option<&[NodeProcess]>) -> Self {
         let unplaced = |process: &NodeProcess| Spanned::new(0..0, process.to_string());
-        let allow = allow.map(|allow| Spanned::new(0..0, allow.iter().map(unplaced).collect()));
-        Self { allow }
+        Self { allow: Some(Spanned::new(0..0, processes.iter().map(unplaced).collect())) }
     }
 
     /// Returns the allow list; `None` if every process of the node may reach protected endpoints.
@@ -137,39 +155,12 @@ fn parse_new(
     others: &[NodeProcess],
     source: SourceFile<'_>,
 ) -> Result<NodeProcess, String> {
-    let process = source.check_systemd_escapes(text.span()).and_then(|()| parse(text.get_ref()));
+    let process = source.check_systemd_escapes(text.span()).and_then(|()| text.get_ref().parse());
     let process = process.and_then(|process| {
         let is_new = !others.contains(&process);
         is_new.then_some(process).ok_or_else(|| format!("{:?} is listed twice", text.get_ref()))
     });
     process.map_err(|message| format!("node.allow: {message}"))
-}
-
-fn parse(text: &str) -> Result<NodeProcess, String> {
-    match text.split_once(':') {
-        Some(("uid", uid)) => parse_uid(uid).ok_or_else(|| {
-            format!("{text:?}: a user is a number from 0 to {}, as `id -u NAME` prints it", u32::MAX - 1)
-        }),
-        Some(("cgroup", path)) => {
-            NodeProcess::from_cgroup(path.to_owned()).map_err(|message| format!("{text:?}: {message}"))
-        }
-        Some((kind, _)) => {
-            let suggestion = did_you_mean(kind, ["uid", "cgroup"]);
-            Err(format!("{text:?} is not \"uid:NUMBER\" or \"cgroup:/PATH\"{suggestion}"))
-        }
-        None => {
-            let kind = if parse_uid(text).is_some() {
-                "uid:"
-            } else if text.starts_with('/') {
-                "cgroup:"
-            } else {
-                ""
-            };
-            let suggestion =
-                if kind.is_empty() { String::new() } else { format!("; did you mean \"{kind}{text}\"?") };
-            Err(format!("{text:?} is not \"uid:NUMBER\" or \"cgroup:/PATH\"{suggestion}"))
-        }
-    }
 }
 
 /// The largest number is no user: system calls take it for "unchanged".
@@ -225,8 +216,8 @@ mod tests {
             ),
             (&format!("cgroup:{deep}"), cgroup(&deep)),
         ] {
-            assert_eq!(parse(text), expected);
-            assert_eq!(parse(text).unwrap().to_string(), text);
+            assert_eq!(text.parse(), expected);
+            assert_eq!(text.parse::<NodeProcess>().unwrap().to_string(), text);
         }
         for (text, part) in [
             ("uid:", "is a number"),
@@ -251,9 +242,9 @@ mod tests {
             (&format!("cgroup:{deep}/a"), "at most 10"),
             (&format!("cgroup:/{}", "a".repeat(MAX_CGROUP_LENGTH)), "at most 10"),
         ] {
-            let error = parse(text).unwrap_err();
+            let error = text.parse::<NodeProcess>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }
-        assert_eq!(parse("cgroup:/sys/fs/cgroups"), cgroup("/sys/fs/cgroups"));
+        assert_eq!("cgroup:/sys/fs/cgroups".parse(), cgroup("/sys/fs/cgroups"));
     }
 }

@@ -50,11 +50,6 @@ impl AttachState {
             clsact_delay: Duration::ZERO,
         }
     }
-
-    /// Records the attachments that the initial sync waits for.
-    pub(super) fn start_initial(&mut self) {
-        self.initial = self.queue.initial().collect();
-    }
 }
 
 impl Reconciler {
@@ -139,11 +134,6 @@ impl Reconciler {
                 starts.get(id).is_some_and(|start| start > since || !may_wait)
             })
         });
-    }
-
-    /// Reports whether attachments wait for a CNI plugin.
-    pub(super) fn waits_for_plugins(&self) -> bool {
-        self.attaching.queue.delayed().next().is_some()
     }
 
     /// Reports whether an attachment has to wait for its turn, and queues it.

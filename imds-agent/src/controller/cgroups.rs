@@ -57,14 +57,14 @@ impl Reconciler {
         // If no hierarchy was searched, other cgroups may exist: keep the links of an earlier agent.
         let all = all && self.kubepods.is_some();
         let none = BTreeSet::new();
-        let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
+        let cgroups = self.kubepods.as_ref().map_or(&none, |kubepods| &kubepods.found);
         let changes = self.datapath.restore_host_network(cgroups, all);
         self.report_cgroups(changes)?;
         let error = match &self.kubepods {
             // The datapath reports the cause.
             _ if self.datapath.lacks_identity(Hook::HostNetwork) => None,
-            Some(kubepods) if kubepods.found().is_empty() => {
-                let root = kubepods.root().display();
+            Some(kubepods) if kubepods.found.is_empty() => {
+                let root = kubepods.root.display();
                 Some(format!("no cgroup of Kubernetes pods (kubepods) below {root}"))
             }
             None if self.datapath.hooks().contains(Hook::HostNetwork) => {

@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, fmt::Write as _, mem};
 
 use imds_ebpf_common::TcHook;
 use log::Level;
+use strum::{Display, IntoStaticStr};
 use tokio::time::{Duration, Instant};
 
 use super::Reconciler;
@@ -23,9 +24,11 @@ const MAX_BURST: u32 = 20;
 const REFILL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Work that covers all interfaces.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, IntoStaticStr, PartialEq)]
+#[strum(const_into_str, serialize_all = "lowercase")]
 pub(super) enum Pass {
     /// Initial sync: lasts until each pod that ran at the start of the agent has its program.
+    #[strum(serialize = "initial sync")]
     InitialSync,
     /// Periodic resync, or one after a netlink overrun.
     Resync,
@@ -34,16 +37,22 @@ pub(super) enum Pass {
 }
 
 /// Kind of a change of an interface or of a program on it.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Display, Eq, Ord, PartialEq, PartialOrd)]
+#[strum(serialize_all = "lowercase")]
 pub(super) enum Change {
+    #[strum(to_string = "not enforced")]
     NotEnforced,
+    #[strum(to_string = "enforced again")]
     EnforcedAgain,
     Attached,
     Replaced,
     Updated,
+    #[strum(to_string = "pinned again")]
     Pinned,
+    #[strum(to_string = "moved to the head of the hook")]
     Moved,
     Detached,
+    #[strum(to_string = "interfaces deleted")]
     Deleted,
 }
 
@@ -66,32 +75,6 @@ struct Tally {
     level: Option<Level>,
 }
 
-impl Pass {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::InitialSync => "initial sync",
-            Self::Resync => "resync",
-            Self::Reload => "reload",
-        }
-    }
-}
-
-impl Change {
-    const fn description(self) -> &'static str {
-        match self {
-            Self::NotEnforced => "not enforced",
-            Self::EnforcedAgain => "enforced again",
-            Self::Attached => "attached",
-            Self::Replaced => "replaced",
-            Self::Updated => "updated",
-            Self::Pinned => "pinned again",
-            Self::Moved => "moved to the head of the hook",
-            Self::Detached => "detached",
-            Self::Deleted => "interfaces deleted",
-        }
-    }
-}
-
 impl ChangeLog {
     pub(super) fn new() -> Self {
         Self { pass: None, flood: Tally::default(), tokens: MAX_BURST, refilled: Instant::now() }
@@ -106,7 +89,7 @@ impl ChangeLog {
     /// Ends a pass, and logs its summary. Does nothing if another pass is in progress.
     pub(super) fn end(&mut self, pass: Pass) {
         if let Some((_, tally)) = self.pass.take_if(|(current, _)| *current == pass)
-            && let Some((level, line)) = tally.summary(pass.name())
+            && let Some((level, line)) = tally.summary(pass.into_str())
         {
             log::log!(level, "{line}");
         }
@@ -177,7 +160,7 @@ impl Tally {
         for (index, (change, count)) in self.counts.iter().enumerate() {
             let comma = if index == 0 { "" } else { ", " };
             // Writing to a string does not fail.
-            let _ok = write!(line, "{comma}{count} {}", change.description());
+            let _ok = write!(line, "{comma}{count} {change}");
         }
         line += " (log level debug lists each)";
         Some((self.level?, line))
@@ -259,7 +242,7 @@ mod tests {
         log.end(Pass::Resync);
         let (pass, tally) = log.pass.take().unwrap();
         let expected = "initial sync: 1 not enforced, 100 attached (log level debug lists each)";
-        assert_eq!(tally.summary(pass.name()), Some((Level::Error, expected.to_owned())));
+        assert_eq!(tally.summary(pass.into_str()), Some((Level::Error, expected.to_owned())));
     }
 
     #[tokio::test(start_paused = true)]
@@ -268,7 +251,7 @@ mod tests {
         log.begin(Pass::Resync);
         note(&mut log, Level::Info, Change::Attached, 4);
         let (pass, tally) = log.pass.take().unwrap();
-        assert_eq!(tally.summary(pass.name()), Some((Level::Info, "veth4".to_owned())));
+        assert_eq!(tally.summary(pass.into_str()), Some((Level::Info, "veth4".to_owned())));
         assert_eq!(Tally::default().summary("resync"), None);
     }
 

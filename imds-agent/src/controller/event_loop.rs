@@ -100,11 +100,6 @@ impl Agent {
         })
     }
 
-    /// Returns the numbers of configuration reloads.
-    pub fn reloads(&self) -> Reloads {
-        self.reloads
-    }
-
     /// Does the initial full resync with the configuration `start`, and runs until a signal stops the agent. Attached
     /// programs stay attached after that.
     pub async fn run(

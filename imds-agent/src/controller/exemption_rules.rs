@@ -23,21 +23,17 @@ use crate::{
 /// Exemption rules of the effective configuration.
 #[derive(Debug, Default)]
 pub struct ExemptionRules {
-    exempt: Vec<Exempt>,
+    /// Rules in the order of the configuration.
+    pub(super) exempt: Vec<Exempt>,
     fingerprints: Vec<Fingerprint>,
     /// Reason why a rule cannot be applied completely, by name of the rule.
-    errors: BTreeMap<String, String>,
+    pub(super) errors: BTreeMap<String, String>,
 }
 
 impl ExemptionRules {
     /// Creates the set of effective rules from those of the configuration.
     pub fn new(exempt: Vec<Exempt>) -> Self {
         Self { exempt, ..Self::default() }
-    }
-
-    /// Returns the rules in the order of the configuration.
-    pub fn as_slice(&self) -> &[Exempt] {
-        &self.exempt
     }
 
     /// Returns the selectors of the rules for Kubernetes pods.
@@ -58,11 +54,6 @@ impl ExemptionRules {
     pub fn set(&mut self, rules: Vec<Exempt>) {
         self.exempt = rules;
         self.errors.clear();
-    }
-
-    /// Returns the reasons why rules cannot be applied completely, by name of the rule.
-    pub fn errors(&self) -> &BTreeMap<String, String> {
-        &self.errors
     }
 
     /// Reports whether a rule depends on paths whose changes the kernel does not report.

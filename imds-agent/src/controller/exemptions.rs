@@ -89,7 +89,7 @@ impl Reconciler {
     pub async fn search_due(&self) {
         let polls = self.exemptions.rules.need_polling()
             || self.node_processes.has_cgroups()
-            || self.waits_for_plugins();
+            || self.attaching.queue.delayed().next().is_some();
         let of_rules = polls.then_some(PERIOD);
         match of_rules.into_iter().chain(self.exemptions.pods.retry_delay()).min() {
             Some(retry_delay) => sleep_until(self.exemptions.last_search + retry_delay).await,
@@ -141,18 +141,18 @@ impl Reconciler {
         }
         if self.exemptions.pods.needs_name_sync() {
             self.map_updates.pods += self.datapath.sync_pod_names(&self.exemptions.pods.names())? as u64;
-            self.exemptions.pods.names_synced();
+            self.exemptions.pods.names_dirty = false;
         }
         Ok(())
     }
 
     /// Handles an event of the pod watch. [`Reconciler::resolve_next`] resolves the sandboxes of new pods.
     pub async fn on_pod_event(&mut self, event: PodEvent) -> Result<(), DatapathError> {
-        let disputed = self.exemptions.pods.disputed();
+        let disputed = self.exemptions.pods.disputed;
         if !self.exemptions.pods.on_pod_event(event) {
             return Ok(());
         }
-        if self.exemptions.watched.is_some() && self.exemptions.pods.disputed() != disputed {
+        if self.exemptions.watched.is_some() && self.exemptions.pods.disputed != disputed {
             self.record_watch_status()?;
         }
         self.reconcile_exemptions().await
@@ -226,8 +226,7 @@ impl Reconciler {
             desired.add_passed_sources();
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
-        self.exemptions.retain_previous_exemptions &=
-            self.is_resolving() || !self.exemptions.pods.is_synced();
+        self.exemptions.retain_previous_exemptions &= self.is_resolving() || !self.exemptions.pods.is_synced;
         if self.exemptions.retain_previous_exemptions {
             // Until then, the exemptions of the previous agent stay. The kernel never reuses a netns cookie or cgroup
             // id, and an interface that reuses the index of a deleted one has lost its exemptions already.

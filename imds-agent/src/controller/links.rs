@@ -141,7 +141,7 @@ impl Reconciler {
                     reconciled = postponed;
                 }
                 // The hook only prepares this link for a route to an endpoint, so an obstacle is not an error.
-                Err(error) if self.node.uplinks.is_optional(link, hook) && error.obstacle().is_some() => {
+                Err(error @ DatapathError::Obstacle(_)) if self.node.uplinks.is_optional(link, hook) => {
                     log::debug!("{} (ifindex {}): {:#}", link.name, link.index, anyhow::Error::from(error));
                     state.assignment.hooks = TcHookSet::FROM_POD;
                 }
@@ -198,11 +198,8 @@ impl Reconciler {
             || !self.progress.initial_sync_done
             || self.attaching.turn == Some(point);
         let is_first = !self.attaching.attached.contains(&point);
-        let is_repair = |action: &Action| match action {
-            Action::Attach(_) => !is_first,
-            Action::Replace(_) | Action::Reorder(_) => true,
-            Action::Detach(_) | Action::Pin(_) => false,
-        };
+        let is_repair =
+            |action: &Action| action.is_repair() && !(is_first && matches!(action, Action::Attach(_)));
         !is_expected && actions.iter().any(is_repair)
     }
 

@@ -100,7 +100,7 @@ impl Reconciler {
 
     /// Returns the numbers of drift corrections since the agent started.
     pub fn corrections(&self) -> DriftCorrections {
-        DriftCorrections { postponed: self.attaching.backoff.suppressed(), ..self.corrections }
+        DriftCorrections { postponed: self.attaching.backoff.suppressed, ..self.corrections }
     }
 
     /// Records the configuration, and does the first full resync.
@@ -136,7 +136,7 @@ impl Reconciler {
             datapath_config, endpoint_set, interfaces, exempt, node_allow, kubepods, ..
         } = resolved;
         // The datapath refers to rules by number, and other rules may change the numbers.
-        self.exemptions.retain_previous_exemptions &= self.exemptions.rules.as_slice() == exempt;
+        self.exemptions.retain_previous_exemptions &= self.exemptions.rules.exempt == *exempt;
         // New programs are attached before the maps refer to their hooks, and old ones are detached after that.
         let before = self.datapath.hooks();
         self.datapath.prepare(datapath_config)?;
@@ -198,7 +198,7 @@ impl Reconciler {
         let sockets = if datapath_config.cgroup_of(Hook::Socket).is_some() { "on" } else { "off" };
         let mode = datapath_config.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces, socket hook {sockets}");
-        let others = self.other_agents().map(|agent| ("node".to_owned(), agent.to_string()));
+        let others = self.other_agents.running.iter().map(|agent| ("node".to_owned(), agent.to_string()));
         let errors = self.errors().map(|(name, error)| (name.to_owned(), error.to_owned()));
         let mut errors = others.chain(errors);
         match errors.next() {
@@ -232,7 +232,7 @@ impl Reconciler {
             )
         });
         let of_rules =
-            self.exemptions.rules.errors().iter().map(|(name, error)| (name.as_str(), error.as_str()));
+            self.exemptions.rules.errors.iter().map(|(name, error)| (name.as_str(), error.as_str()));
         let of_hosts = self.no_kubepods.iter().map(|error| ("hostNetwork pods", error.as_str()));
         let of_cgroups = self.datapath.cgroup_failures().map(|error| ("cgroup", error));
         let of_programs = self.datapath.rejections().map(|error| ("node", error));

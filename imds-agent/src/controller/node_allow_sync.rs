@@ -1,24 +1,20 @@
 //! Keeps the allow list of the node in its map.
 
 use super::Reconciler;
-use crate::{
-    config::NodeProcess,
-    datapath::DatapathError,
-    node::node_processes::{AllowedProcesses, NodeProcesses},
-};
+use crate::{config::NodeProcess, datapath::DatapathError, node::node_processes::NodeProcesses};
 
 impl Reconciler {
     /// Writes the allow list, as its cgroups are now.
     pub(super) fn reconcile_node_allow(&mut self) -> Result<(), DatapathError> {
-        let before: AllowedProcesses = self.node_processes.resolved().clone();
+        let before = self.node_processes.resolved.clone();
         let map_updates = self.datapath.set_node_allow(self.node_processes.resolve())?;
         if map_updates > 0 {
-            let level = if *self.node_processes.resolved() == before {
+            let level = if self.node_processes.resolved == before {
                 self.change_log_level()
             } else {
                 log::Level::Info
             };
-            let count = self.node_processes.resolved().len();
+            let count = self.node_processes.resolved.len();
             log::log!(level, "updated the allow list of the node: {count} entries active");
         }
         Ok(())

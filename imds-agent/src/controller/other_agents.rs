@@ -11,7 +11,7 @@ use crate::datapath::{
 /// Other agents that run on this node.
 #[derive(Debug, Default)]
 pub(super) struct OtherAgents {
-    running: Vec<OtherAgent>,
+    pub(super) running: Vec<OtherAgent>,
     /// Agents that ran before this one started. This agent yields to them.
     earlier: Vec<OtherAgent>,
 }
@@ -32,11 +32,6 @@ impl Reconciler {
         }
         others.earlier.retain(|agent| found.contains(agent));
         others.running = found;
-    }
-
-    /// Returns the other agents that run on this node, for the status line of the service manager.
-    pub(super) fn other_agents(&self) -> impl Iterator<Item = &OtherAgent> {
-        self.other_agents.running.iter()
     }
 
     /// Removes the actions on a filter that belongs to an agent that started earlier. Returns true if this agent then

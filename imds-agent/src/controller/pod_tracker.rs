@@ -37,8 +37,8 @@ pub struct PodTracker {
     index: Index,
     /// Reason why the set of pods may be incomplete.
     sync: Option<SyncState>,
-    /// True once the API server has listed all pods.
-    is_synced: bool,
+    /// True once the API server has listed all pods. Until then the exempt pods are not known completely.
+    pub(super) is_synced: bool,
     cgroup_tree: KubepodsCgroups,
     /// Resolved sandboxes, by pod UID.
     sandboxes: BTreeMap<String, Sandbox>,
@@ -46,7 +46,7 @@ pub struct PodTracker {
     /// counts.
     pending: BTreeSet<String>,
     /// True if the pod names changed since they were written to the maps.
-    names_dirty: bool,
+    pub(super) names_dirty: bool,
     /// Time of the last event about a pod without a sandbox.
     last_change: Instant,
     /// Time of the last search for kubelet cgroups.
@@ -57,7 +57,7 @@ pub struct PodTracker {
     /// Cgroups that several pods claim, as text that was logged.
     disputes: BTreeSet<String>,
     /// Number of pods that claim the cgroup of another pod.
-    disputed: u32,
+    pub(super) disputed: u32,
 }
 
 /// Reason why the set of pods may be incomplete.
@@ -107,11 +107,6 @@ impl PodTracker {
         is_changed
     }
 
-    /// Returns the number of pods that claim the cgroup of another pod.
-    pub fn disputed(&self) -> u32 {
-        self.disputed
-    }
-
     fn log_disputes(&mut self) {
         let disputes: BTreeSet<_> = self.index.disputes().map(|dispute| dispute.to_string()).collect();
         for dispute in disputes.difference(&self.disputes) {
@@ -145,11 +140,6 @@ impl PodTracker {
             unresolved: number(self.unresolved().count()),
             disputed: self.disputed,
         }
-    }
-
-    /// Reports whether the API server has listed all pods. Until then the exempt pods are not known completely.
-    pub fn is_synced(&self) -> bool {
-        self.is_synced
     }
 
     /// Tracks the containers of the hostNetwork pods that `rules` match.
@@ -304,11 +294,6 @@ impl PodTracker {
     /// Reports whether [`PodTracker::names`] has to be written to the maps: it changed, and all pods are resolved.
     pub fn needs_name_sync(&self) -> bool {
         self.names_dirty && self.is_synced && !self.has_pending()
-    }
-
-    /// Records that the names were written to the maps.
-    pub fn names_synced(&mut self) {
-        self.names_dirty = false;
     }
 
     /// Returns the pod and container behind each subject that the datapath knows.

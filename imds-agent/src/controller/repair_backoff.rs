@@ -22,7 +22,8 @@ const BURST_RESET_INTERVAL: Duration = Duration::from_mins(10);
 #[derive(Debug, Default)]
 pub struct RepairBackoff {
     points: BTreeMap<AttachPoint, HookRepairs>,
-    suppressed: u64,
+    /// Number of suppressed repairs since the start.
+    pub suppressed: u64,
 }
 
 /// Repairs of one hook of one interface.
@@ -80,11 +81,6 @@ impl RepairBackoff {
     pub fn remove_link(&mut self, ifindex: u32) {
         self.points.retain(|point, _| point.ifindex != ifindex);
     }
-
-    /// Returns the number of suppressed repairs since the start.
-    pub fn suppressed(&self) -> u64 {
-        self.suppressed
-    }
 }
 
 /// Returns the delay after `count` repairs in a row.
@@ -125,7 +121,7 @@ mod tests {
         }
         assert_eq!(backoff.next_retry(POINT), None);
         assert!(!backoff.allow(POINT, false, Instant::now()));
-        assert_eq!(backoff.suppressed(), 1);
+        assert_eq!(backoff.suppressed, 1);
         assert_eq!(backoff.next_retry(POINT), Some(Instant::now() + MIN_DELAY));
         assert_eq!(backoff.first_retry(), Some((POINT, Instant::now() + MIN_DELAY)));
         advance(MIN_DELAY).await;
@@ -140,7 +136,7 @@ mod tests {
         assert_eq!(fight(&mut backoff, Duration::from_secs(512)).await, BURST + 9);
         let per_hour = fight(&mut backoff, Duration::from_hours(1)).await;
         assert!((11..=12).contains(&per_hour), "{per_hour}");
-        assert!(backoff.suppressed() > 1_000);
+        assert!(backoff.suppressed > 1_000);
     }
 
     #[tokio::test(start_paused = true)]

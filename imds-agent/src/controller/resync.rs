@@ -119,7 +119,7 @@ impl Reconciler {
         // A failure to exempt some pods must not keep the agent from denying the others.
         log_if_preexisting(true, self.reconcile_exemptions().await)?;
         if !std::mem::replace(&mut self.progress.initial_sync_done, true) {
-            self.attaching.start_initial();
+            self.attaching.initial = self.attaching.queue.initial().collect();
             self.set_ready();
         }
         self.changes.end(Pass::Resync);

@@ -28,7 +28,7 @@ pub async fn remove_startup_taint(api: ApiConfig, key: String, pins: PinDir, net
             Ok(false) => return log::info!("node {} has no taint {key}", api.node),
             Err(error) => error,
         };
-        let pause = attempts.failed(error.retry_after());
+        let pause = attempts.failed(error.retry_after);
         log::error!(
             "failed to remove the taint {key} from node {}, no pods are scheduled there until then: {:#}",
             api.node,

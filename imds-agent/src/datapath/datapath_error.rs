@@ -71,12 +71,9 @@ impl DatapathError {
             | Self::Map { .. } => None,
         }
     }
+}
 
-    /// Returns the obstacle, if that is the error. Retries fail until the operator or another program removes it.
-    pub fn obstacle(&self) -> Option<&ObstacleError> {
-        match self {
-            Self::Obstacle(error) => Some(error),
-            _ => None,
-        }
-    }
+/// Adds the name of the map to the error of an operation on it.
+pub(crate) fn map_error(map: &'static str) -> impl Fn(MapError) -> DatapathError + Copy {
+    move |source| DatapathError::Map { map, source }
 }

@@ -32,16 +32,12 @@ const LOG_LINES: usize = 20;
 #[derive(Debug, Error)]
 #[error("{source}{}{log}", if log.is_empty() { "" } else { "; verifier log:\n" })]
 pub(super) struct RejectedProgram {
-    source: io::Error,
+    /// Error of bpf(2).
+    pub(super) source: io::Error,
     log: String,
 }
 
 impl RejectedProgram {
-    /// Returns the error of bpf(2) without the verifier's log.
-    pub(super) fn source(&self) -> &io::Error {
-        &self.source
-    }
-
     /// Reports whether the process or the system has no descriptor left, which is no objection to the program.
     pub(super) fn is_out_of_descriptors(&self) -> bool {
         matches!(self.source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))

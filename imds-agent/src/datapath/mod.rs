@@ -21,6 +21,7 @@ use imds_ebpf_common::{
     AttachMode, DenyAction, DenyErrno, Hook, Mode, Subject, SubjectKind, TcHook, TcHookSet,
 };
 
+pub(crate) use self::datapath_error::map_error;
 use self::{
     attach::{cgroup_hooks::Cgroups, mprog::Links, netns_identity::hooks_without_identity},
     maps::pod_names::WrittenNames,
@@ -108,11 +109,11 @@ impl Datapath {
         netlink: Netlink,
     ) -> Result<Self, DatapathError> {
         let DatapathConfig { backend, hooks, .. } = *datapath_config;
-        let (programs, maps, links, cgroups) = match Self::load(pin_lock.dir(), datapath_config, endpoint_set)
+        let (programs, maps, links, cgroups) = match Self::load(&pin_lock.dir, datapath_config, endpoint_set)
         {
             Ok(loaded) => loaded,
             Err(error) => {
-                if pin_lock.is_new() {
+                if pin_lock.is_new {
                     pin_lock.remove()?;
                 }
                 return Err(error);
@@ -178,12 +179,12 @@ impl Datapath {
 
     /// Returns the pin directory of this agent.
     pub fn pins(&self) -> &PinDir {
-        self.pin_lock.dir()
+        &self.pin_lock.dir
     }
 
     /// Returns the reason why nothing is pinned; `None` if a bpffs is mounted.
     pub fn pin_failure(&self) -> Option<&str> {
-        self.pin_lock.failure()
+        self.pin_lock.failure.as_deref()
     }
 
     /// Returns an error text for each rejected program.
@@ -193,7 +194,7 @@ impl Datapath {
 
     /// Tries to load the programs that the kernel rejected again.
     pub fn retry_rejected(&mut self) -> Result<(), DatapathError> {
-        let pins = self.pin_lock.dir();
+        let pins = &self.pin_lock.dir;
         if self.programs.retry_rejected(pins)? {
             self.programs.pin(pins)?;
             self.programs.record_rejected(&mut self.maps)?;
@@ -227,7 +228,7 @@ impl Datapath {
         self.remove_exemptions(ifindex)?;
         self.rejected_netkit.remove(&ifindex);
         for hook in TcHook::ALL {
-            self.links.remove_point(self.pin_lock.dir(), AttachPoint { ifindex, hook })?;
+            self.links.remove_point(&self.pin_lock.dir, AttachPoint { ifindex, hook })?;
         }
         let subject = Subject::new(SubjectKind::Interface, ifindex.into());
         // Events of the next interface with this index must not name the pod.
@@ -250,7 +251,7 @@ impl Datapath {
         if self.pin_failure().is_some() {
             return Ok(false);
         }
-        let pins = self.pin_lock.dir();
+        let pins = &self.pin_lock.dir;
         if self.programs.is_unpinned(pins) {
             self.programs.pin(pins)?;
             missing = true;

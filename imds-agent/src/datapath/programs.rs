@@ -95,7 +95,7 @@ impl Programs {
         pins: &PinDir,
         name: &'static str,
     ) -> Result<Option<RejectedProgram>, ObjectError> {
-        let source = match self.object.load(name).ok_or(ObjectError::Missing(name))? {
+        let rejected = match self.object.load(name).ok_or(ObjectError::Missing(name))? {
             Ok(fd) => {
                 let id =
                     bpf::program_id(&fd).map_err(|error| ObjectError::program("inspect", name, error))?;
@@ -105,16 +105,16 @@ impl Programs {
                 }
                 return Ok(None);
             }
-            Err(source) if source.is_out_of_descriptors() => {
-                return Err(ObjectError::program("load", name, source));
+            Err(rejected) if rejected.is_out_of_descriptors() => {
+                return Err(ObjectError::program("load", name, rejected));
             }
-            Err(source) => source,
+            Err(rejected) => rejected,
         };
-        let errno = source.source().raw_os_error().unwrap_or(libc::EINVAL);
-        let text = format!("failed to load BPF program {name}: {}", source.source());
+        let errno = rejected.source.raw_os_error().unwrap_or(libc::EINVAL);
+        let text = format!("failed to load BPF program {name}: {}", rejected.source);
         let before = self.rejected.insert(name, Rejection { errno, text: text.clone() });
         if before.is_none_or(|before| before.errno != errno) {
-            let log = source.end_of_log().map(|log| format!("; verifier log:\n{log}")).unwrap_or_default();
+            let log = rejected.end_of_log().map(|log| format!("; verifier log:\n{log}")).unwrap_or_default();
             log::error!("{text}{log}");
         }
         if !self.loaded.contains_key(name)
@@ -123,7 +123,7 @@ impl Programs {
             log::warn!("{name} of an earlier agent (program {}) keeps running", earlier.id);
             self.loaded.insert(name, earlier);
         }
-        Ok(Some(source))
+        Ok(Some(rejected))
     }
 
     /// Opens the program that an earlier agent pinned under this name, if it uses the maps of this object.

@@ -4,6 +4,7 @@ use std::{error::Error, path::PathBuf, time::Duration};
 
 use kube_client::config::{InClusterError, KubeconfigError};
 use serde::{Deserialize, Serialize};
+use strum::IntoStaticStr;
 use thiserror::Error;
 
 /// Upper bound of the `Retry-After` time that the agent respects.
@@ -42,9 +43,10 @@ pub(super) enum ApiError {
     ListTooLong { pages: usize, pods: usize },
 }
 
-/// Kinds of errors, as metrics count them.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+/// Kinds of errors, as metrics count them. Metrics and JSON have the same names.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, IntoStaticStr, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum ErrorKind {
     /// The configuration of the API client is missing or invalid.
     Config,
@@ -64,23 +66,6 @@ pub enum ErrorKind {
     Server,
     /// The API server sent an invalid response.
     Malformed,
-}
-
-impl ErrorKind {
-    /// Returns the name in metrics and JSON.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Config => "config",
-            Self::Connect => "connect",
-            Self::Timeout => "timeout",
-            Self::Closed => "closed",
-            Self::Expired => "expired",
-            Self::Throttled => "throttled",
-            Self::Forbidden => "forbidden",
-            Self::Server => "server",
-            Self::Malformed => "malformed",
-        }
-    }
 }
 
 impl ApiError {

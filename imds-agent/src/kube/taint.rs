@@ -16,14 +16,8 @@ use crate::config::Access;
 #[error("{text}")]
 pub struct TaintError {
     text: String,
-    retry_after: Option<Duration>,
-}
-
-impl TaintError {
-    /// Returns the pause that the server requests before the next attempt.
-    pub fn retry_after(&self) -> Option<Duration> {
-        self.retry_after
-    }
+    /// Pause that the server requests before the next attempt.
+    pub retry_after: Option<Duration>,
 }
 
 /// Removes all taints with this key from a node. Returns whether there was one.

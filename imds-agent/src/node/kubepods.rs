@@ -21,9 +21,11 @@ const DEPTH: usize = 5;
 /// Cgroups of Kubernetes pods below a root cgroup: the topmost one of each branch, which contains all others.
 #[derive(Debug)]
 pub struct Kubepods {
-    root: PathBuf,
+    /// Root of the search.
+    pub root: PathBuf,
     watcher: Option<CgroupWatcher>,
-    found: BTreeSet<PathBuf>,
+    /// Cgroups found so far.
+    pub found: BTreeSet<PathBuf>,
 }
 
 /// Inotify watches of the searched directories.
@@ -44,16 +46,6 @@ impl Kubepods {
             log::warn!("failed to watch {}, the resync finds changes: {error}", root.display());
         });
         Self { root, watcher: watcher.ok(), found: BTreeSet::new() }
-    }
-
-    /// Returns the root of the search.
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
-    /// Returns the cgroups found so far.
-    pub fn found(&self) -> &BTreeSet<PathBuf> {
-        &self.found
     }
 
     /// Waits until the cgroups may have changed.
@@ -232,7 +224,7 @@ mod tests {
     }
 
     fn found(kubepods: &Kubepods) -> Vec<&str> {
-        let below_root = kubepods.found().iter().map(|path| path.strip_prefix(kubepods.root()).unwrap());
+        let below_root = kubepods.found.iter().map(|path| path.strip_prefix(&kubepods.root).unwrap());
         below_root.map(|path| path.to_str().unwrap()).collect()
     }
 

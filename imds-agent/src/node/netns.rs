@@ -4,10 +4,9 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io,
-    mem::size_of,
     net::{IpAddr, UdpSocket},
     os::{
-        fd::{AsFd, AsRawFd as _, BorrowedFd},
+        fd::{AsFd, BorrowedFd},
         unix::fs::MetadataExt as _,
     },
     panic::resume_unwind,
@@ -15,12 +14,20 @@ use std::{
 };
 
 use nix::{
+    getsockopt_impl,
     ifaddrs::{InterfaceAddress, getifaddrs},
     sched::{CloneFlags, setns, unshare},
+    sockopt_impl,
+    sys::socket::getsockopt,
 };
 
 /// `SO_NETNS_COOKIE` (Linux 5.14, commit e8b9eab99232), which is missing in the libc crate.
 const SO_NETNS_COOKIE: libc::c_int = 71;
+
+sockopt_impl!(
+    /// Netns cookie of the network namespace of a socket.
+    NetnsCookie, GetOnly, libc::SOL_SOCKET, SO_NETNS_COOKIE, u64
+);
 
 /// Name of the threads that enter namespaces.
 pub(crate) const THREAD: &str = "imds-netns";
@@ -116,20 +123,7 @@ fn inode(path: &str) -> io::Result<u64> {
 
 fn cookie() -> io::Result<u64> {
     let socket = UdpSocket::bind("127.0.0.1:0").or_else(|_| UdpSocket::bind("0.0.0.0:0"))?;
-    let mut cookie = 0_u64;
-    #[expect(clippy::cast_possible_truncation, reason = "size_of::<u64>() is 8")]
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: `length` is the size of the buffer, and both outlive the call.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+    Ok(getsockopt(&socket, NetnsCookie)?)
 }
 
 /// New network namespace that only a descriptor of this process keeps alive. Closing the descriptor deletes the

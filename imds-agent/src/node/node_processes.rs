@@ -22,7 +22,7 @@ pub struct NodeProcesses {
     /// Mount point of the hierarchy; `None` until one is found.
     root: Option<PathBuf>,
     /// Last result of [`NodeProcesses::resolve`].
-    resolved: AllowedProcesses,
+    pub resolved: AllowedProcesses,
 }
 
 impl NodeProcesses {
@@ -39,11 +39,6 @@ impl NodeProcesses {
     /// Returns the keys of the entries that exist, with the number of each entry, from 1.
     pub fn resolve(&mut self) -> &AllowedProcesses {
         self.resolved = self.find();
-        &self.resolved
-    }
-
-    /// Returns the last result of [`NodeProcesses::resolve`].
-    pub fn resolved(&self) -> &AllowedProcesses {
         &self.resolved
     }
 

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use cargo_metadata::{DependencyKind, Metadata, Node, NodeDep, Package, PackageId, semver::Version};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -14,46 +15,6 @@ use crate::workspace::{cargo, output_of, root};
 
 /// Crates in the binary whose dependencies are listed.
 const ROOTS: [&str; 2] = ["imds-agent", "imds-ebpf"];
-
-/// Used part of the output of `cargo metadata`.
-#[derive(Deserialize)]
-struct Metadata {
-    packages: Vec<Package>,
-    resolve: Resolve,
-}
-
-#[derive(Deserialize)]
-struct Package {
-    id: String,
-    name: String,
-    version: String,
-    license: Option<String>,
-    repository: Option<String>,
-    source: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Resolve {
-    nodes: Vec<Node>,
-}
-
-#[derive(Deserialize)]
-struct Node {
-    id: String,
-    deps: Vec<Dependency>,
-}
-
-#[derive(Deserialize)]
-struct Dependency {
-    pkg: String,
-    dep_kinds: Vec<DependencyKind>,
-}
-
-/// `None` for a normal dependency, otherwise `build` or `dev`, which are not linked.
-#[derive(Deserialize)]
-struct DependencyKind {
-    kind: Option<String>,
-}
 
 /// Used part of Cargo.lock.
 #[derive(Deserialize)]
@@ -64,7 +25,7 @@ struct Lock {
 #[derive(Deserialize)]
 struct Locked {
     name: String,
-    version: String,
+    version: Version,
     checksum: Option<String>,
 }
 
@@ -81,18 +42,17 @@ pub(super) fn agent_sbom(triple: &str, sha256: &str) -> Result<String> {
 }
 
 fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
-    let packages: BTreeMap<_, _> =
-        metadata.packages.iter().map(|package| (package.id.as_str(), package)).collect();
-    let linked: BTreeMap<_, Vec<_>> =
-        metadata.resolve.nodes.iter().map(|node| (node.id.as_str(), node.linked())).collect();
+    let packages: BTreeMap<_, _> = metadata.packages.iter().map(|package| (&package.id, package)).collect();
+    let nodes = &metadata.resolve.as_ref().context("cargo metadata has resolved no dependencies")?.nodes;
+    let linked: BTreeMap<_, Vec<_>> = nodes.iter().map(|node| (&node.id, linked(node))).collect();
     let checksums: BTreeMap<_, _> = lock
         .package
         .iter()
-        .filter_map(|locked| Some(((&*locked.name, &*locked.version), locked.checksum.as_deref()?)))
+        .filter_map(|locked| Some(((&*locked.name, locked.version.clone()), locked.checksum.as_deref()?)))
         .collect();
 
-    let is_root = |package: &&Package| package.source.is_none() && ROOTS.contains(&&*package.name);
-    let mut left: Vec<&str> = metadata.packages.iter().filter(is_root).map(|package| &*package.id).collect();
+    let is_root = |package: &&Package| package.source.is_none() && ROOTS.contains(&package.name.as_str());
+    let mut left: Vec<_> = metadata.packages.iter().filter(is_root).map(|package| &package.id).collect();
     ensure!(left.len() == ROOTS.len(), "the workspace must contain {ROOTS:?}");
     let mut found = BTreeSet::new();
     while let Some(id) = left.pop() {
@@ -111,17 +71,17 @@ fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
     let component = |package: &Package| {
         let mut component = json!({
             "type": "library",
-            "bom-ref": package.purl(),
+            "bom-ref": purl(package),
             "name": package.name,
             "version": package.version,
-            "purl": package.purl(),
+            "purl": purl(package),
         });
         if let Some(license) = &package.license {
             // Slashes are the notation from before Cargo required SPDX expressions.
             component["licenses"] =
                 json!([{ "expression": license.replace('/', " OR ").replace("  ", " ") }]);
         }
-        if let Some(checksum) = checksums.get(&(&*package.name, &*package.version)) {
+        if let Some(checksum) = checksums.get(&(package.name.as_str(), package.version.clone())) {
             component["hashes"] = json!([{ "alg": "SHA-256", "content": checksum }]);
         }
         if let Some(repository) = &package.repository {
@@ -133,14 +93,14 @@ fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
     main["type"] = "application".into();
     main["hashes"] = json!([{ "alg": "SHA-256", "content": sha256 }]);
     let dependencies = found.iter().map(|package| {
-        let mut on: Vec<_> = linked[&*package.id].iter().map(|id| packages[id].purl()).collect();
+        let mut on: Vec<_> = linked[&package.id].iter().map(|id| purl(packages[id])).collect();
         if package.id == agent.id {
             // The build script of the agent embeds this crate.
-            on.extend(found.iter().filter(|package| package.name == ROOTS[1]).map(|package| package.purl()));
+            on.extend(found.iter().filter(|package| package.name == ROOTS[1]).map(|package| purl(package)));
         }
         on.sort();
         on.dedup();
-        json!({ "ref": package.purl(), "dependsOn": on })
+        json!({ "ref": purl(package), "dependsOn": on })
     });
     Ok(json!({
         "bomFormat": "CycloneDX",
@@ -152,20 +112,16 @@ fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
     }))
 }
 
-impl Package {
-    /// Returns the package URL (purl) of the crate.
-    fn purl(&self) -> String {
-        format!("pkg:cargo/{}@{}", self.name, self.version)
-    }
+/// Returns the package URL (purl) of the crate.
+fn purl(package: &Package) -> String {
+    format!("pkg:cargo/{}@{}", package.name, package.version)
 }
 
-impl Node {
-    /// Returns the ids of the crates that are linked with this one.
-    fn linked(&self) -> Vec<&str> {
-        let is_linked =
-            |dependency: &&Dependency| dependency.dep_kinds.iter().any(|kind| kind.kind.is_none());
-        self.deps.iter().filter(is_linked).map(|dependency| &*dependency.pkg).collect()
-    }
+/// Returns the ids of the crates that are linked with this one.
+fn linked(node: &Node) -> Vec<&PackageId> {
+    let is_linked =
+        |dependency: &&NodeDep| dependency.dep_kinds.iter().any(|kind| kind.kind == DependencyKind::Normal);
+    node.deps.iter().filter(is_linked).map(|dependency| &dependency.pkg).collect()
 }
 
 #[cfg(test)]
@@ -174,22 +130,24 @@ mod tests {
 
     fn package(name: &str, source: Option<&str>) -> Value {
         json!({ "id": format!("{name}#1"), "name": name, "version": "1.0.0", "license": "MIT/Apache-2.0",
-                "repository": null, "source": source })
+                "repository": null, "source": source, "dependencies": [], "targets": [], "features": {},
+                "manifest_path": "/Cargo.toml" })
     }
 
     #[test]
     fn only_linked_crates_are_listed() {
-        let on = |name: &str, kind: Option<&str>| json!({ "pkg": format!("{name}#1"), "dep_kinds": [{ "kind": kind }] });
+        let on = |name: &str, kind: Option<&str>| json!({ "name": name, "pkg": format!("{name}#1"), "dep_kinds": [{ "kind": kind, "target": null }] });
+        let node = |name: &str, deps: &[Value]| json!({ "id": format!("{name}#1"), "dependencies": [], "deps": deps });
         let metadata = json!({
             "packages": [
                 package("imds-agent", None), package("imds-ebpf", None), package("aya", Some("registry")),
                 package("cc", Some("registry")), package("xtask", None),
             ],
             "resolve": { "nodes": [
-                { "id": "imds-agent#1", "deps": [on("aya", None), on("cc", Some("build"))] },
-                { "id": "imds-ebpf#1", "deps": [] }, { "id": "aya#1", "deps": [] }, { "id": "cc#1", "deps": [] },
-                { "id": "xtask#1", "deps": [on("imds-agent", None)] },
+                node("imds-agent", &[on("aya", None), on("cc", Some("build"))]), node("imds-ebpf", &[]),
+                node("aya", &[]), node("cc", &[]), node("xtask", &[on("imds-agent", None)]),
             ] },
+            "version": 1, "workspace_members": [], "workspace_root": "/", "target_directory": "/target",
         });
         let lock = json!({ "package": [{ "name": "aya", "version": "1.0.0", "checksum": "abc" }] });
         let sbom = describe(

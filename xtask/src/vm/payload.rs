@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use serde::Deserialize;
+use cargo_metadata::{Artifact, Message};
 
 use crate::{
     arch::Arch,
@@ -77,12 +77,16 @@ impl Payload {
 
     fn from_messages(messages: &str) -> Option<Self> {
         let (mut agent, mut tests) = (None, Vec::new());
-        for message in messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok()) {
-            let Message { target, executable: Some(executable), profile } = message else { continue };
-            if target.kind == ["test"] {
-                tests.push((target.name, executable));
+        for message in Message::parse_stream(messages.as_bytes()).flatten() {
+            let Message::CompilerArtifact(Artifact { target, executable: Some(executable), profile, .. }) =
+                message
+            else {
+                continue;
+            };
+            if target.is_test() {
+                tests.push((target.name, executable.into()));
             } else if target.name == "imds-agent" && !profile.test {
-                agent = Some(executable);
+                agent = Some(executable.into());
             }
         }
         tests.sort();
@@ -106,26 +110,6 @@ fn is_executable(name: &str) -> bool {
     is_plain && (tests.join(name).join("main.rs").is_file() || tests.join(format!("{name}.rs")).is_file())
 }
 
-/// A JSON message of cargo about a compiled target.
-#[derive(Deserialize)]
-struct Message {
-    target: Target,
-    executable: Option<PathBuf>,
-    profile: Profile,
-}
-
-#[derive(Deserialize)]
-struct Profile {
-    /// The executable runs the tests of the target.
-    test: bool,
-}
-
-#[derive(Deserialize)]
-struct Target {
-    kind: Vec<String>,
-    name: String,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,8 +123,15 @@ mod tests {
     #[test]
     fn executables_are_classified_by_kind() {
         let artifact = |kind, name, test, executable| {
-            let target = format!(r#""target":{{"kind":["{kind}"],"name":"{name}"}}"#);
-            format!(r#"{{{target},"profile":{{"test":{test}}},"executable":{executable}}}"#)
+            let target = format!(
+                r#""target":{{"kind":["{kind}"],"name":"{name}","crate_types":["{kind}"],"src_path":"/s.rs"}}"#
+            );
+            let profile = format!(
+                r#""profile":{{"opt_level":"0","debug_assertions":true,"overflow_checks":true,"test":{test}}}"#
+            );
+            format!(
+                r#"{{"reason":"compiler-artifact","package_id":"p",{target},{profile},"features":[],"filenames":[],"executable":{executable},"fresh":true}}"#
+            )
         };
         let messages = [
             artifact("lib", "imds_agent", false, "null"),

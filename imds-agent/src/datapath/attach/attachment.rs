@@ -1,6 +1,7 @@
 //! A program of the agent at a hook, its position there, and the actions that change it.
 
 use imds_ebpf_common::AttachMode;
+use strum::IntoStaticStr;
 
 /// A program of this agent at a hook of an interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -16,8 +17,9 @@ pub struct Attachment {
     pub order: Order,
 }
 
-/// Position of a program among the programs of its hook.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+/// Position of a program among the programs of its hook, as `status` prints it.
+#[derive(Clone, Copy, Debug, Eq, IntoStaticStr, PartialEq)]
+#[strum(serialize_all = "snake_case")]
 pub enum Order {
     /// No other program runs before it.
     First,
@@ -25,17 +27,6 @@ pub enum Order {
     NotFirst,
     /// Other programs run before it, and the attach mode offers no position before them.
     Blocked,
-}
-
-impl Order {
-    /// Returns the name that `status` prints.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::First => "first",
-            Self::NotFirst => "not_first",
-            Self::Blocked => "blocked",
-        }
-    }
 }
 
 /// A change to one hook of an interface.

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     config::{Hooks, Sendmsg},
     datapath::{
-        Datapath, DatapathConfig, DatapathError,
+        Datapath, DatapathConfig, DatapathError, map_error,
         object::{self, Maps},
         pin::dir::PinDir,
     },
@@ -193,7 +193,7 @@ impl Cgroups {
         if self.recorded == Some(record) {
             return Ok(());
         }
-        maps.cgroup.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_CGROUP, source })?;
+        maps.cgroup.set(0, record, 0).map_err(map_error(MAP_CGROUP))?;
         self.recorded = Some(record);
         Ok(())
     }
@@ -234,7 +234,7 @@ impl Datapath {
     }
 
     fn restore_hook(&mut self, kind: CgroupProgramKind) -> Result<Vec<CgroupChange>, DatapathError> {
-        let (pins, hook) = (self.pin_lock.dir(), kind.hook);
+        let (pins, hook) = (&self.pin_lock.dir, kind.hook);
         if self.cgroups.lacks_cgroup(hook) {
             // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
@@ -286,7 +286,7 @@ impl Datapath {
         cgroups: &BTreeSet<PathBuf>,
         all: bool,
     ) -> Result<Vec<CgroupChange>, DatapathError> {
-        let pins = self.pin_lock.dir();
+        let pins = &self.pin_lock.dir;
         if !self.hooks.contains(Hook::HostNetwork) {
             return Ok(detached_hook(host_cgroups::detach_all(pins)?, Hook::HostNetwork));
         }

@@ -71,11 +71,11 @@ pub(crate) struct OpenCgroup {
 #[derive(Debug)]
 pub(crate) struct CgroupLink {
     program: &'static str,
-    attach_type: bpf_attach_type,
+    pub(super) attach_type: bpf_attach_type,
     pin: PathBuf,
     fd: Option<OwnedFd>,
-    /// Current failure, as `status` shows it.
-    failure: Option<String>,
+    /// Reason why the program is not attached, or not last, as `status` shows it.
+    pub(super) failure: Option<String>,
     /// Failure that was logged last.
     reported: Option<String>,
     attaching: CgroupBackoff,
@@ -107,15 +107,6 @@ impl CgroupLink {
             link.fd = Some(fd);
         }
         Ok(link)
-    }
-
-    pub(crate) fn attach_type(&self) -> bpf_attach_type {
-        self.attach_type
-    }
-
-    /// Returns the reason why the program is not attached, or not last.
-    pub(crate) fn failure(&self) -> Option<&str> {
-        self.failure.as_deref()
     }
 
     /// Reconciles the link: attaches the program, replaces the program of an earlier agent, pins the link, and moves it

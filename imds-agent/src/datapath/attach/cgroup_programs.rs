@@ -139,7 +139,7 @@ impl CgroupHookLinks {
 
     /// Describes the programs that are not attached, or not last.
     pub(crate) fn failures(&self) -> impl Iterator<Item = &str> {
-        self.links.iter().filter_map(CgroupLink::failure)
+        self.links.iter().filter_map(|link| link.failure.as_deref())
     }
 
     /// Reconciles the links of the desired attach types and detaches the others. Continues after a failure.
@@ -152,7 +152,7 @@ impl CgroupHookLinks {
         let mut changes = Vec::new();
         let mut failed = None;
         for link in links {
-            let restored = if is_desired(link.attach_type()) {
+            let restored = if is_desired(link.attach_type) {
                 link.restore(programs, cgroup, &mut changes)
             } else {
                 link.detach(cgroup, &mut changes)

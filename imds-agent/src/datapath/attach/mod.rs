@@ -60,7 +60,7 @@ impl Datapath {
         let point = AttachPoint { ifindex: link.index, hook };
         // No program is loaded for a hook that is off. Id 0 then makes every attached program obsolete.
         let program = self.programs.id(tc_program(hook, link.link_layer)).unwrap_or_default();
-        let mut attachments = self.links.observe(self.pin_lock.dir(), point, program)?;
+        let mut attachments = self.links.observe(&self.pin_lock.dir, point, program)?;
         let recorded = interface_records::has_filter(&self.maps, link.index);
         if full || recorded || self.backend == AttachMode::Clsact {
             attachments.extend(clsact::attachment(&self.netlink, point, program).await?);
@@ -102,19 +102,19 @@ impl Datapath {
                 self.links.replace(point, mode, self.programs.fd(name)?)
             }
             Action::Pin(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.pin(self.pin_lock.dir(), point, mode)
+                self.links.pin(&self.pin_lock.dir, point, mode)
             }
             Action::Reorder(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 // The kernel rejects a second link with the same program at one hook. This attaches a copy of the program
                 // at the head of the hook, then updates the link to the original.
                 let copy = self.programs.load_copy(name)?;
                 self.links
-                    .attach(self.pin_lock.dir(), point, mode, copy.as_fd())
+                    .attach(&self.pin_lock.dir, point, mode, copy.as_fd())
                     .map_err(|error| with_obstacle(error, link, hook))?;
                 self.links.replace(point, mode, self.programs.fd(name)?)
             }
             Action::Detach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.detach(self.pin_lock.dir(), point, mode)
+                self.links.detach(&self.pin_lock.dir, point, mode)
             }
             Action::Attach(AttachMode::Clsact) => {
                 counters::create(&mut self.maps, link.index, hook.hook());
@@ -161,7 +161,7 @@ impl Datapath {
         mode: AttachMode,
         name: &'static str,
     ) -> Result<(), DatapathError> {
-        self.links.attach(self.pin_lock.dir(), point, mode, self.programs.fd(name)?)
+        self.links.attach(&self.pin_lock.dir, point, mode, self.programs.fd(name)?)
     }
 
     async fn attach_filter(

@@ -1,6 +1,7 @@
 //! Decides if the sendmsg programs of the `socket` hook are attached.
 
 use imds_ebpf_common::Hook;
+use strum::{FromRepr, IntoStaticStr};
 
 use crate::config::{Hooks, Sendmsg};
 
@@ -18,44 +19,27 @@ pub struct SendmsgInputs {
 }
 
 /// Reason why the sendmsg programs are attached. The numbers are those of
-/// [`CgroupRecord::sendmsg`](imds_ebpf_common::CgroupRecord::sendmsg).
+/// [`CgroupRecord::sendmsg`](imds_ebpf_common::CgroupRecord::sendmsg), the texts are those of `status`.
 #[repr(u32)]
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, FromRepr, IntoStaticStr, PartialEq)]
 pub enum SendmsgReason {
     /// The configuration sets `hooks.sendmsg` to true.
+    #[strum(serialize = "hooks.sendmsg is true")]
     Configured = 1,
     /// The configuration disables the `from_pod` hook.
+    #[strum(serialize = "from_pod is off")]
     FromPodOff = 2,
     /// The configuration disables the `node_egress` hook.
+    #[strum(serialize = "node_egress is off")]
     NodeEgressOff = 3,
     /// Before Linux 6.13 `node_egress` cannot identify packets of macvlan, ipvlan and netkit pods.
+    #[strum(
+        serialize = "node_egress cannot identify packets of macvlan, ipvlan and netkit pods before Linux 6.13"
+    )]
     NoTcCookie = 4,
     /// An interface is not enforced, because it lacks a program or Open vSwitch forwards its packets in userspace.
+    #[strum(serialize = "an interface is not enforced")]
     NotEnforced = 5,
-}
-
-impl SendmsgReason {
-    /// All reasons, in order of precedence.
-    pub const ALL: [Self; 5] =
-        [Self::Configured, Self::FromPodOff, Self::NodeEgressOff, Self::NoTcCookie, Self::NotEnforced];
-
-    /// Returns the reason with this number, or `None` for an unknown number.
-    pub fn from_u32(number: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|&reason| reason as u32 == number)
-    }
-
-    /// Returns the reason in words, for `status`.
-    pub const fn text(self) -> &'static str {
-        match self {
-            Self::Configured => "hooks.sendmsg is true",
-            Self::FromPodOff => "from_pod is off",
-            Self::NodeEgressOff => "node_egress is off",
-            Self::NoTcCookie => {
-                "node_egress cannot identify packets of macvlan, ipvlan and netkit pods before Linux 6.13"
-            }
-            Self::NotEnforced => "an interface is not enforced",
-        }
-    }
 }
 
 /// Returns the reason why the sendmsg programs are needed, or `None` if they are not. They add a cost to each sendto(2) on an
@@ -120,10 +104,14 @@ mod tests {
 
     #[test]
     fn reasons_by_number() {
-        assert_eq!(
-            SendmsgReason::ALL.map(|reason| SendmsgReason::from_u32(reason as u32)),
-            SendmsgReason::ALL.map(Some)
-        );
-        assert_eq!((SendmsgReason::from_u32(0), SendmsgReason::from_u32(6)), (None, None));
+        let reasons = [
+            SendmsgReason::Configured,
+            SendmsgReason::FromPodOff,
+            SendmsgReason::NodeEgressOff,
+            SendmsgReason::NoTcCookie,
+            SendmsgReason::NotEnforced,
+        ];
+        assert_eq!([1, 2, 3, 4, 5].map(SendmsgReason::from_repr), reasons.map(Some));
+        assert_eq!([0, 6].map(SendmsgReason::from_repr), [None, None]);
     }
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::{
     datapath::{
-        Datapath, DatapathError,
+        Datapath, DatapathError, map_error,
         object::Maps,
         pin::{dir::PinDir, netns_owner},
     },
@@ -82,12 +82,12 @@ impl EffectiveConfig {
 impl Datapath {
     /// Reports whether `text` is the last effective configuration, possibly of an earlier agent.
     pub fn was_effective(&self, text: &str) -> Result<bool, DatapathError> {
-        Ok(read(&self.maps).map_err(failed)?.is_some_and(|record| record.text == text))
+        Ok(read(&self.maps).map_err(map_error(MAP_CONFIG))?.is_some_and(|record| record.text == text))
     }
 
     /// Records the effective configuration for `status` and `config show`. Returns its generation.
     pub fn record_config(&mut self, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
-        let before = read_consistent(&self.maps.config).map_err(failed)?;
+        let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
         let generation = before.generation.saturating_add(1);
         let path = path.map(|path| path.to_string_lossy()).unwrap_or_default();
         let record = ConfigRecord {
@@ -98,15 +98,15 @@ impl Datapath {
             error: text_field(""),
             text: text_field(text),
         };
-        self.maps.config.set(0, record, 0).map_err(failed)?;
+        self.maps.config.set(0, record, 0).map_err(map_error(MAP_CONFIG))?;
         Ok(generation)
     }
 
     /// Records the error of a rejected configuration. The previous one stays effective.
     pub fn record_rejected_config(&mut self, error: &str) -> Result<(), DatapathError> {
-        let before = read_consistent(&self.maps.config).map_err(failed)?;
+        let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
         let record = ConfigRecord { failed_at: now(), error: text_field(error), ..before };
-        self.maps.config.set(0, record, 0).map_err(failed)
+        self.maps.config.set(0, record, 0).map_err(map_error(MAP_CONFIG))
     }
 }
 
@@ -120,10 +120,6 @@ fn read_consistent(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, M
         last = record;
     }
     Ok(last)
-}
-
-fn failed(source: MapError) -> DatapathError {
-    DatapathError::Map { map: MAP_CONFIG, source }
 }
 
 fn now() -> u64 {

@@ -14,7 +14,7 @@ use imds_ebpf_common::{
 use serde::Serialize;
 
 use crate::datapath::{
-    DatapathError,
+    DatapathError, map_error,
     object::{self, Maps},
 };
 
@@ -125,7 +125,7 @@ pub fn pending_events(maps: &Maps) -> Result<u64, MapError> {
 
 /// Adds the counts of an interface to those of deleted interfaces, and removes its counters.
 pub(crate) fn retire(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
-    let failed = |source| DatapathError::Map { map: MAP_COUNTERS, source };
+    let failed = map_error(MAP_COUNTERS);
     let keys = [Hook::FromPod, Hook::NodeEgress]
         .into_iter()
         .flat_map(|hook| Verdict::COUNTED.map(|verdict| CounterKey::new(ifindex, hook, verdict)));

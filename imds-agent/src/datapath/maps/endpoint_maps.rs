@@ -11,7 +11,7 @@ use imds_ebpf_common::{
 use crate::{
     config::endpoint_set::{Endpoint as ProtectedEndpoint, EndpointSet},
     datapath::{
-        DatapathError,
+        DatapathError, map_error,
         maps::pinned_maps,
         object::{self, Maps},
         sys::bpf,
@@ -34,12 +34,12 @@ pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
 
 /// Reads the effective filter.
 pub(crate) fn filter(maps: &Maps) -> Result<PolicyFilter, DatapathError> {
-    maps.filter.get(&0, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
+    maps.filter.get(&0, 0).map_err(map_error(MAP_FILTER))
 }
 
 /// Replaces the effective filter.
 pub(crate) fn set_filter(maps: &mut Maps, filter: &PolicyFilter) -> Result<(), DatapathError> {
-    maps.filter.set(0, *filter, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
+    maps.filter.set(0, *filter, 0).map_err(map_error(MAP_FILTER))
 }
 
 /// Returns the filter to load the programs with: the effective one, with the address bits of the new endpoints added.
@@ -68,10 +68,10 @@ pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), Datapath
     write_filter(maps, &desired)?;
     // `status` and `bpftool` read the records.
     let written = pinned_maps::sync(&mut maps.endpoints, &desired);
-    written.map_err(|source| DatapathError::Map { map: MAP_ENDPOINTS, source })?;
+    written.map_err(map_error(MAP_ENDPOINTS))?;
     let (configured, effective) = (name_field(endpoint_set.configured), name_field(endpoint_set.provider));
     let record = ProviderRecord { configured, effective };
-    maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
+    maps.provider.set(0, record, 0).map_err(map_error(MAP_PROVIDER))
 }
 
 /// Writes the unused table of the filter, then makes it the effective one.

@@ -12,6 +12,7 @@ use super::endpoint_maps;
 use crate::datapath::{
     Datapath, DatapathError,
     exemption_set::ExemptionSet,
+    map_error,
     object::{self, Maps},
 };
 
@@ -25,7 +26,7 @@ pub fn read(maps: &Maps) -> Result<ExemptionSet, MapError> {
 impl Datapath {
     /// Reads all exemptions from the map.
     pub fn exemptions(&self) -> Result<ExemptionSet, DatapathError> {
-        read(&self.maps).map_err(map_error)
+        read(&self.maps).map_err(map_error(MAP_EXEMPT))
     }
 
     /// Drops the cached exemptions, so that the next [`Datapath::sync_exemptions`] reads the map and corrects changes of
@@ -50,7 +51,7 @@ impl Datapath {
         }
         // If the map of source addresses is full, still writes exemptions to the map that has room.
         let failed_sources = write_sources(maps, known, &desired.sources, &mut writes).err();
-        let mut failed = failed_sources.map(|source| DatapathError::Map { map: MAP_EXEMPT_SOURCES, source });
+        let mut failed = failed_sources.map(map_error(MAP_EXEMPT_SOURCES));
         for (exemption, record) in &desired.entries {
             if known.entries.get(exemption) != Some(record) {
                 match maps.exempt.insert(exemption, record, 0) {
@@ -58,7 +59,7 @@ impl Datapath {
                         known.entries.insert(*exemption, *record);
                         writes += 1;
                     }
-                    Err(error) => failed = Some(map_error(error)),
+                    Err(error) => failed = Some(map_error(MAP_EXEMPT)(error)),
                 }
             }
         }
@@ -91,7 +92,7 @@ fn get_or_read<'k>(
 ) -> Result<&'k mut ExemptionSet, DatapathError> {
     match known {
         Some(known) => Ok(known),
-        none => Ok(none.insert(read(maps).map_err(map_error)?)),
+        none => Ok(none.insert(read(maps).map_err(map_error(MAP_EXEMPT))?)),
     }
 }
 
@@ -124,11 +125,7 @@ fn write_sources(
 }
 
 fn remove(maps: &mut Maps, known: &mut ExemptionSet, exemption: &ExemptionKey) -> Result<(), DatapathError> {
-    object::removed(maps.exempt.remove(exemption)).map_err(map_error)?;
+    object::removed(maps.exempt.remove(exemption)).map_err(map_error(MAP_EXEMPT))?;
     known.entries.remove(exemption);
     Ok(())
-}
-
-fn map_error(source: MapError) -> DatapathError {
-    DatapathError::Map { map: MAP_EXEMPT, source }
 }

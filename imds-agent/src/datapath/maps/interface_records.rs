@@ -7,7 +7,7 @@ use imds_ebpf_common::{AttachMode, InterfaceRecord, OwnPackets, Role, TcHook, na
 
 use crate::{
     datapath::{
-        Datapath, DatapathError,
+        Datapath, DatapathError, map_error,
         object::{self, Maps},
     },
     encode::{field_text, name_field},
@@ -173,6 +173,6 @@ pub(crate) fn remove(maps: &mut Maps, ifindex: u32) {
 }
 
 fn write(maps: &mut Maps, ifindex: u32, record: InterfaceRecord) -> Result<(), DatapathError> {
-    let failed = |source| DatapathError::Map { map: MAP_INTERFACES, source };
+    let failed = map_error(MAP_INTERFACES);
     maps.interfaces.insert(ifindex, record, 0).map_err(failed)
 }

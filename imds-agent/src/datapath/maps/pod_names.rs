@@ -12,7 +12,7 @@ use jiff::Timestamp;
 
 use crate::{
     datapath::{
-        Datapath, DatapathError,
+        Datapath, DatapathError, map_error,
         object::{self, Maps, ObjectError},
         pin::dir::PinDir,
     },
@@ -62,21 +62,21 @@ impl Datapath {
             Some(written) => written,
             none => {
                 let key = |identity: PodRef| (identity.uid, identity.container.unwrap_or_default());
-                let before = read(maps).map_err(failed)?.into_iter();
+                let before = read(maps).map_err(map_error(MAP_PODS))?.into_iter();
                 none.insert(before.map(|(subject, identity)| (subject, key(identity))).collect())
             }
         };
         let mut writes = 0;
         let gone: Vec<_> = written.keys().filter(|subject| !names.contains_key(subject)).copied().collect();
         for subject in gone {
-            object::removed(maps.pods.remove(&subject)).map_err(failed)?;
+            object::removed(maps.pods.remove(&subject)).map_err(map_error(MAP_PODS))?;
             written.remove(&subject);
             writes += 1;
         }
         for (subject, PodContainer { pod, container }) in names {
             let container = container.unwrap_or_default();
             if !written.get(subject).is_some_and(|(uid, written)| *uid == pod.uid && written == container) {
-                maps.pods.insert(subject, record(pod, container), 0).map_err(failed)?;
+                maps.pods.insert(subject, record(pod, container), 0).map_err(map_error(MAP_PODS))?;
                 written.insert(*subject, (pod.uid.clone(), container.to_owned()));
                 writes += 1;
             }
@@ -86,7 +86,7 @@ impl Datapath {
 
     /// Removes the metadata of one subject.
     pub(in crate::datapath) fn remove_pod_name(&mut self, subject: Subject) -> Result<(), DatapathError> {
-        object::removed(self.maps.pods.remove(&subject)).map_err(failed)?;
+        object::removed(self.maps.pods.remove(&subject)).map_err(map_error(MAP_PODS))?;
         if let Some(written) = &mut self.written_names {
             written.remove(&subject);
         }
@@ -113,12 +113,8 @@ impl Datapath {
             error: text_field(error.unwrap_or_default()),
         };
         let recorded = self.maps.kubernetes.set(0, record, 0);
-        recorded.map_err(|source| DatapathError::Map { map: MAP_KUBERNETES, source })
+        recorded.map_err(map_error(MAP_KUBERNETES))
     }
-}
-
-fn failed(source: MapError) -> DatapathError {
-    DatapathError::Map { map: MAP_PODS, source }
 }
 
 fn record(pod: &Pod, container: &str) -> PodRecord {

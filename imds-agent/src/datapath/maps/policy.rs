@@ -6,7 +6,7 @@ use super::endpoint_maps;
 use crate::{
     config::{Hooks, endpoint_set::EndpointSet},
     datapath::{
-        Datapath, DatapathConfig, DatapathError,
+        Datapath, DatapathConfig, DatapathError, map_error,
         object::Maps,
         pin::{dir::PinDir, netns_owner},
     },
@@ -23,10 +23,10 @@ impl Datapath {
     /// `datapath_config` does not have stay until [`Datapath::release`].
     pub fn prepare(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
         self.hooks = self.hooks.union(datapath_config.hooks);
-        self.programs.add(self.pin_lock.dir(), self.hooks)?;
-        self.programs.pin(self.pin_lock.dir())?;
+        self.programs.add(&self.pin_lock.dir, self.hooks)?;
+        self.programs.pin(&self.pin_lock.dir)?;
         self.programs.record_rejected(&mut self.maps)?;
-        self.cgroups.prepare(self.pin_lock.dir(), datapath_config)
+        self.cgroups.prepare(&self.pin_lock.dir, datapath_config)
     }
 
     /// Applies mode, deny action and endpoints. Requests that both the old and the new policy deny stay denied throughout.
@@ -46,10 +46,10 @@ impl Datapath {
     /// Removes the hooks that `datapath_config` does not have from the desired hooks. The next reconciliation detaches them.
     pub fn release(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
         self.hooks = datapath_config.hooks;
-        self.cgroups.release(self.pin_lock.dir(), datapath_config)?;
+        self.cgroups.release(&self.pin_lock.dir, datapath_config)?;
         self.programs.retain_hooks(datapath_config.hooks);
         self.programs.record_rejected(&mut self.maps)?;
-        Ok(self.programs.pin(self.pin_lock.dir())?)
+        Ok(self.programs.pin(&self.pin_lock.dir)?)
     }
 }
 
@@ -63,7 +63,7 @@ pub(crate) fn switch_off(pins: &PinDir) -> Result<bool, DatapathError> {
             return Ok(false);
         }
     };
-    let failed = |source| DatapathError::Map { map: MAP_POLICY, source };
+    let failed = map_error(MAP_POLICY);
     let policy = maps.policy.get(&0, 0).map_err(failed)?;
     maps.policy.set(0, Policy { mode: Mode::Off as u32, ..policy }, 0).map_err(failed)?;
     Ok(true)
@@ -100,5 +100,5 @@ fn write_policy(maps: &mut Maps, datapath_config: &DatapathConfig) -> Result<(),
         mark: datapath_config.mark,
         netns_cookie: datapath_config.identity.map_or(0, OwnNetns::cookie),
     };
-    maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })
+    maps.policy.set(0, policy, 0).map_err(map_error(MAP_POLICY))
 }

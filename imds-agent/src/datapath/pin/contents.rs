@@ -91,7 +91,7 @@ impl PinDir {
         }
         self.ensure_below_root(&directory)?;
         for kind in PinKind::ALL {
-            let path = self.root().join(kind.directory());
+            let path = self.directory(kind);
             if fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink()) {
                 return Err(self.not_pin_dir("its subdirectory `maps`, `progs` or `links` is a symlink"));
             }
@@ -151,7 +151,7 @@ impl PinDir {
 
     fn has_no_pins(&self) -> Result<bool, PinError> {
         for kind in PinKind::ALL {
-            if !entries(&self.root().join(kind.directory()))?.is_empty() {
+            if !entries(&self.directory(kind))?.is_empty() {
                 return Ok(false);
             }
         }
@@ -161,7 +161,7 @@ impl PinDir {
     /// Reports whether the directory contains a pin of an agent's map, program or link, under a name that agents use.
     fn has_agent_pin(&self) -> Result<bool, PinError> {
         for kind in PinKind::ALL {
-            let directory = self.root().join(kind.directory());
+            let directory = self.directory(kind);
             if fs::symlink_metadata(&directory).is_ok_and(|metadata| metadata.is_symlink()) {
                 continue;
             }

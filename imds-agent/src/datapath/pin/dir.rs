@@ -20,7 +20,7 @@ use thiserror::Error;
 
 use crate::datapath::{
     pin::{
-        contents::entries,
+        contents::{PinKind, entries},
         mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
     },
     sys::bpf,
@@ -135,22 +135,22 @@ impl PinDir {
 
     /// Returns the path of the pin of a map.
     pub fn map(&self, name: &str) -> PathBuf {
-        self.maps().join(name)
+        self.directory(PinKind::Map).join(name)
     }
 
     /// Returns the path of the pin of a program.
     pub fn program(&self, name: &str) -> PathBuf {
-        self.programs().join(name)
+        self.directory(PinKind::Program).join(name)
     }
 
     /// Returns the path of the pin of the TCX or netkit link at an attach point.
     pub fn link(&self, point: AttachPoint) -> PathBuf {
-        self.links().join(format!("{}{}", link_prefix(point.hook), point.ifindex))
+        self.named_link(&format!("{}{}", link_prefix(point.hook), point.ifindex))
     }
 
     /// Returns the path of the pin of a cgroup link.
     pub fn named_link(&self, name: &str) -> PathBuf {
-        self.links().join(name)
+        self.directory(PinKind::Link).join(name)
     }
 
     /// Returns the paths of the pinned links of interfaces, each with its attach point.
@@ -167,19 +167,12 @@ impl PinDir {
 
     /// Returns the paths of all pinned links, of interfaces and cgroups.
     pub fn all_links(&self) -> Result<Vec<PathBuf>, PinError> {
-        entries(&self.links())
+        entries(&self.directory(PinKind::Link))
     }
 
-    pub(crate) fn maps(&self) -> PathBuf {
-        self.root.join("maps")
-    }
-
-    pub(crate) fn programs(&self) -> PathBuf {
-        self.root.join("progs")
-    }
-
-    pub(crate) fn links(&self) -> PathBuf {
-        self.root.join("links")
+    /// Returns the path of the subdirectory with the pins of this kind.
+    pub(crate) fn directory(&self, kind: PinKind) -> PathBuf {
+        self.root.join(kind.directory())
     }
 
     /// Reports whether the path exists.
@@ -188,7 +181,7 @@ impl PinDir {
     }
 
     pub(crate) fn make_directories(&self) -> Result<(), PinError> {
-        let inner = [self.maps(), self.programs(), self.links()];
+        let inner = PinKind::ALL.map(|kind| self.directory(kind));
         for taken in inner.iter().filter(|path| !path.is_dir()) {
             unpin(taken)?;
         }
@@ -248,7 +241,7 @@ pub(crate) fn lacks_bpffs(path: &Path) -> bool {
 }
 
 /// Pins an object at `path`. Replaces an existing pin atomically. Does nothing while no bpffs is mounted, which
-/// [`PinLock::failure`](super::lock::PinLock::failure) reports.
+/// [`Datapath::pin_failure`](crate::datapath::Datapath::pin_failure) reports.
 pub fn replace_pin(object: impl AsFd, path: &Path) -> Result<(), PinError> {
     let mut new = path.as_os_str().to_owned();
     new.push(REPLACEMENT_SUFFIX);

@@ -11,7 +11,10 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::dir::{PinDir, PinError, io_error, open_existing};
+use super::{
+    contents::PinKind,
+    dir::{PinDir, PinError, io_error, open_existing},
+};
 use crate::datapath::sys::rcu;
 
 /// Time limit for taking the lock. `status` holds it for a moment to check whether another process does.
@@ -69,7 +72,7 @@ impl PinDir {
     /// Locks the event ring buffer for this process until the result is dropped. Returns `None` if another process holds the
     /// lock. Uses the directory of programs for the lock, which has no other lock.
     pub fn try_lock_events(&self) -> Result<Option<Flock<File>>, PinError> {
-        let path = self.programs();
+        let path = self.directory(PinKind::Program);
         let directory = File::open(&path).map_err(io_error("open", &path))?;
         Ok(Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok())
     }
@@ -77,7 +80,7 @@ impl PinDir {
     /// Returns the process that holds the lock of the directory, or `None` if no process does.
     pub fn lock_owner(&self) -> Result<Option<LockOwner>, PinError> {
         let Some(owner) = lock_owner(self.root())? else { return Ok(None) };
-        Ok(Some(LockOwner { is_ready: is_locked(&self.maps())?, ..owner }))
+        Ok(Some(LockOwner { is_ready: is_locked(&self.directory(PinKind::Map))?, ..owner }))
     }
 
     /// Locks the directory at `path`. If the directory was removed in the meantime, creates it and locks the new one.
@@ -124,55 +127,41 @@ pub struct LockOwner {
 /// Lock of a pin directory, released when dropped.
 #[derive(Debug)]
 pub struct PinLock {
-    dir: PinDir,
+    /// The locked pin directory.
+    pub(in crate::datapath) dir: PinDir,
     lock: Flock<File>,
     /// Lock of the directory of maps, which marks the agent as ready. The kernel releases it when the process ends.
     ready: Option<Flock<File>>,
-    is_new: bool,
-    /// Reason why nothing is pinned: no bpffs is mounted.
-    failure: Option<String>,
+    /// True if this process has created the directory.
+    pub(in crate::datapath) is_new: bool,
+    /// Reason why nothing is pinned; `None` if a bpffs is mounted.
+    pub(in crate::datapath) failure: Option<String>,
 }
 
 impl PinLock {
-    /// Returns the locked pin directory.
-    pub fn dir(&self) -> &PinDir {
-        &self.dir
-    }
-
-    /// Reports whether this process has created the directory.
-    pub fn is_new(&self) -> bool {
-        self.is_new
-    }
-
-    /// Returns the reason why nothing is pinned; `None` if a bpffs is mounted.
-    pub fn failure(&self) -> Option<&str> {
-        self.failure.as_deref()
-    }
-
     /// Records that no bpffs is mounted. Logs each failure once.
     fn record_failure(&mut self, error: PinError) {
-        let failure = Some(format!("{:#}", anyhow::Error::from(error)));
-        if self.failure != failure {
-            self.failure = failure;
-            let failure = self.failure().unwrap_or_default();
+        let failure = format!("{:#}", anyhow::Error::from(error));
+        if self.failure.as_ref() != Some(&failure) {
             log::error!("{failure}; enforcing without pins: enforcement ends with the agent");
+            self.failure = Some(failure);
         }
     }
 
     /// Marks the agent as ready: `status` then reports that every interface was reconciled. Does nothing without a bpffs.
     pub fn set_ready(&mut self) -> Result<(), PinError> {
         if self.ready.is_none() && self.failure.is_none() {
-            self.ready = Some(self.dir.lock_path(&self.dir.maps())?);
+            self.ready = Some(self.dir.lock_path(&self.dir.directory(PinKind::Map))?);
         }
         Ok(())
     }
 
     /// Creates removed directories again, and locks them. Returns `true` if any was missing. Without a bpffs, records that as
-    /// [`Self::failure`].
+    /// the failure.
     pub fn restore(&mut self) -> Result<bool, PinError> {
         let is_complete = is_lock_of(&self.lock, self.dir.root())
-            && self.ready.as_ref().is_none_or(|ready| is_lock_of(ready, &self.dir.maps()))
-            && [self.dir.maps(), self.dir.programs(), self.dir.links()].iter().all(|path| path.is_dir());
+            && self.ready.as_ref().is_none_or(|ready| is_lock_of(ready, &self.dir.directory(PinKind::Map)))
+            && PinKind::ALL.into_iter().all(|kind| self.dir.directory(kind).is_dir());
         if is_complete {
             return Ok(false);
         }

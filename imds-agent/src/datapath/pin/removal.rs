@@ -18,7 +18,7 @@ impl PinDir {
     pub(crate) fn remove_own(&self) -> Result<Vec<PathBuf>, PinError> {
         let mut left = Vec::new();
         for kind in PinKind::ALL {
-            let directory = self.root().join(kind.directory());
+            let directory = self.directory(kind);
             if !is_directory(&directory) {
                 continue;
             }
@@ -31,7 +31,7 @@ impl PinDir {
         }
         remove_empty(&self.root().join(REQUEST))?;
         remove_empty(&self.root().join(RECORD))?;
-        let subdirectories = PinKind::ALL.map(|kind| self.root().join(kind.directory()));
+        let subdirectories = PinKind::ALL.map(|kind| self.directory(kind));
         left.extend(entries(self.root())?.into_iter().filter(|path| !subdirectories.contains(path)));
         remove_empty(self.root())?;
         Ok(left)

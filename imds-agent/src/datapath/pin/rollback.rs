@@ -14,7 +14,7 @@ use imds_ebpf_common::{
 };
 
 use crate::datapath::{
-    DatapathError,
+    DatapathError, map_error,
     maps::pinned_maps,
     object::{self, ObjectError},
     pin::dir::{self, PinDir, PinError, io_error},
@@ -114,10 +114,10 @@ fn restore_array<V: aya::Pod>(
     before: Option<ArrayContent<V>>,
 ) -> Result<(), DatapathError> {
     let Some((mut array, value)) = before else { return Ok(()) };
-    array.set(0, value, 0).map_err(|source| DatapathError::Map { map: name, source })
+    array.set(0, value, 0).map_err(map_error(name))
 }
 
 fn restore_endpoints((mut map, before): EndpointContent) -> Result<(), DatapathError> {
     let restored = pinned_maps::sync(&mut map, &before).map(drop);
-    restored.map_err(|source| DatapathError::Map { map: MAP_ENDPOINTS, source })
+    restored.map_err(map_error(MAP_ENDPOINTS))
 }

@@ -204,7 +204,7 @@ impl Snapshot {
         );
         to.counter("imds_agent_kubernetes_relists", "Full lists of all pods", watch.relists);
         to.counter("imds_agent_kubernetes_events", "Received events of pods", watch.events);
-        let errors = watch.errors.iter().map(|(kind, count)| (kind.name(), count));
+        let errors = watch.errors.iter().map(|(kind, count)| (kind.into(), count));
         to.counters("imds_agent_kubernetes_errors", "Errors of the pod watch", by("kind", errors));
     }
 

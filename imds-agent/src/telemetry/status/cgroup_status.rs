@@ -60,7 +60,7 @@ impl StatusReport {
     /// Adds the `socket` hook: its programs on the cgroup that the agent recorded.
     fn add_sockets(&mut self, pins: &PinDir, record: &CgroupRecord, counts: Counts) {
         self.total += counts;
-        let reason = SendmsgReason::from_u32(record.sendmsg);
+        let reason = SendmsgReason::from_repr(record.sendmsg);
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
         let mut programs = cgroup.map(|id| cgroup_programs::inspect(pins, SOCKETS, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
@@ -71,7 +71,7 @@ impl StatusReport {
         programs.retain(|program| reason.is_some() || !program.is_sendmsg);
         self.add_programs(Hook::Socket, &programs);
         let text = match (reason, record.sendmsg) {
-            (Some(reason), _) => Some(reason.text()),
+            (Some(reason), _) => Some(reason.into()),
             (None, 0) => Some("from_pod and node_egress cover pods whose packets the node forwards"),
             (None, SENDMSG_OFF) => Some("hooks.sendmsg is false"),
             (None, _) => None,

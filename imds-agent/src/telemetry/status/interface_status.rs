@@ -56,7 +56,7 @@ impl StatusReport {
             attachments.push(HookAttachment {
                 hook: hook.hook().name(),
                 attach_mode: attachment.map(|attachment| attachment.backend.name()),
-                order: attachment.map(|attachment| order(link, hook, attachment).name()),
+                order: attachment.map(|attachment| order(link, hook, attachment).into()),
                 pending,
             });
         }

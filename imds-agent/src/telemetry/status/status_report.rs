@@ -180,7 +180,7 @@ impl HookAttachment {
 
     /// Reports whether the agent's program is attached and runs before all others.
     pub(crate) fn is_enforced(&self) -> bool {
-        self.order == Some(Order::First.name())
+        self.order == Some(Order::First.into())
     }
 }
 
