@@ -267,8 +267,11 @@ fn only_changes_of_1000_pods_are_written() {
     poll_until(LONG, "all pods to be listed again", || {
         (cluster.metric("imds_agent_kubernetes_relists_total") == 2).then_some(())
     });
-    assert_eq!(writes(), before);
+    // The kernel may complete an address of a started pod at any time, which adds one key.
+    let [exempt, named] = writes();
+    assert!(exempt - before[0] <= 3 && named == before[1], "{exempt} and {named} after {before:?}");
 
+    let before = writes();
     cluster.server.apply(trusted[0].object(&[]));
     cluster.wait_denied(&trusted[0].pod);
     let [exempt, named] = writes();
