@@ -222,9 +222,6 @@ impl Reconciler {
         if self.exemptions.uses_node_addresses {
             desired.add_node_addresses(self.exemptions.node_addresses.update(netns::addresses()));
         }
-        if returns_packets {
-            desired.add_passed_sources();
-        }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
         self.exemptions.retain_previous_exemptions &= self.is_resolving() || !self.exemptions.pods.is_synced;
         if self.exemptions.retain_previous_exemptions {
@@ -238,7 +235,20 @@ impl Reconciler {
             }
             desired.sources.extend(previous.sources);
         }
+        if returns_packets {
+            desired.add_passed_sources();
+        }
         Ok(desired)
+    }
+
+    /// Adds the node's addresses to those that the datapath knows, so that the first `node_egress` program already
+    /// recognizes packets of the node that pass it a second time.
+    pub(super) fn add_node_sources(&mut self) -> Result<(), DatapathError> {
+        let mut either = self.datapath.exemptions()?;
+        either.add_node_addresses(self.exemptions.node_addresses.update(netns::addresses()));
+        either.add_passed_sources();
+        self.datapath.sync_exemptions(&either)?;
+        Ok(())
     }
 }
 

@@ -111,7 +111,14 @@ impl Reconciler {
         self.node.uplinks = Uplinks::new(&self.node.routes, links.iter());
         // An event that was lost may have connected another pod to an interface of a sandbox.
         self.exemptions.pods.drop_sandboxes();
-        links.sort_by_key(|link| (link.leads_elsewhere(), !self.node.uplinks.contain(link.index)));
+        // The record of a device that returns packets comes before the hook of the uplink to which it returns them.
+        links.sort_by_key(|link| {
+            let is_uplink = self.node.uplinks.contain(link.index);
+            (link.leads_elsewhere(), !link.may_return_packets(), !is_uplink)
+        });
+        if !self.progress.initial_sync_done && links.iter().any(Link::may_return_packets) {
+            log_if_preexisting(true, self.add_node_sources())?;
+        }
         for link in links {
             self.reconcile_link(link).await;
         }
