@@ -99,6 +99,8 @@ fn compile(arch: Arch, source: &Path, target_dir: &Path) -> Result<PathBuf> {
     let source = source.canonicalize().with_context(|| format!("failed to find {}", source.display()))?;
     let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned(), remap(&source, "imds-agent")];
     flags.push(remap(target_dir, "target"));
+    // Saves 0.4 MB in a position-independent binary. glibc 2.36 or newer applies these relocations at the start.
+    flags.push("-Clink-arg=-Wl,-z,pack-relative-relocs".to_owned());
     flags.extend(cargo_home().map(|home| remap(&home, "cargo")));
     let mut build = cargo("build");
     build.args(["--locked", "--profile", PROFILE, "--package", "imds-agent", "--target-dir"]).arg(target_dir);
