@@ -112,6 +112,17 @@ impl Machine {
         output(self.command(arguments))
     }
 
+    /// Starts a process of the machine in the network namespace of a pod, as a container runtime does. The process ends with the
+    /// machine.
+    #[track_caller]
+    pub fn start_in(&self, netns: &Netns) {
+        let mut shell = Command::new("sh");
+        let script =
+            "nsenter --target \"$0\" --mount --pid --net=\"$1\" sleep infinity </dev/null >/dev/null 2>&1 &";
+        shell.args(["-c", script, &self.first_process()]).arg(netns.path());
+        assert!(shell.status().is_ok_and(|status| status.success()));
+    }
+
     /// Runs a command in the machine, which must succeed. Returns its standard output.
     #[track_caller]
     pub fn checked(&self, arguments: &[&str]) -> String {
@@ -133,14 +144,17 @@ impl Machine {
         self.checked(&["systemctl", "show", "--property", name, "--value", unit]).trim().to_owned()
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
-        // The child is the target, because unshare itself is outside of the pid namespace.
+    /// Returns the PID of the machine's init process. `unshare` itself is outside of the pid namespace.
+    fn first_process(&self) -> String {
         let children = format!("/proc/{0}/task/{0}/children", self.child.id());
-        let first = fs::read_to_string(children).unwrap_or_default().trim().to_owned();
+        fs::read_to_string(children).unwrap_or_default().trim().to_owned()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("sh");
         let script = "echo $$ > \"$cgroup/cgroup.procs\" && exec nsenter --target \"$first\" --all env -i \
                       PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive \"$@\"";
-        command.args(["-ec", script, "sh"]).args(arguments).env("first", first);
+        command.args(["-ec", script, "sh"]).args(arguments).env("first", self.first_process());
         // Cgroup of systemd itself after its start: inner cgroups with controllers must not contain processes.
         let scope = self.cgroup.join("init.scope");
         command.env("cgroup", if scope.exists() { scope } else { self.cgroup.clone() });
