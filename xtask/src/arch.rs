@@ -1,6 +1,6 @@
 //! Architectures of the machines on which the agent runs.
 
-use std::{env, process::Command};
+use std::{env, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
@@ -23,7 +23,7 @@ impl Arch {
         match env::consts::ARCH {
             "x86_64" => Ok(Self::Amd64),
             "aarch64" => Ok(Self::Arm64),
-            arch => bail!("imds-agent supports neither the architecture {arch} nor builds on it"),
+            arch => bail!("imds-agent does not support the architecture {arch}"),
         }
     }
 
@@ -86,7 +86,7 @@ impl Arch {
 fn ensure_standard_library(triple: &str) -> Result<()> {
     let mut libdir = Command::new("rustc");
     libdir.args(["--print", "target-libdir", "--target", triple]).current_dir(root());
-    if !std::path::Path::new(output_of(&mut libdir)?.trim()).exists() {
+    if !Path::new(output_of(&mut libdir)?.trim()).exists() {
         let mut add = Command::new("rustup");
         execute(add.args(["target", "add", triple]).current_dir(root()))
             .with_context(|| format!("failed to get the standard library for {triple}"))?;

@@ -14,6 +14,7 @@ mod deny;
 mod dist;
 mod e2e;
 mod ebpf;
+mod elf;
 mod faults;
 mod fuzz;
 mod lint;

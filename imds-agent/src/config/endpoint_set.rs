@@ -6,7 +6,6 @@ use imds_ebpf_common::{
     Address, Endpoint as Entry, Service,
     endpoint::{MAX_ALLOWED_PORTS, TCP, UDP},
 };
-
 use serde::{Serialize, Serializer};
 
 use crate::encode::{address_key, field_text, ip_address, name_field};

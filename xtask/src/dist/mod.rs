@@ -11,12 +11,11 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use imds_ebpf_build::{cargo_home, remap};
-use object::{build::elf::Builder, elf::DT_NEEDED};
 use sha2::{Digest as _, Sha256};
 
 use crate::{
     arch::Arch,
-    build,
+    build, elf,
     setup::{self, Purpose},
     workspace::{artifacts, cargo, execute, output_of, print_status, root},
 };
@@ -112,15 +111,12 @@ fn compile(arch: Arch, source: &Path, target_dir: &Path) -> Result<PathBuf> {
 
 /// Fails unless the binary is static and not too large.
 fn check_binary(binary: &Path) -> Result<()> {
-    let bytes = fs::read(binary).with_context(|| format!("failed to read {}", binary.display()))?;
-    let elf = Builder::read(&*bytes).with_context(|| format!("{} is not an ELF file", binary.display()))?;
-    let needed = elf.dynamic_data().unwrap_or_default().iter().any(|entry| entry.tag() == DT_NEEDED);
-    ensure!(elf.interp_section().is_none() && !needed, "{} needs shared libraries", binary.display());
+    ensure!(elf::needs(binary)?.is_empty(), "{} needs shared libraries", binary.display());
+    let length = fs::metadata(binary).with_context(|| format!("failed to read {}", binary.display()))?.len();
     ensure!(
-        bytes.len() as u64 <= MAX_BINARY_LEN,
-        "{} has {} bytes, at most {MAX_BINARY_LEN} are allowed",
-        binary.display(),
-        bytes.len()
+        length <= MAX_BINARY_LEN,
+        "{} has {length} bytes, at most {MAX_BINARY_LEN} are allowed",
+        binary.display()
     );
     Ok(())
 }

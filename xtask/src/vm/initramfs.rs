@@ -7,12 +7,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use object::{
-    build::elf::{Builder, Dynamic},
-    elf::DT_NEEDED,
-};
 
 use super::{kernels::Kernel, modules, plan::Plan, tools::Tools};
+use crate::elf;
 
 const INIT: &[u8] = include_bytes!("guest.sh");
 /// Programs that the tests run. busybox lacks `ip link add type veth`, and its shell prefers its
@@ -56,7 +53,7 @@ fn lines<'a>(items: impl Iterator<Item = &'a str>) -> String {
 fn libraries(program: &Path, tools: &Tools) -> Result<BTreeMap<String, PathBuf>> {
     let (mut found, mut left) = (BTreeMap::new(), vec![program.to_owned()]);
     while let Some(path) = left.pop() {
-        for needed in needs(&path)? {
+        for needed in elf::needs(&path)? {
             let Entry::Vacant(entry) = found.entry(needed) else { continue };
             let library = tools
                 .guest_library(entry.key())
@@ -65,18 +62,6 @@ fn libraries(program: &Path, tools: &Tools) -> Result<BTreeMap<String, PathBuf>>
         }
     }
     Ok(found)
-}
-
-/// Returns the paths in the archive of the dynamic linker and the libraries that an ELF file names.
-fn needs(path: &Path) -> Result<Vec<String>> {
-    let bytes = fs::read(path).with_context(|| format!("failed to read {}", path.display()))?;
-    let elf = Builder::read(&*bytes).with_context(|| format!("{} is not an ELF file", path.display()))?;
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
-    let needed = elf.dynamic_data().unwrap_or_default().iter().filter_map(|entry| match entry {
-        Dynamic::String { tag, val } if *tag == DT_NEEDED => Some(format!("/lib/{}", text(val.as_slice()))),
-        _ => None,
-    });
-    Ok(elf.interp_data().map(text).into_iter().chain(needed).collect())
 }
 
 /// An archive in the kernel's "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst).
@@ -157,12 +142,5 @@ mod tests {
                     0000000400000000a/b\0\0\0hello\0\0\0";
         assert!(text.contains(file), "{text}");
         assert!(text.contains("TRAILER!!!"));
-    }
-
-    #[test]
-    fn needs_of_this_executable() {
-        let needs = needs(&std::env::current_exe().unwrap()).unwrap();
-        assert!(needs.iter().any(|path| path.contains("/ld-linux-")), "{needs:?}");
-        assert!(needs.contains(&"/lib/libc.so.6".to_owned()), "{needs:?}");
     }
 }
