@@ -52,7 +52,7 @@ use Meaning::{Bytes, Number, Text};
 const FIELDS: &[(&str, &[&str], Meaning)] = &[
     ("Address", &["octets"], Bytes),
     ("AllowedProcess", &["kind"], Number(Enum::AllowedKind)),
-    ("ConfigRecord", &["path", "error", "text"], Text),
+    ("ConfigRecord", &["path", "error", "exemption_errors", "text"], Text),
     ("CounterKey", &["hook"], Number(Enum::Hook)),
     ("CounterKey", &["verdict"], Number(Enum::Verdict)),
     ("DenialKey", &["hook"], Number(Enum::Hook)),

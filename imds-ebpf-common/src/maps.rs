@@ -106,6 +106,8 @@ pub struct ConfigRecord {
     pub path: [u8; CONFIG_PATH_LEN],
     /// Error of the rejected configuration, truncated if longer.
     pub error: [u8; CONFIG_ERROR_LEN],
+    /// Exemptions that cannot be applied completely, one line `NAME: REASON` each, truncated if longer.
+    pub exemption_errors: [u8; CONFIG_ERROR_LEN],
     /// The configuration as TOML, including all defaults.
     pub text: [u8; CONFIG_TEXT_LEN],
 }
@@ -315,7 +317,7 @@ const _: () = assert!(size_of::<InterfaceRecord>() == 24);
 const _: () = assert!(size_of::<ProviderRecord>() == 32);
 const _: () = assert!(size_of::<PodRecord>() == 896);
 const _: () = assert!(size_of::<KubernetesRecord>() == 48 + 256 + 1024);
-const _: () = assert!(size_of::<ConfigRecord>() == 24 + 512 + 1024 + 65_536);
+const _: () = assert!(size_of::<ConfigRecord>() == 24 + 512 + 2 * 1024 + 65_536);
 
 #[cfg(feature = "user")]
 mod pod {

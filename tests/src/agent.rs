@@ -276,6 +276,19 @@ impl<'w> AgentCommand<'w> {
         agent.wait_ready();
         agent
     }
+
+    /// Starts the agent and waits until it has synced all interfaces and reports a problem that contains this text.
+    #[must_use]
+    #[track_caller]
+    pub fn spawn_degraded(self, problem: &str) -> Agent<'w> {
+        let mut agent = self.spawn();
+        agent.wait_status(|status| {
+            let mut problems = status.problems.iter();
+            let has_problem = problems.any(|other| other.problem.contains(problem));
+            status.agent.ready && status.state == "degraded" && has_problem
+        });
+        agent
+    }
 }
 
 /// A running agent. Dropping it kills the process, which does not end enforcement.
@@ -297,6 +310,11 @@ impl Agent<'_> {
     /// pod.
     #[track_caller]
     pub fn wait_ready(&mut self) -> Status {
+        self.wait_status(Status::is_ready)
+    }
+
+    #[track_caller]
+    fn wait_status(&mut self, is_reached: impl Fn(&Status) -> bool) -> Status {
         let pid = self.pid();
         let mut last = None;
         let ready = try_poll(scaled_timeout(READY_TIMEOUT), || {
@@ -304,7 +322,7 @@ impl Agent<'_> {
             assert!(ended.is_none(), "the agent ended ({ended:?}):\n{}", self.log());
             let status = try_status(&self.status);
             last = Some(status.clone());
-            status.ok().filter(|status| status.is_ready() && status.agent.pid == Some(pid))
+            status.ok().filter(|status| is_reached(status) && status.agent.pid == Some(pid))
         });
         ready.unwrap_or_else(|| panic!("the agent is not ready: {last:#?}\n{}", self.log()))
     }

@@ -359,12 +359,16 @@ fn unresolved_rules_are_reported() {
         [(file, "failed to enter"), (env.node.path(), "the node's own"), ("/nowhere/at/all".into(), "")]
     {
         let sender = format!("netns = '{}'", path.display());
-        let mut agent = env.agent().config(&rule(&sender, "")).hooks(&["from_pod"]).spawn();
-        agent.wait_ready();
-        env.assert_blocked(&pod);
-        if !part.is_empty() {
+        let config = rule(&sender, "");
+        let command = env.agent().config(&config).hooks(&["from_pod"]);
+        let agent = if part.is_empty() {
+            command.spawn_ready()
+        } else {
+            let agent = command.spawn_degraded(part);
             agent.wait_for_log(part, LONG);
-        }
+            agent
+        };
+        env.assert_blocked(&pod);
         drop(agent);
         env.unload();
     }

@@ -125,8 +125,8 @@ fn api_outage_keeps_known_exemptions_only() {
     let rules = format!("{}\n{hooks}", cluster.config(RULE));
     fs::write(&config, &rules).unwrap();
     let (config, cgroup) = (config.to_str().unwrap(), cluster.env.cgroup().to_str().unwrap());
-    let spawn = || cluster.env.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
-    let agent = spawn();
+    let command = || cluster.env.agent().config_file(config).args(&["--cgroup", cgroup]);
+    let agent = command().spawn_ready();
     let mut trusted = schedule(&cluster, PodLink::Routed, Driver::Systemd, TRUSTED);
     trusted.start();
     cluster.wait_exempt(&trusted.pod);
@@ -149,14 +149,14 @@ fn api_outage_keeps_known_exemptions_only() {
 
     // The next agent gets no pods from the API server.
     agent.kill9();
-    let agent = spawn();
+    let agent = command().spawn_degraded("has not sent this node's pods yet");
     assert!(cluster.reaches(&trusted.pod.netns), "{}", agent.log());
     cluster.assert_denied(&unknown.pod.netns);
     agent.kill9();
 
     // Rules that differ from the earlier agent's keep none of its exemptions.
     fs::write(config, rules.replace("'trusted'", "'others'")).unwrap();
-    let agent = spawn();
+    let agent = command().spawn_degraded("has not sent this node's pods yet");
     cluster.assert_denied(&trusted.pod.netns);
     drop(agent);
     cluster.env.unload();

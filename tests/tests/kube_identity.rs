@@ -7,7 +7,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, Pod, PodLink, TestCluster,
+    AgentCommand, Pod, PodLink, TestCluster,
     api_server::pod,
     known_here,
     kubelet::{Driver, Kubelet, PodCgroup, new_uid},
@@ -17,9 +17,8 @@ use serde_json::{Value, json};
 
 const RULE: &str = "[[exempt]]\nname = 'trusted'\nnamespace = 'kube-system'\nservice_account = 'agent'\n";
 
-fn start(cluster: &TestCluster) -> Agent<'_> {
-    let hooks = known_here(&["from_pod", "node_egress"]);
-    cluster.env.agent().config(&cluster.config(RULE)).hooks(&hooks).spawn_ready()
+fn command(cluster: &TestCluster) -> AgentCommand<'_> {
+    cluster.env.agent().config(&cluster.config(RULE)).hooks(&known_here(&["from_pod", "node_egress"]))
 }
 
 /// Starts a sandbox for the pod with this id of the kubelet.
@@ -52,7 +51,7 @@ fn user_cgroup_with_pod_id_is_ignored() {
     delegate(of_user.root());
     cluster.server.apply(trusted(&uid));
     cluster.server.apply(trusted(&other));
-    let agent = start(&cluster);
+    let agent = command(&cluster).spawn_ready();
     // Once a later pod of the kubelet is exempt, the agent has examined all cgroups.
     let (pod, _processes_of_pod) = run(&cluster, &cluster.kubelet, &other);
     cluster.wait_exempt(&pod);
@@ -75,7 +74,7 @@ fn duplicate_root_cgroups_exempt_no_pod() {
     let (attacker, processes) = run(&cluster, &of_container, &uid);
     let (pod, _processes_of_pod) = run(&cluster, &cluster.kubelet, &uid);
     cluster.server.apply(trusted(&uid));
-    let agent = start(&cluster);
+    let agent = command(&cluster).spawn_degraded("several cgroups have its UID");
     let line = agent.wait_for_log("several cgroups have its UID", LONG);
     assert!(line.contains(&format!("kube-system/pod-{uid}")), "{line}");
     for pod in [&attacker, &pod] {
@@ -101,7 +100,7 @@ fn copied_mirror_annotation_is_reported() {
     };
     let (pod, _processes) = run(&cluster, &cluster.kubelet, &hash);
     cluster.server.apply(mirror(trusted(&uid), "2026-11-23T15:04:05Z"));
-    let agent = start(&cluster);
+    let agent = command(&cluster).spawn_ready();
     cluster.wait_exempt(&pod);
 
     let object = imds_tests::api_server::pod(&copy, TestCluster::NODE, "tenant", "default", &[]);

@@ -66,6 +66,12 @@ impl ExemptionRules {
         self.fingerprints() != self.fingerprints
     }
 
+    /// Describes the rules that cannot be applied completely, one line `NAME: REASON` each.
+    pub(super) fn describe_errors(&self) -> String {
+        let lines = self.errors.iter().map(|(name, reason)| format!("{name}: {reason}").replace('\n', " "));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
     fn fingerprints(&self) -> Vec<Fingerprint> {
         self.exempt.iter().filter_map(|rule| rule.sender.path()).map(SenderResolver::fingerprint).collect()
     }

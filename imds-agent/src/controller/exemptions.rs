@@ -41,6 +41,8 @@ pub(super) struct ExemptionState {
     pub(super) watched: Option<(String, WatchState)>,
     /// Time of the last poll for changes that the kernel does not report.
     pub(super) last_search: Instant,
+    /// The last recorded text of [`ExemptionRules::describe_errors`]. An earlier agent may have recorded another one.
+    recorded_errors: Option<String>,
     /// True until the first pod sync if the previous agent ran with this configuration: its exemptions for pods are
     /// then kept.
     pub(super) retain_previous_exemptions: bool,
@@ -76,6 +78,7 @@ impl ExemptionState {
             pods: PodTracker::new(has_pod_watch),
             watched: None,
             last_search: Instant::now(),
+            recorded_errors: None,
             retain_previous_exemptions: false,
             dirty: false,
             node_addresses: LastRead::default(),
@@ -216,6 +219,11 @@ impl Reconciler {
             socket_hook_on,
         );
         let mut desired = found.await;
+        let errors = self.exemptions.rules.describe_errors();
+        if self.exemptions.recorded_errors.as_ref() != Some(&errors) {
+            self.datapath.record_exemption_errors(&errors)?;
+            self.exemptions.recorded_errors = Some(errors);
+        }
         desired.add_bridges(&self.node.links);
         let returns_packets = self.node.links.values().any(Link::may_return_packets);
         self.exemptions.uses_node_addresses = returns_packets || !desired.entries.is_empty();

@@ -255,3 +255,22 @@ fn new_endpoint_route_makes_an_uplink() {
     drop(agent);
     env.unload();
 }
+
+#[test]
+fn status_names_rule_that_exempts_nothing() {
+    let env = TestEnv::new();
+    let rule = |netns: &str| format!("{FROM_POD}[[exempt]]\nname = 'add-on'\nnetns = '{netns}'\n");
+    let file = ConfigFile::new(&env, &rule("/proc/self/ns/net"));
+    let expected =
+        "exemption not applied completely: add-on: /proc/self/ns/net is the node's own network namespace";
+    let agent = file.agent().spawn_degraded(expected);
+    file.reload(&rule("/run/netns/not-created-yet"));
+    env.status_when("no rule is a problem", |status| status.state == "enforcing");
+
+    file.reload(&rule("/proc/self/ns/net"));
+    env.status_when("the rule is a problem again", |status| !status.problems.is_empty());
+    agent.kill9();
+    file.replace(FROM_POD);
+    let _agent = file.agent().spawn_ready();
+    env.status_when("the next agent has no such rule", |status| status.state == "enforcing");
+}

@@ -32,6 +32,9 @@ pub struct EffectiveConfig {
     pub loaded_at: Timestamp,
     /// Last configuration that was rejected after this one was loaded.
     pub rejected: Option<RejectedConfig>,
+    /// Exemptions that cannot be applied completely, each as `NAME: REASON`. Those that exceed the record are missing.
+    #[serde(skip)]
+    pub exemption_errors: Vec<String>,
     /// The configuration as TOML, including all defaults.
     #[serde(skip)]
     pub text: String,
@@ -67,6 +70,7 @@ impl EffectiveConfig {
             return None;
         }
         let path = field_text(&record.path);
+        let exemption_errors = raw_field_text(&record.exemption_errors).unwrap_or_default();
         let rejected = (record.failed_at != 0)
             .then(|| RejectedConfig { at: timestamp(record.failed_at), error: field_text(&record.error) });
         Some(Self {
@@ -74,6 +78,7 @@ impl EffectiveConfig {
             path: (!path.is_empty()).then(|| path.into()),
             loaded_at: timestamp(record.loaded_at),
             rejected,
+            exemption_errors: exemption_errors.lines().map(str::to_owned).collect(),
             text: raw_field_text(&record.text).unwrap_or_default().to_owned(),
         })
     }
@@ -97,9 +102,17 @@ impl Datapath {
             path: text_field(&path),
             error: text_field(""),
             text: text_field(text),
+            ..before
         };
         self.maps.config.set(0, record, 0).map_err(map_error(MAP_CONFIG))?;
         Ok(generation)
+    }
+
+    /// Records the exemptions that cannot be applied completely, one line each.
+    pub fn record_exemption_errors(&mut self, errors: &str) -> Result<(), DatapathError> {
+        let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
+        let record = ConfigRecord { exemption_errors: text_field(errors), ..before };
+        self.maps.config.set(0, record, 0).map_err(map_error(MAP_CONFIG))
     }
 
     /// Records the error of a rejected configuration. The previous one stays effective.

@@ -53,6 +53,9 @@ use crate::{
 
 /// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
+/// Remedy for a rule that does not exempt all senders that it matches.
+const EXEMPTION_REMEDY: &str =
+    "see the reason and the agent's log: requests of senders that are not found are denied";
 /// Maximum number of attempts to read a status during which the policy does not change.
 const ATTEMPTS: usize = 5;
 
@@ -192,6 +195,9 @@ impl StatusReport {
             let remedy = "correct the file (`imds-agent config check FILE` lists all errors); the agent loads it when it changes, \
                           or on SIGHUP";
             self.problem(None, format!("configuration rejected, using {from}: {error} ({at:.0})"), remedy);
+        }
+        for error in record.iter().flat_map(|record| &record.exemption_errors) {
+            self.problem(None, format!("exemption not applied completely: {error}"), EXEMPTION_REMEDY);
         }
         self.configuration = record;
         Ok(())
