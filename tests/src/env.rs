@@ -230,6 +230,12 @@ impl TestEnv {
         Pod::new(&self.node, link, self.pods.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// Connects the network namespace to the node as a routed pod.
+    #[must_use]
+    pub fn connect_pod(&self, netns: Netns) -> Pod {
+        Pod::connected(netns, &self.node, PodLink::Routed, self.pods.fetch_add(1, Ordering::Relaxed))
+    }
+
     /// Returns the IPv4 address of the node on its uplink.
     #[must_use]
     pub fn node_address(&self) -> Ipv4Addr {

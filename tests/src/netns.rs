@@ -30,6 +30,7 @@ use crate::{cgroup, pins, poll::poll_until};
 
 const DIRECTORY: &str = "/run/netns";
 const PREFIX: &str = "imds-";
+const OF_THREAD: &str = "/proc/thread-self/ns/net";
 
 /// A named network namespace. Dropping it deletes the namespace and kills its processes.
 #[derive(Debug)]
@@ -51,7 +52,15 @@ impl Netns {
         });
 
         let name = format!("{}-{role}", unique(PREFIX));
-        let file = Arc::new(add(&name, true));
+        let file = Arc::new(add(&name, OF_THREAD, true));
+        Self { name, file, is_machines: false }
+    }
+
+    /// Gives a name that ends in `role` to the network namespace of the process.
+    #[must_use]
+    pub fn of_process(role: &str, pid: u32) -> Self {
+        let name = format!("{}-{role}", unique(PREFIX));
+        let file = Arc::new(add(&name, &format!("/proc/{pid}/ns/net"), false));
         Self { name, file, is_machines: false }
     }
 
@@ -60,7 +69,7 @@ impl Netns {
         lift_memlock();
         // The prefix differs from that of other namespaces, which are swept together with their processes.
         let name = unique("machine-");
-        let file = Arc::new(add(&name, false));
+        let file = Arc::new(add(&name, OF_THREAD, false));
         Self { name, file, is_machines: true }
     }
 
@@ -216,7 +225,7 @@ fn processes_in(namespace: &File) -> Vec<Pid> {
 
 /// Implements `ip netns add`, or `ip netns attach` for the current namespace. Starting `ip` for each of the many
 /// namespaces would take a large part of a test's time.
-fn add(name: &str, is_new: bool) -> File {
+fn add(name: &str, of: &str, is_new: bool) -> File {
     fs::create_dir_all(DIRECTORY).unwrap_or_else(|error| panic!("{DIRECTORY}: {error}"));
     let path = Path::new(DIRECTORY).join(name);
     File::create_new(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -224,7 +233,7 @@ fn add(name: &str, is_new: bool) -> File {
         if is_new {
             unshare(CloneFlags::CLONE_NEWNET)?;
         }
-        mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        mount(Some(of), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
     };
     let mounted = thread::scope(|scope| scope.spawn(mount_it).join());
     mounted.expect("no panic").unwrap_or_else(|error| panic!("make namespace {name}: {error}"));

@@ -94,6 +94,11 @@ impl Pod {
     pub const IFNAME: &str = "eth0";
 
     pub(crate) fn new(node: &Arc<Netns>, link: PodLink, number: u32) -> Self {
+        Self::connected(Netns::new(&format!("pod{number}")), node, link, number)
+    }
+
+    /// Connects the network namespace to the node.
+    pub(crate) fn connected(netns: Netns, node: &Arc<Netns>, link: PodLink, number: u32) -> Self {
         let (first_subnet, gateway_mac) = match link {
             PodLink::Routed | PodLink::Netkit(_) => (64, ROUTED_GATEWAY_MAC),
             PodLink::Bridged => (2, BRIDGED_GATEWAY_MAC),
@@ -106,7 +111,6 @@ impl Pod {
         let mac = [0x02, 0x42, 10, 244, subnet, host];
         // Looks as random as real names, and is unique for every number (Knuth's multiplicative hash).
         let host_ifname = format!("veth{:08x}", (number + 1).wrapping_mul(2_654_435_761));
-        let netns = Netns::new(&format!("pod{number}"));
         let mut pod = Self {
             netns,
             address,

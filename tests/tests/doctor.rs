@@ -13,12 +13,13 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 26] = [
+const NAMES: [&str; 27] = [
     "kernel",
     "btf",
     "bpffs",
     "cgroup2",
     "capabilities",
+    "security_modules",
     "locked_memory",
     "jit",
     "attaching",

@@ -24,6 +24,7 @@ use crate::{
     config::last_good::LastGoodStore,
     datapath::pin::{dir::PinDir, netns_owner},
     diagnose::preflight,
+    node::confinement,
     telemetry::logging::{self, LogFormat, LogOptions},
     version,
 };
@@ -227,12 +228,14 @@ fn advice(error: &str, limit: Option<u64>) -> String {
 
 /// Writes the error on one line. The log of the BPF verifier, if the error quotes it, follows unchanged.
 fn report(code: u8, error: &anyhow::Error) -> ExitCode {
+    let denied = error.chain().find_map(|cause| confinement::explain(cause.downcast_ref::<io::Error>()?));
+    let denied = denied.map(|reason| format!("; the {reason}")).unwrap_or_default();
     let error = format!("{error:#}");
     let limit = getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(soft, _)| soft);
     // The advice belongs to the first line, because the log of the verifier has further ones.
     let (first, rest) =
         error.split_once('\n').map_or((&*error, String::new()), |(first, rest)| (first, format!("\n{rest}")));
-    logging::write_final_error(&format!("imds-agent: {first}{}{rest}", advice(first, limit)));
+    logging::write_final_error(&format!("imds-agent: {first}{}{denied}{rest}", advice(first, limit)));
     ExitCode::from(code)
 }
 

@@ -1,6 +1,7 @@
 //! State of the node, read from the kernel: interfaces, routes, network namespaces, cgroups and processes.
 
 pub mod cgroup;
+pub(crate) mod confinement;
 mod datagram;
 mod event_stream;
 pub mod file_watch;

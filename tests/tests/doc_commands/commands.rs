@@ -3,8 +3,9 @@
 use crate::markdown::{Block, Document};
 
 /// Programs of documented commands. A block whose first word is none of these contains no command.
-const PROGRAMS: [&str; 35] = [
+const PROGRAMS: [&str; 36] = [
     "/imds-agent",
+    "apparmor_parser",
     "apt",
     "apt-get",
     "az",

@@ -14,6 +14,9 @@ mount -t tmpfs tmp /tmp
 mount -t tmpfs run /run
 mount -t bpf bpf /sys/fs/bpf
 mount -t cgroup2 cgroup /sys/fs/cgroup
+mount -t securityfs securityfs /sys/kernel/security
+# Exists only if SELinux is enabled on the kernel command line.
+[ ! -d /sys/fs/selinux ] || mount -t selinuxfs selinuxfs /sys/fs/selinux
 echo "@kernel $(uname -r)"
 # No other program collects entropy here. The kernel generates some for a read, but not for a poll, as in a test.
 head -c 1 /dev/random > /dev/null
@@ -68,6 +71,14 @@ fi
 
 result=0
 export IMDS_AGENT=/imds-agent
+if [ -e /confined ]; then
+    # The directories of the tests.
+    mkdir -p /etc/apparmor.d/local
+    printf '%s\n' '/tmp/** rwk,' '/run/{,**} rwk,' '/sys/fs/cgroup/{,**} rw,' > /etc/apparmor.d/local/imds-agent
+    apparmor_parser --base /etc/apparmor.d --replace --skip-cache /etc/apparmor.d/imds-agent \
+        || echo "@complaint failed to load the AppArmor profile"
+    export IMDS_AGENT=/confined
+fi
 for test in /tests/*; do
     name=${test##*/}
     set --

@@ -9,12 +9,27 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::{kernels::Kernel, modules, plan::Plan, tools::Tools};
-use crate::elf;
+use crate::{elf, workspace::root};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
+/// Starts the agent with the profile of deploy/apparmor.
+const CONFINED: &[u8] =
+    b"#!/tools/sh\nprintf 'exec imds-agent' > /proc/self/attr/apparmor/exec\nexec /imds-agent \"$@\"\n";
 /// Programs that the tests run. busybox lacks `ip link add type veth`, and its shell prefers its
 /// built-in `setpriv`, as its `unshare` prefers its own shell.
-const TOOLS: [&str; 9] = ["bpftool", "busybox", "ip", "nft", "nsenter", "setpriv", "sh", "tc", "unshare"];
+const TOOLS: [&str; 11] = [
+    "apparmor_parser",
+    "bpftool",
+    "busybox",
+    "ip",
+    "nft",
+    "nsenter",
+    "secilc",
+    "setpriv",
+    "sh",
+    "tc",
+    "unshare",
+];
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
@@ -32,10 +47,14 @@ pub(super) fn archive(tools: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec
     }
     cpio.add("modules/order", lines(modules.iter().map(|module| module.name.as_str())).as_bytes());
     cpio.copy_program("imds-agent", &plan.agent, tools)?;
+    cpio.copy("etc/apparmor.d/imds-agent", &root().join("deploy/apparmor/imds-agent"))?;
     for planned in &plan.tests {
         cpio.copy_program(&format!("tests/{}", planned.name), &planned.path, tools)?;
         let arguments = lines(planned.arguments());
         cpio.add(&format!("arguments/{}", planned.name), arguments.as_bytes());
+    }
+    if plan.is_confined {
+        cpio.add("confined", CONFINED);
     }
     if plan.is_brief {
         cpio.add("brief", &[]);

@@ -40,6 +40,7 @@ use vm_report::Row;
 ///
 /// The kernels, and QEMU if it is not installed, are downloaded once from apt's mirror.
 #[derive(clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is an option of the command line")]
 pub(crate) struct Vm {
     /// Kernel to test, `this` for this machine's own; may be repeated [default: all of Debian's]
     #[arg(long = "kernel", value_enum, value_name = "VERSION")]
@@ -68,6 +69,12 @@ pub(crate) struct Vm {
     /// QEMU accelerator: tcg works everywhere, kvm is much faster if it works
     #[arg(long, value_name = "ACCELERATOR", default_value = "tcg")]
     accel: String,
+    /// Additional parameters of the kernel command line, such as `lockdown=confidentiality`
+    #[arg(long, value_name = "PARAMETERS", default_value = "")]
+    boot: String,
+    /// Confine the agent by the AppArmor profile of deploy/apparmor
+    #[arg(long)]
+    apparmor: bool,
     /// Parts of test names, or names of test executables
     #[arg(last = true)]
     filter: Vec<String>,
@@ -111,7 +118,8 @@ impl Vm {
             (true, false) => Payload::of_debug_build(arch, &self.filter)?,
             (false, _) => Payload::build(arch, &self.filter)?,
         };
-        let plan = Plan::new(payload, &tools, &self.filter, self.quick, self.scale)?;
+        let mut plan = Plan::new(payload, &tools, &self.filter, self.quick, self.scale)?;
+        plan.is_confined = self.apparmor;
         let rows = self.run_all(kernels, &plan, &tools)?;
         match self.output {
             Output::Table => print!("{}", vm_report::table(&rows)),
@@ -188,6 +196,7 @@ impl Vm {
             kernel: &kernel.vmlinuz,
             initramfs,
             accel: &self.accel,
+            boot: &self.boot,
             log,
             timeout: Duration::from_mins(self.timeout),
         };

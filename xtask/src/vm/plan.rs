@@ -43,6 +43,8 @@ pub(super) struct Plan {
     pub(super) environment: Vec<String>,
     /// The run has a filter, and does not determine the features that the agent uses.
     pub(super) is_brief: bool,
+    /// The agent runs with the AppArmor profile of deploy/apparmor.
+    pub(super) is_confined: bool,
 }
 
 /// A test executable with its filter.
@@ -89,7 +91,7 @@ impl Plan {
         let usual = if is_quick { QUICK_SCALE_PERCENT } else { SCALE_PERCENT };
         let environment = vec![format!("{SCALE}={}", scale.unwrap_or(usual))];
         let is_brief = !filter.is_empty();
-        Ok(Self { agent: payload.agent, tests, environment, is_brief })
+        Ok(Self { agent: payload.agent, tests, environment, is_brief, is_confined: false })
     }
 
     /// Returns the names of the test executables.

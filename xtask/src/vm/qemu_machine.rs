@@ -23,6 +23,8 @@ pub(super) struct Machine<'a> {
     pub(super) kernel: &'a Path,
     pub(super) initramfs: &'a Path,
     pub(super) accel: &'a str,
+    /// Additional parameters of the kernel command line.
+    pub(super) boot: &'a str,
     /// File that receives the console output.
     pub(super) log: &'a Path,
     pub(super) timeout: Duration,
@@ -71,7 +73,7 @@ impl Machine<'_> {
             .args(["-accel", self.accel, "-machine", machine, "-smp", "1", "-m", "1024"])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
             .arg("-append")
-            .arg(format!("console={serial} panic=-1 mitigations=off quiet"))
+            .arg(format!("console={serial} panic=-1 mitigations=off quiet {}", self.boot))
             .arg("-kernel")
             .arg(self.kernel)
             .arg("-initrd")

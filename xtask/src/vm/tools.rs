@@ -18,8 +18,11 @@ const IPROUTE2: (&str, &str) = ("iproute2", "bookworm-backports");
 /// Device type that older versions of `ip` do not list.
 const NEWEST_KIND: &str = "netkit";
 /// Packages with the programs of a machine of another architecture, and their suite.
-const FOREIGN_PACKAGES: [&str; 6] =
-    ["bpftool", "busybox-static", "dash", "iproute2", "nftables", "util-linux"];
+const FOREIGN_PACKAGES: [&str; 8] =
+    ["apparmor", "bpftool", "busybox-static", "dash", "iproute2", "nftables", "secilc", "util-linux"];
+/// Programs of a machine of this architecture with their packages, which are unpacked in the cache if they are missing.
+const PROGRAMS: [(&str, &str); 3] =
+    [("apparmor_parser", "apparmor"), ("busybox", "busybox-static"), ("secilc", "secilc")];
 const FOREIGN_SUITE: &str = "trixie";
 const BINARIES: [&str; 4] = ["usr/bin", "bin", "usr/sbin", "sbin"];
 
@@ -56,14 +59,12 @@ impl Tools {
             newer: None,
             foreign: None,
         };
-        let other = if is_foreign { (emulator, "qemu-user-static") } else { ("busybox", "busybox-static") };
-        let lacking: Vec<_> = [(qemu, qemu_package), other]
-            .into_iter()
-            .filter(|(program, _)| tools.find(program).is_err())
-            .map(|(_, package)| package.to_owned())
-            .collect();
-        if !lacking.is_empty() {
-            apt::unpack_to_cache(&lacking, &tools.unpacked)?;
+        let others = if is_foreign { &[(emulator, "qemu-user-static")][..] } else { &PROGRAMS };
+        let mut needed: Vec<_> = [(qemu, qemu_package)].into_iter().chain(others.iter().copied()).collect();
+        needed.retain(|(program, _)| tools.host.find(program).is_none());
+        if needed.iter().any(|(program, _)| program_below(&tools.unpacked, program).is_none()) {
+            let packages: Vec<_> = needed.into_iter().map(|(_, package)| package.to_owned()).collect();
+            apt::unpack_to_cache(&packages, &tools.unpacked)?;
         }
         if is_foreign {
             let dir = cache.join("programs").join(arch.debian());
@@ -109,9 +110,11 @@ impl Tools {
         let root = self.foreign.as_deref().unwrap_or(Path::new("/"));
         let name = Path::new(library).file_name()?;
         let of_arch = format!("lib/{}-linux-gnu", self.arch.machine());
-        let directories = [&*of_arch, "lib64", "lib"].into_iter();
-        let mut paths =
-            directories.flat_map(|dir| [root.join(dir).join(name), root.join("usr").join(dir).join(name)]);
+        let roots = [root, self.foreign.as_deref().unwrap_or(&self.unpacked)];
+        let mut paths = roots.into_iter().flat_map(|root| {
+            let below = |dir: &str| [root.join(dir).join(name), root.join("usr").join(dir).join(name)];
+            [&*of_arch, "lib64", "lib"].into_iter().flat_map(below)
+        });
         paths.find(|path| path.is_file())
     }
 

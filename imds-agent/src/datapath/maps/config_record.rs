@@ -32,7 +32,7 @@ pub struct EffectiveConfig {
     pub loaded_at: Timestamp,
     /// Last configuration that was rejected after this one was loaded.
     pub rejected: Option<RejectedConfig>,
-    /// Exemptions that cannot be applied completely, each as `NAME: REASON`. Those that exceed the record are missing.
+    /// Exemptions that cannot be applied completely, each as `NAME: REASON`. Errors beyond the size of the record are missing.
     #[serde(skip)]
     pub exemption_errors: Vec<String>,
     /// The configuration as TOML, including all defaults.

@@ -8,6 +8,7 @@ use std::{
         unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
+    process,
     time::Duration,
 };
 
@@ -193,6 +194,15 @@ impl PinDir {
                 .map_err(io_error("create", directory))?;
         }
         fs::set_permissions(&self.root, Permissions::from_mode(MODE)).map_err(io_error("protect", &self.root))
+    }
+
+    /// Creates and removes a directory beside this one, or in its nearest ancestor that exists.
+    pub(crate) fn probe_creation(&self) -> io::Result<()> {
+        let mut ancestors = self.root.ancestors().skip(1);
+        let parent = ancestors.find(|path| path.exists()).unwrap_or(Path::new("/"));
+        let probe = parent.join(format!("imds-doctor-{}", process::id()));
+        DirBuilder::new().mode(MODE).create(&probe)?;
+        fs::remove_dir(&probe)
     }
 
     pub(crate) fn ensure_bpffs(&self) -> Result<(), PinError> {

@@ -1,5 +1,7 @@
 //! Checks of the environment: capabilities, limits, mounts, pod watch and the running agent.
 
+use std::{fs, io};
+
 use caps::{CapSet, Capability};
 
 use super::doctor_report::DoctorCheck;
@@ -16,7 +18,11 @@ use crate::{
     },
     diagnose::preflight::{self, PreflightError},
     kube::pod_ref::PodWatchStatus,
-    node::{cgroup, netns, pod_cgroups},
+    node::{
+        cgroup,
+        confinement::{self, Confinement},
+        netns, pod_cgroups,
+    },
 };
 
 /// Capabilities that the agent uses. Some are optional, or needed only on some kernels.
@@ -28,6 +34,21 @@ const CAPABILITIES: [(Capability, &str); 6] = [
     (Capability::CAP_SYS_PTRACE, "CAP_SYS_PTRACE"),
     (Capability::CAP_SYS_RESOURCE, "CAP_SYS_RESOURCE"),
 ];
+
+/// Returns the remedy for a denied operation: the one for the security module that confines this process, or `otherwise`.
+fn remedy_for(error: &io::Error, otherwise: &str) -> String {
+    confinement::explain(error).unwrap_or_else(|| otherwise.to_owned())
+}
+
+/// Names the security module that confines this process, and the lockdown mode of the kernel.
+pub(crate) fn security_modules() -> DoctorCheck {
+    let confinement = Confinement::of_this_process().map(|confinement| confinement.describe());
+    let lockdown = confinement::lockdown().map(|mode| format!("lockdown: {mode}"));
+    let observed: Vec<_> = confinement.into_iter().chain(lockdown).collect();
+    let observed =
+        if observed.is_empty() { "none confines this process".to_owned() } else { observed.join("; ") };
+    DoctorCheck::ok("security_modules", observed)
+}
 
 fn has(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false)
@@ -65,7 +86,14 @@ pub(crate) fn bpffs(pins: &PinDir) -> DoctorCheck {
     let is_usual = root.starts_with(BPFFS);
     match pins.is_on_bpffs() {
         Ok(true) if pins.is_private() => DoctorCheck::degraded(NAME, PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY),
-        Ok(true) => DoctorCheck::ok(NAME, format!("{} is on a bpffs", root.display())),
+        Ok(true) => match pins.probe_creation() {
+            Ok(()) => DoctorCheck::ok(NAME, format!("{} is on a bpffs", root.display())),
+            Err(error) => DoctorCheck::missing(
+                NAME,
+                format!("{} is on a bpffs, but nothing can be created there: {error}", root.display()),
+                remedy_for(&error, "run `imds-agent doctor` as root, with a writable bpffs"),
+            ),
+        },
         Ok(false) if is_usual && has(Capability::CAP_SYS_ADMIN) => DoctorCheck::degraded(
             NAME,
             observed,
@@ -112,6 +140,15 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
         return DoctorCheck::degraded(
             NAME,
             "no CAP_SYS_PTRACE to open the namespaces of the pods' processes",
+            remedy,
+        );
+    }
+    if let Err(error) = fs::File::open("/proc/1/ns/net") {
+        let remedy = "exemptions by cgroup and for Kubernetes pods have no effect, and reports name no pods";
+        let remedy = format!("{remedy}: {}", remedy_for(&error, "grant access to the namespaces in /proc"));
+        return DoctorCheck::degraded(
+            NAME,
+            format!("failed to open the namespaces of processes: {error}"),
             remedy,
         );
     }

@@ -58,6 +58,7 @@ pub(crate) async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<Docto
         environment::bpffs(pins),
         environment::cgroup2(),
         environment::capabilities(),
+        environment::security_modules(),
         environment::locked_memory(),
         kernel_features::jit(),
         kernel_features::attaching(),

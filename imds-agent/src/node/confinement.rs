@@ -1,0 +1,87 @@
+//! Confinement of this process by Linux security modules, for messages about denied operations.
+
+use std::{fs, io};
+
+/// Where the kernel shows the AppArmor profile of a process: since Linux 5.8, and before.
+const APPARMOR: [&str; 2] = ["/proc/self/attr/apparmor/current", "/proc/self/attr/current"];
+const APPARMOR_ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
+/// Contains 1 if SELinux denies what its policy does not allow.
+const SELINUX_ENFORCE: &str = "/sys/fs/selinux/enforce";
+const SELINUX: &str = "/proc/self/attr/current";
+const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
+
+/// Security module that confines this process, with the name of the profile or context.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Confinement {
+    /// Profile, such as `docker-default (enforce)`.
+    AppArmor(String),
+    /// Context, such as `system_u:system_r:container_t:s0`.
+    SeLinux(String),
+}
+
+impl Confinement {
+    /// Returns the confinement of this process; `None` if no security module is known to confine it.
+    pub(crate) fn of_this_process() -> Option<Self> {
+        let read = |path: &str| fs::read_to_string(path).ok();
+        if read(APPARMOR_ENABLED).is_some_and(|enabled| enabled.trim() == "Y") {
+            return profile(&APPARMOR.into_iter().find_map(read)?).map(Self::AppArmor);
+        }
+        let enforces = read(SELINUX_ENFORCE).is_some_and(|enforce| enforce.trim() == "1");
+        enforces.then(|| read(SELINUX)).flatten().map(|context| Self::SeLinux(clean(&context)))
+    }
+
+    /// Describes the confinement, such as `AppArmor profile docker-default (enforce)`.
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            Self::AppArmor(profile) => format!("AppArmor profile {profile}"),
+            Self::SeLinux(context) => format!("SELinux context {context}"),
+        }
+    }
+
+    /// Returns the remedy for an operation that the security module denies.
+    pub(crate) const fn remedy(&self) -> &'static str {
+        match self {
+            Self::AppArmor(_) => "run the agent unconfined, or with the profile of deploy/apparmor",
+            Self::SeLinux(_) => "see `ausearch -m avc`; run the container with the SELinux type spc_t",
+        }
+    }
+}
+
+/// Explains an operation that failed with EACCES: names the security module that confines this process, and the remedy.
+/// `None` if no module confines it, or the error is another one.
+pub(crate) fn explain(error: &io::Error) -> Option<String> {
+    let confinement =
+        Confinement::of_this_process().filter(|_| error.raw_os_error() == Some(libc::EACCES))?;
+    Some(format!("{} confines this process: {}", confinement.describe(), confinement.remedy()))
+}
+
+/// Returns the lockdown mode of the kernel; `None` if there is none, or securityfs is not mounted.
+pub(crate) fn lockdown() -> Option<String> {
+    let modes = fs::read_to_string(LOCKDOWN).ok()?;
+    let (_, rest) = modes.split_once('[')?;
+    rest.split_once(']').map(|(mode, _)| mode.to_owned()).filter(|mode| mode != "none")
+}
+
+/// Returns the name of a profile in the kernel's format, unless the process is not confined or complains only.
+fn profile(current: &str) -> Option<String> {
+    let current = clean(current);
+    let is_enforced = !current.is_empty() && current != "unconfined" && !current.ends_with(" (complain)");
+    is_enforced.then_some(current)
+}
+
+fn clean(text: &str) -> String {
+    text.trim_matches(['\0', '\n', ' ']).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn enforced_profiles_confine() {
+        assert_eq!(profile("docker-default (enforce)\n"), Some("docker-default (enforce)".to_owned()));
+        for none in ["unconfined\n", "imds-agent (complain)\n", "", "\0"] {
+            assert_eq!(profile(none), None, "{none:?}");
+        }
+    }
+}
