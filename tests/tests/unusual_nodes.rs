@@ -1,6 +1,7 @@
 //! Nodes on which /proc, /sys, cgroups or user namespaces differ from those of a usual machine.
 
 use std::{
+    env,
     fs::{self, Permissions},
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
@@ -16,10 +17,13 @@ use imds_tests::{
 const HOOKS: [&str; 2] = ["from_pod", "node_egress"];
 
 /// Writes a program that runs the agent after `prepare`, in a mount namespace of its own.
-fn agent_after(env: &TestEnv, options: &str, prepare: &str) -> PathBuf {
-    let (inner, outer) = (env.scratch_dir().join("inner"), env.scratch_dir().join("outer"));
-    let agent = env.imds_agent(&[]).command().get_program().to_str().unwrap().to_owned();
-    let unshare = format!("exec unshare --mount {options} {} \"$@\"", inner.display());
+fn agent_after(test_env: &TestEnv, options: &str, prepare: &str) -> PathBuf {
+    let (inner, outer) = (test_env.scratch_dir().join("inner"), test_env.scratch_dir().join("outer"));
+    let agent = test_env.imds_agent(&[]).command().get_program().to_str().unwrap().to_owned();
+    // busybox's shell, in the virtual machines, would prefer its own `unshare`.
+    let path = env::var_os("PATH").unwrap();
+    let unshare = env::split_paths(&path).map(|dir| dir.join("unshare")).find(|path| path.is_file()).unwrap();
+    let unshare = format!("exec {} --mount {options} {} \"$@\"", unshare.display(), inner.display());
     for (path, script) in [(&inner, format!("set -e\n{prepare}\nexec {agent} \"$@\"")), (&outer, unshare)] {
         fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
         fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
