@@ -49,7 +49,7 @@ struct Tools {
     programs: &'static [(&'static str, &'static str)],
 }
 
-const TOOLS: [Tools; 12] = [
+const TOOLS: [Tools; 13] = [
     // Interpreter of `prose.py`.
     Tools { owner: "the prose check's", purposes: &[Purpose::Lint], programs: &[("python3", "python3")] },
     Tools { owner: "the demo's", purposes: &[Purpose::Demo], programs: &[("ip", "iproute2")] },
@@ -100,6 +100,11 @@ const TOOLS: [Tools; 12] = [
         ],
     },
     Tools { owner: "the benchmarks'", purposes: &[Purpose::Bench], programs: &[("ip6tables", "iptables")] },
+    Tools {
+        owner: "the packages'",
+        purposes: &[Purpose::Dist, Purpose::EndToEnd],
+        programs: &[("rpmbuild", "rpm")],
+    },
     Tools { owner: "the image's", purposes: &[Purpose::Image], programs: &[("podman", "podman")] },
     // Container runtimes, and the programs in their images.
     Tools {

@@ -1,7 +1,12 @@
-//! Release artifacts: one static binary, and its SBOM, package, manual pages and completions.
+//! Release artifacts: one static binary, and its SBOM, packages, manual pages and completions.
 
+mod contents;
 mod image;
+mod rpm;
 mod sbom;
+mod tarball;
+#[cfg(test)]
+mod tests;
 
 use std::{
     fs,
@@ -20,8 +25,11 @@ use crate::{
     workspace::{artifacts, cargo, execute, output_of, print_status, root},
 };
 
+use contents::Contents;
 pub(crate) use image::Image;
 
+/// Version of the artifacts, which all crates have.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Maximum size of the binary in bytes.
 const MAX_BINARY_LEN: u64 = 10 << 20;
 /// Cargo profile of the binary.
@@ -29,8 +37,8 @@ const PROFILE: &str = "static";
 /// File name of the SBOM.
 const SBOM: &str = "imds-agent.cdx.json";
 
-/// Build the release artifacts: the static binary, its .deb, SBOM and checksums in target/dist/ARCHITECTURE, manual pages
-/// and completions in target/dist
+/// Build the artifacts of one architecture: the static binary, its .deb, .rpm, tarball, SBOM and checksums in
+/// target/dist/ARCHITECTURE, manual pages and completions in target/dist
 #[derive(clap::Args)]
 pub(crate) struct Dist {
     /// Build only the binary, its SBOM and checksums
@@ -59,12 +67,16 @@ impl Dist {
     }
 }
 
-/// Builds all artifacts and returns their directory.
+/// Builds all artifacts of one architecture and returns their directory.
 pub(crate) fn build(arch: Arch) -> Result<PathBuf> {
     let dir = build_binary(arch)?;
     let agent = if arch.is_foreign() { build::debug()? } else { dir.join("imds-agent") };
-    manual(&agent, &artifacts("dist")?)?;
+    let dist = artifacts("dist")?;
+    manual(&agent, &dist)?;
     deb(arch, &dir)?;
+    let contents = Contents::read(&dir, &dist)?;
+    tarball::write(arch, &contents, &dir)?;
+    rpm::write(arch, &contents, &dir)?;
     Ok(dir)
 }
 
