@@ -1,7 +1,11 @@
 //! Release artifacts: one static binary, and its SBOM, packages, manual pages and completions.
 
+mod chart;
 mod contents;
 mod image;
+mod oci;
+mod provenance;
+mod release;
 mod rpm;
 mod sbom;
 mod tarball;
@@ -25,8 +29,10 @@ use crate::{
     workspace::{artifacts, cargo, execute, output_of, print_status, root},
 };
 
+pub(crate) use chart::Chart;
 use contents::Contents;
 pub(crate) use image::Image;
+pub(crate) use release::Release;
 
 /// Version of the artifacts, which all crates have.
 const VERSION: &str = env!("CARGO_PKG_VERSION");

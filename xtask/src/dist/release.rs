@@ -1,0 +1,129 @@
+//! The command `cargo xtask release`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum as _;
+use serde::Serialize;
+
+use super::{Chart, SBOM, VERSION, oci, provenance, sha256, write_checksums};
+use crate::{
+    arch::Arch,
+    build,
+    setup::{self, Purpose},
+    workspace::{artifacts, execute, print_status},
+};
+
+/// Build a release in target/dist/release: packages and tarballs of both architectures, image and Helm chart, with
+/// manifest, provenance and checksums
+#[derive(clap::Args)]
+pub(crate) struct Release {
+    /// Sign the checksums with this secret key of minisign
+    #[arg(long, value_name = "FILE")]
+    sign_key: Option<PathBuf>,
+    /// URI of the builder in the provenance statement
+    #[arg(long, value_name = "URI", default_value = "urn:imds-agent:builder:local")]
+    builder_id: String,
+    /// Pack the existing artifacts of `cargo xtask dist`
+    #[arg(long)]
+    no_build: bool,
+}
+
+/// A file of the release.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Artifact {
+    pub(super) name: String,
+    pub(super) kind: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) architecture: Option<&'static str>,
+    pub(super) size: u64,
+    pub(super) sha256: String,
+}
+
+impl Release {
+    pub(crate) fn run(self) -> Result<()> {
+        setup::ensure(Purpose::Dist)?;
+        if let Some(key) = &self.sign_key {
+            ensure!(key.exists(), "the key {} does not exist", key.display());
+        }
+        let mut built = Vec::new();
+        for &arch in Arch::value_variants() {
+            built.push((arch, if self.no_build { super::dir(arch)? } else { super::build(arch)? }));
+        }
+        let built: Vec<_> = built.iter().map(|(arch, dir)| (*arch, dir.as_path())).collect();
+        let dir = artifacts("dist")?.join("release");
+        write(&built, &dir, &self.builder_id)?;
+        if let Some(key) = &self.sign_key {
+            sign(key, &dir)?;
+        }
+        print_status(format_args!("release in {}:", dir.display()));
+        eprint!("{}", fs::read_to_string(dir.join("SHA256SUMS"))?);
+        Ok(())
+    }
+}
+
+/// Writes the release to `dir` from the artifacts of each architecture.
+pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str) -> Result<()> {
+    let _ = fs::remove_dir_all(dir);
+    fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
+    let mut artifacts = Vec::new();
+    let mut add = |name: String, kind, arch: Option<Arch>, data: Vec<u8>| -> Result<()> {
+        let path = dir.join(&name);
+        fs::write(&path, &data).with_context(|| format!("failed to write {}", path.display()))?;
+        let architecture = arch.map(Arch::debian);
+        artifacts.push(Artifact {
+            name,
+            kind,
+            architecture,
+            size: data.len() as u64,
+            sha256: sha256(&path)?,
+        });
+        Ok(())
+    };
+    for &(arch, from) in built {
+        let (debian, machine) = (arch.debian(), arch.machine());
+        let read = |name: &str| {
+            let path = from.join(name);
+            fs::read(&path)
+                .with_context(|| format!("failed to read {}: run cargo xtask dist", path.display()))
+        };
+        for (kind, name) in [
+            ("tarball", format!("imds-agent-{VERSION}-linux-{debian}.tar.gz")),
+            ("deb", format!("imds-agent_{VERSION}-1_{debian}.deb")),
+            ("rpm", format!("imds-agent-{VERSION}-1.{machine}.rpm")),
+        ] {
+            let data = read(&name)?;
+            add(name, kind, Some(arch), data)?;
+        }
+        add(format!("imds-agent-{VERSION}-linux-{debian}.cdx.json"), "sbom", Some(arch), read(SBOM)?)?;
+    }
+    add(format!("imds-agent-{VERSION}-oci.tar"), "image", None, oci::image(built)?)?;
+    let chart = Chart::read()?;
+    add(format!("imds-agent-{VERSION}.tgz"), "chart", None, chart.package.clone())?;
+    add(
+        format!("imds-agent-chart-{VERSION}-oci.tar"),
+        "chart-oci",
+        None,
+        oci::chart(&chart.metadata, chart.package)?,
+    )?;
+
+    let manifest = serde_json::json!({
+        "name": "imds-agent", "version": VERSION, "commit": build::commit(), "artifacts": artifacts,
+    });
+    fs::write(dir.join("manifest.json"), format!("{manifest:#}\n"))?;
+    let statement = provenance::statement(&artifacts, builder_id)?;
+    fs::write(dir.join(format!("imds-agent-{VERSION}.intoto.jsonl")), format!("{statement}\n"))?;
+    write_checksums(dir)?;
+    Ok(())
+}
+
+/// Signs the checksums, which cover all other files. The comment has no time, so that the signature is reproducible.
+pub(super) fn sign(key: &Path, dir: &Path) -> Result<()> {
+    let mut minisign = Command::new("minisign");
+    minisign.arg("-S").arg("-s").arg(key).args(["-t", &format!("imds-agent {VERSION}"), "-m"]);
+    execute(minisign.arg(dir.join("SHA256SUMS"))).context("failed to sign the checksums")
+}
