@@ -30,7 +30,7 @@ pub(crate) struct Tools {
     pub(crate) programs: &'static [(&'static str, &'static str)],
 }
 
-pub(crate) const TOOLS: [Tools; 13] = [
+pub(crate) const TOOLS: [Tools; 14] = [
     // Interpreter of `prose.py`.
     Tools { owner: "the prose check's", purposes: &[Purpose::Lint], programs: &[("python3", "python3")] },
     Tools { owner: "the demo's", purposes: &[Purpose::Demo], programs: &[("ip", "iproute2")] },
@@ -47,6 +47,19 @@ pub(crate) const TOOLS: [Tools; 13] = [
             ("nsenter", "util-linux"),
             ("pasta", "passt"),
             ("slirp4netns", "slirp4netns"),
+        ],
+    },
+    // Tests of the installation script and of the release.
+    Tools {
+        owner: "the tests'",
+        purposes: &[Purpose::Test],
+        programs: &[
+            ("curl", "curl"),
+            ("minisign", "minisign"),
+            ("openssl", "openssl"),
+            ("rpmbuild", "rpm"),
+            ("shellcheck", "shellcheck"),
+            ("skopeo", "skopeo"),
         ],
     },
     // C++ compiler, with which libFuzzer is built.

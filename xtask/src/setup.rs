@@ -197,7 +197,7 @@ mod tests {
 
     use super::*;
 
-    const FOR_TESTS: [&str; 8] = [
+    const FOR_TESTS: [&str; 14] = [
         "containernetworking-plugins",
         "iproute2",
         "iptables",
@@ -206,6 +206,12 @@ mod tests {
         "util-linux",
         "passt",
         "slirp4netns",
+        "curl",
+        "minisign",
+        "openssl",
+        "rpm",
+        "shellcheck",
+        "skopeo",
     ];
     const ALL: [Purpose; 4] = [Purpose::Build, Purpose::Ebpf, Purpose::Test, Purpose::Lint];
 

@@ -15,11 +15,11 @@ use crate::{
     arch::Arch,
     build,
     setup::{self, Purpose},
-    workspace::{artifacts, execute, print_status},
+    workspace::{artifacts, execute, print_status, root},
 };
 
-/// Build a release in target/dist/release: packages and tarballs of both architectures, image and Helm chart, with
-/// manifest, provenance and checksums
+/// Build a release in target/dist/release: packages and tarballs of both architectures, image, Helm chart and installation
+/// script, with manifest, provenance and checksums
 #[derive(clap::Args)]
 pub(crate) struct Release {
     /// Sign the checksums with this secret key of minisign
@@ -110,6 +110,7 @@ pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str) -> Re
         None,
         oci::chart(&chart.metadata, chart.package)?,
     )?;
+    add("install.sh".to_owned(), "installer", None, fs::read(root().join("deploy/install.sh"))?)?;
 
     let manifest = serde_json::json!({
         "name": "imds-agent", "version": VERSION, "commit": build::commit(), "artifacts": artifacts,
@@ -121,9 +122,23 @@ pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str) -> Re
     Ok(())
 }
 
-/// Signs the checksums, which cover all other files. The comment has no time, so that the signature is reproducible.
+/// Signs the checksums, which cover all other files. The comment has no time, so that the signature is reproducible. Fails if
+/// the installation script has another public key.
 pub(super) fn sign(key: &Path, dir: &Path) -> Result<()> {
+    let sums = dir.join("SHA256SUMS");
     let mut minisign = Command::new("minisign");
     minisign.arg("-S").arg("-s").arg(key).args(["-t", &format!("imds-agent {VERSION}"), "-m"]);
-    execute(minisign.arg(dir.join("SHA256SUMS"))).context("failed to sign the checksums")
+    execute(minisign.arg(&sums)).context("failed to sign the checksums")?;
+    let script = fs::read_to_string(dir.join("install.sh")).context("failed to read install.sh")?;
+    match script.lines().find_map(|line| line.strip_prefix("PUBLIC_KEY=")) {
+        Some(public) if !public.is_empty() => {
+            let mut verify = Command::new("minisign");
+            verify.args(["-V", "-q", "-P", public.trim_matches(['\'', '"']), "-m"]);
+            execute(verify.arg(&sums)).context("the public key in deploy/install.sh is another one")
+        }
+        _ => {
+            print_status("deploy/install.sh contains no public key: users need the option --public-key");
+            Ok(())
+        }
+    }
 }

@@ -279,4 +279,12 @@ fn release_lists_and_signs_each_file() {
     let mut verify = Command::new("minisign");
     verify.arg("-V").arg("-p").arg(path("key.pub")).arg("-m").arg(dir.path().join("SHA256SUMS"));
     output_of(&mut verify).unwrap();
+
+    // The script of a publisher must have the key that verifies the signature.
+    let public = fs::read_to_string(path("key.pub")).unwrap();
+    let public = public.lines().last().unwrap();
+    for (key, is_right) in [(public.to_owned(), true), (public.replace("RW", "RX"), false)] {
+        fs::write(dir.path().join("install.sh"), format!("PUBLIC_KEY={key}\n")).unwrap();
+        assert_eq!(release::sign(&path("key"), dir.path()).is_ok(), is_right, "{key}");
+    }
 }
