@@ -116,10 +116,22 @@ pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str) -> Re
         "name": "imds-agent", "version": VERSION, "commit": build::commit(), "artifacts": artifacts,
     });
     fs::write(dir.join("manifest.json"), format!("{manifest:#}\n"))?;
+    let changelog = fs::read_to_string(root().join("CHANGELOG.md")).context("failed to read CHANGELOG.md")?;
+    fs::write(dir.join("notes.md"), notes(&changelog)?)?;
     let statement = provenance::statement(&artifacts, builder_id)?;
     fs::write(dir.join(format!("imds-agent-{VERSION}.intoto.jsonl")), format!("{statement}\n"))?;
     write_checksums(dir)?;
     Ok(())
+}
+
+/// Returns the section of this version, without its heading.
+fn notes(changelog: &str) -> Result<String> {
+    let mut sections = changelog.split("\n## ").skip(1);
+    let section = sections.find(|section| section.split_whitespace().next() == Some(VERSION));
+    let (_, text) = section
+        .and_then(|section| section.split_once('\n'))
+        .with_context(|| format!("CHANGELOG.md has no section for {VERSION}"))?;
+    Ok(format!("{}\n", text.trim()))
 }
 
 /// Signs the checksums, which cover all other files. The comment has no time, so that the signature is reproducible. Fails if
@@ -140,5 +152,19 @@ pub(super) fn sign(key: &Path, dir: &Path) -> Result<()> {
             print_status("deploy/install.sh contains no public key: users need the option --public-key");
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_the_section_of_the_version() {
+        let changelog = format!(
+            "# Changelog\n\n## 9.9.9\n\nnew\n\n## {VERSION} - 2026\n\n### Added\n\n- all\n\n## 0.0.1\n\nold\n"
+        );
+        assert_eq!(notes(&changelog).unwrap(), "### Added\n\n- all\n");
+        assert!(notes("# Changelog\n\n## 9.9.9\n\nnew\n").is_err());
     }
 }
