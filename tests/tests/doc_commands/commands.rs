@@ -3,7 +3,7 @@
 use crate::markdown::{Block, Document};
 
 /// Programs of documented commands. A block whose first word is none of these contains no command.
-const PROGRAMS: [&str; 35] = [
+const PROGRAMS: [&str; 41] = [
     "/imds-agent",
     "apt",
     "apt-get",
@@ -24,18 +24,24 @@ const PROGRAMS: [&str; 35] = [
     "kubectl",
     "kustomize",
     "ls",
+    "minisign",
     "mount",
     "nft",
     "nsenter",
     "podman",
     "promtool",
     "rm",
+    "rpm",
     "rustup",
+    "sh",
+    "sha256sum",
+    "skopeo",
     "ss",
     "stat",
     "sysctl",
     "systemctl",
     "systemd-analyze",
+    "tar",
     "tc",
     "ulimit",
     "uname",
