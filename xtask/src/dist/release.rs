@@ -50,11 +50,12 @@ impl Release {
         if let Some(key) = &self.sign_key {
             ensure!(key.exists(), "the key {} does not exist", key.display());
         }
-        let mut built = Vec::new();
-        for &arch in Arch::value_variants() {
-            built.push((arch, if self.no_build { super::dir(arch)? } else { super::build(arch)? }));
+        let arches = Arch::value_variants();
+        if !self.no_build {
+            super::build_all(arches)?;
         }
-        let built: Vec<_> = built.iter().map(|(arch, dir)| (*arch, dir.as_path())).collect();
+        let dirs = arches.iter().map(|&arch| super::dir(arch)).collect::<Result<Vec<_>>>()?;
+        let built: Vec<_> = arches.iter().copied().zip(dirs.iter().map(PathBuf::as_path)).collect();
         let dir = artifacts("dist")?.join("release");
         write(&built, &dir, &self.builder_id)?;
         if let Some(key) = &self.sign_key {
