@@ -39,9 +39,9 @@ impl Layout {
         self.add(media_type, value.to_string().into_bytes())
     }
 
-    /// Returns the layout as an archive whose only reference is `descriptor`, tagged with the version.
-    fn archive(self, mut descriptor: Value) -> Result<Vec<u8>> {
-        descriptor["annotations"] = json!({ "org.opencontainers.image.ref.name": VERSION });
+    /// Returns the layout as an archive whose only reference is `descriptor`, under `name`.
+    fn archive(self, mut descriptor: Value, name: &str) -> Result<Vec<u8>> {
+        descriptor["annotations"] = json!({ "org.opencontainers.image.ref.name": name });
         let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [descriptor] });
         let file = |path: String, data| File { path, mode: 0o644, data };
         let blobs = self.0.into_iter().map(|(digest, data)| file(format!("blobs/sha256/{digest}"), data));
@@ -88,7 +88,8 @@ pub(super) fn image(binaries: &[(Arch, &Path)]) -> Result<Vec<u8>> {
     }
     let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": manifests });
     let index = layout.add_json(INDEX, &index);
-    layout.archive(index)
+    // Podman and containerd store an imported image under this name.
+    layout.archive(index, &format!("localhost/imds-agent:{VERSION}"))
 }
 
 /// Returns the archive of a chart: its metadata and its package, as `helm push` uploads them.
@@ -102,7 +103,7 @@ pub(super) fn chart(metadata: &Value, package: Vec<u8>) -> Result<Vec<u8>> {
         "annotations": annotations(&created()?, description),
     });
     let manifest = layout.add_json(MANIFEST, &manifest);
-    layout.archive(manifest)
+    layout.archive(manifest, VERSION)
 }
 
 fn annotations(created: &str, description: &str) -> Value {

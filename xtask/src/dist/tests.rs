@@ -210,7 +210,7 @@ fn copy_with_skopeo(archive: &[u8], options: &[&str]) -> TempDir {
     fs::write(&path, archive).unwrap();
     let mut skopeo = Command::new("skopeo");
     skopeo.args(["copy", "--insecure-policy", "--quiet"]).args(options);
-    skopeo.arg(format!("oci-archive:{}:{VERSION}", path.display()));
+    skopeo.arg(format!("oci-archive:{}", path.display()));
     output_of(skopeo.arg(format!("dir:{}/copy", dir.path().display()))).unwrap();
     dir
 }
