@@ -1,6 +1,6 @@
 """Renders the Kubernetes manifests in deploy and validates them against the schemas of the API.
 
-Arguments: the workspace, the agent's binary. `cargo xtask manifests` runs the script with its libraries in PYTHONPATH.
+Arguments: the workspace, the agent's binary, the packed chart. `cargo xtask manifests` runs the script with its libraries in PYTHONPATH.
 """
 
 import ipaddress
@@ -17,7 +17,7 @@ import yaml
 from cel_expr_python import cel
 from cel_expr_python.ext import ext_optional
 
-ROOT, AGENT = pathlib.Path(sys.argv[1]), sys.argv[2]
+ROOT, AGENT, PACKAGE = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 KUBERNETES, CHART = ROOT / "deploy/kubernetes", ROOT / "deploy/helm/imds-agent"
 # The oldest version that the admission policy supports, and the newest version of the schemas.
 VERSIONS = ["1.31", kubernetes_validate.latest_version()]
@@ -279,6 +279,11 @@ with helm_python.Chart.load(str(CHART)) as chart:
     broken = [document for document in yaml.safe_load_all(render({"config": {"rules": "typo = true"}})) if document]
     if not config_errors(one(broken, "ConfigMap")["data"]["imds.toml"]):
         failures.append("chart: the hook accepts an unknown key")
+    with helm_python.Chart.load(PACKAGE) as packed:
+        if [packed.render({}, name="a", namespace="b"), packed.metadata] != [
+            chart.render({}, name="a", namespace="b"), chart.metadata
+        ]:
+            failures.append("chart: the package differs from the directory")
     # The schema of the values must reject each of these.
     for wrong in [
         {"config": {"mode": "audti"}},

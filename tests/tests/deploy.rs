@@ -79,6 +79,7 @@ fn versions_match_the_agent() {
             && chart.contains(&format!("\nappVersion: {version}\n"))
     );
     assert!(deploy!("kubernetes/base/kustomization.yaml").contains(&format!("newTag: {version}\n")));
+    assert!(deploy!("deb/changelog").starts_with(&format!("imds-agent ({version}-1) ")));
 }
 
 #[test]

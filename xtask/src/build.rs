@@ -1,8 +1,8 @@
 //! The command `cargo xtask build`.
 
-use std::{path::PathBuf, process::Command};
+use std::{env, path::PathBuf, process::Command};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::{
     setup::{self, Purpose},
@@ -33,12 +33,21 @@ pub(crate) fn debug() -> Result<PathBuf> {
 
 /// Returns the current commit, with the suffix `-dirty` if files were changed since, or `unknown` without git.
 pub(crate) fn commit() -> String {
-    let git = |arguments: &[&str]| {
-        let output = Command::new("git").args(arguments).current_dir(root()).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
     let Some(commit) = git(&["rev-parse", "HEAD"]) else { return "unknown".to_owned() };
     let is_clean =
         git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|changes| changes.is_empty());
     if is_clean { commit } else { format!("{commit}-dirty") }
+}
+
+/// Returns the time of the files in reproducible archives, in seconds since 1970: `SOURCE_DATE_EPOCH` if it is set, the
+/// time of the commit otherwise.
+pub(crate) fn time() -> Result<u64> {
+    let set = env::var("SOURCE_DATE_EPOCH").ok();
+    let time = set.or_else(|| git(&["show", "--no-patch", "--format=%ct"])).unwrap_or_else(|| "0".to_owned());
+    time.parse().with_context(|| format!("{time} is not a number of seconds"))
+}
+
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).current_dir(root()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

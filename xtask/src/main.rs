@@ -20,6 +20,7 @@ mod fuzz;
 mod lint;
 mod manifests;
 mod promtool;
+mod requirements;
 mod run;
 mod setup;
 mod soak;
@@ -58,6 +59,7 @@ enum Command {
     /// Demonstrate the agent on a node, two pods and a metadata service in temporary network namespaces
     Demo,
     Dist(dist::Dist),
+    Release(dist::Release),
     Image(dist::Image),
     E2e(e2e::EndToEnd),
     Ebpf(ebpf::Ebpf),
@@ -81,6 +83,7 @@ impl Command {
             Self::Deny(deny) => deny.run(),
             Self::Demo => demo::run(),
             Self::Dist(dist) => dist.run(),
+            Self::Release(release) => release.run(),
             Self::Image(image) => image.run(),
             Self::E2e(e2e) => e2e.run(),
             Self::Ebpf(ebpf) => ebpf.run(),

@@ -3,7 +3,7 @@
 use crate::markdown::{Block, Document};
 
 /// Programs of documented commands. A block whose first word is none of these contains no command.
-const PROGRAMS: [&str; 36] = [
+const PROGRAMS: [&str; 42] = [
     "/imds-agent",
     "apparmor_parser",
     "apt",
@@ -25,18 +25,24 @@ const PROGRAMS: [&str; 36] = [
     "kubectl",
     "kustomize",
     "ls",
+    "minisign",
     "mount",
     "nft",
     "nsenter",
     "podman",
     "promtool",
     "rm",
+    "rpm",
     "rustup",
+    "sh",
+    "sha256sum",
+    "skopeo",
     "ss",
     "stat",
     "sysctl",
     "systemctl",
     "systemd-analyze",
+    "tar",
     "tc",
     "ulimit",
     "uname",

@@ -2,6 +2,7 @@
 //! against the programs and files that they name. A command or block of no known kind fails, so that each needs a decision.
 
 mod agent_cli;
+mod artifacts;
 mod commands;
 mod documented_node;
 mod links;
@@ -126,8 +127,8 @@ fn every_option_in_text_exists() {
     if lacks_repository() {
         return;
     }
-    // Options of apt, podman, wget and iptables.
-    let others = ["--allow-downgrades", "--security-opt", "--tries", "--uid-owner"];
+    // Options of apt, rpm, podman, wget and iptables.
+    let others = ["--allow-downgrades", "--oldpackage", "--security-opt", "--tries", "--uid-owner"];
     let mut unknown = Vec::new();
     for span in documents().iter().flat_map(|document| &document.spans) {
         let option = span.text.split([' ', '=']).next().unwrap_or_default();
@@ -135,6 +136,7 @@ fn every_option_in_text_exists() {
         if is_option
             && !agent_cli::has_option(option)
             && !xtask_cli::has_option(option)
+            && !artifacts::is_script_option(option)
             && !others.contains(&option)
         {
             unknown.push(format!("{}: {}", span.at, span.text));

@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command};
 use imds_tests::lacks_program;
 use serde_json::Value;
 
-use crate::{agent_cli, markdown::repository, xtask_cli};
+use crate::{agent_cli, artifacts, markdown::repository, xtask_cli};
 
 const DAEMON_SET: &str = "deploy/kubernetes/base/daemonset.yaml";
 
@@ -28,6 +28,9 @@ pub(crate) fn check(words: &[String]) -> Result<(), String> {
     match program.as_str() {
         "imds-agent" | "/imds-agent" => agent_cli::parse(words).map(drop),
         "apt" | "apt-get" => apt(arguments),
+        "curl" | "minisign" | "rpm" | "sh" | "sha256sum" | "skopeo" | "tar" => {
+            artifacts::check(program, arguments)
+        }
         "cargo" => xtask_cli::check_cargo(arguments),
         "cd" => directory(arguments),
         "helm" => helm(arguments),
@@ -45,7 +48,7 @@ pub(crate) fn check(words: &[String]) -> Result<(), String> {
     }
 }
 
-fn read(path: &str) -> String {
+pub(crate) fn read(path: &str) -> String {
     fs::read_to_string(repository().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
@@ -54,7 +57,7 @@ fn exists(path: &Path) -> Result<(), String> {
     if is_there { Ok(()) } else { Err(format!("{} does not exist", path.display())) }
 }
 
-fn ensure(is_right: bool, problem: impl FnOnce() -> String) -> Result<(), String> {
+pub(crate) fn ensure(is_right: bool, problem: impl FnOnce() -> String) -> Result<(), String> {
     if is_right { Ok(()) } else { Err(problem()) }
 }
 
@@ -68,14 +71,8 @@ fn has_name(manifest: &str, name: &str) -> Result<(), String> {
 fn apt(arguments: &[String]) -> Result<(), String> {
     let known = ["install", "purge", "remove"];
     ensure(known.contains(&arguments[0].as_str()), || "unknown subcommand".to_owned())?;
-    let package = format!("./imds-agent_{}-1_amd64.deb", env!("CARGO_PKG_VERSION"));
-    // `cargo xtask dist` leaves the package in target/dist/amd64.
-    let package = |name: &String| {
-        let name = name.replace("target/dist/amd64/", "");
-        name == package || name == "./imds-agent_VERSION.deb"
-    };
-    let wrong = arguments.iter().find(|name| name.starts_with("./") && !package(name));
-    ensure(wrong.is_none(), || format!("{wrong:?} is not a package of this version"))
+    let mut names = arguments.iter().filter_map(|name| name.strip_prefix("./"));
+    names.try_for_each(artifacts::check_name)
 }
 
 fn directory(arguments: &[String]) -> Result<(), String> {
@@ -83,10 +80,10 @@ fn directory(arguments: &[String]) -> Result<(), String> {
     exists(path.as_ref())
 }
 
-/// Checks that the installed files exist, unless a build creates them.
+/// Checks that the installed files exist.
 fn install(arguments: &[String]) -> Result<(), String> {
     let [.., source, _] = arguments else { return Err("no files".to_owned()) };
-    if source == "target/dist/amd64/imds-agent" { Ok(()) } else { exists(source.as_ref()) }
+    exists(source.as_ref())
 }
 
 /// Checks that the removed files are those that the installation creates.
@@ -203,7 +200,8 @@ fn helm(arguments: &[String]) -> Result<(), String> {
     ensure(known.contains(&verb), || format!("unknown verb {verb}"))?;
     while let Some(word) = words.next() {
         match word {
-            "imds-agent" | CHART | "--reuse-values" => {}
+            "imds-agent" | CHART | "oci://registry.example.com/charts/imds-agent" | "--reuse-values" => {}
+            "--version" => artifacts::check_version(words.next().unwrap_or_default())?,
             "--namespace" => {
                 has_name("deploy/kubernetes/base/namespace.yaml", words.next().unwrap_or_default())?;
             }
@@ -222,9 +220,12 @@ fn helm(arguments: &[String]) -> Result<(), String> {
 
 fn podman(arguments: &[String]) -> Result<(), String> {
     let Some(verb) = arguments.first() else { return Err("no verb".to_owned()) };
-    ensure(["exec", "push", "rm", "run", "volume"].contains(&verb.as_str()), || {
+    ensure(["exec", "pull", "push", "rm", "run", "volume"].contains(&verb.as_str()), || {
         format!("unknown verb {verb}")
     })?;
+    for name in arguments.iter().filter_map(|word| word.strip_prefix("oci-archive:")) {
+        artifacts::check_name(name)?;
+    }
     if let Some(entry) = arguments.iter().position(|word| word == "/imds-agent") {
         in_container(&arguments[entry..])?;
     }
@@ -261,6 +262,11 @@ fn wrong_names_are_found() {
         "install -m 644 deploy/imds.conf /etc/imds-agent/imds.toml",
         "rm /usr/bin/imds",
         "apt install ./imds-agent_0.0.9-1_amd64.deb",
+        "helm install imds-agent oci://registry.example.com/charts/imds-agent --version 0.0.9",
+        "rpm -U imds-agent_0.1.0-1.x86_64.rpm",
+        "sh install.sh --offline",
+        "curl -fsSLO https://releases.example.com/v0.0.9/install.sh",
+        "skopeo copy --all oci-archive:imds-agent-oci.tar docker://registry.example.com/imds-agent:0.1.0",
         "systemctl start imds",
         "cargo xtask bench --documents",
         "cargo xtask benchmark",

@@ -222,3 +222,37 @@ fn service_is_hardened() {
         case.machine.checked(&["systemd-analyze", "security", "--no-pager", "--threshold=30", SERVICE]);
     assert!(text.contains("Overall exposure level"), "{text}");
 }
+
+#[test]
+#[ignore = "needs a Debian root and a package: cargo xtask e2e"]
+fn script_installs_the_package() {
+    let case = Case::new();
+    let package = format!("imds-agent_{}-1_{}.deb", env!("CARGO_PKG_VERSION"), debian_arch());
+    let release = format!(
+        "mkdir /mnt/release && cd /mnt/release && mv {DEB} {package} && sha256sum {package} > SHA256SUMS"
+    );
+    case.machine.checked(&["sh", "-ec", &release]);
+    fs::copy(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/install.sh"),
+        case.machine.shared().join("install.sh"),
+    )
+    .unwrap();
+    let script = ["sh", "/mnt/install.sh", "--from", "/mnt/release", "--no-signature"];
+    case.machine.checked(&[&script[..], &["--dry-run"]].concat());
+    assert!(!case.has("/usr/bin/imds-agent"));
+    case.machine.checked(&[&script[..], &["--no-start"]].concat());
+    assert_eq!(case.machine.property(SERVICE, "UnitFileState"), "enabled");
+    assert_eq!(case.machine.property(SERVICE, "ActiveState"), "inactive");
+    case.env.assert_open(&case.pod);
+    // Starts the service of a package that is already installed, too.
+    case.machine.checked(&script);
+    case.wait_active();
+    case.env.assert_blocked(&case.pod);
+    case.machine.checked(&["apt-get", "purge", "--yes", "imds-agent"]);
+    case.env.assert_open(&case.pod);
+}
+
+/// Returns Debian's name of this machine's architecture.
+fn debian_arch() -> &'static str {
+    if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }
+}

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
-use super::build_binary;
+use super::{build_binaries, dir};
 use crate::{
     arch::Arch,
     setup::{self, Purpose},
@@ -22,10 +22,11 @@ pub(crate) struct Image {
 impl Image {
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure(Purpose::Image)?;
-        let dir = build_binary(Arch::host()?)?;
+        let host = Arch::host()?;
+        build_binaries(&[host])?;
         let mut podman = Command::new("podman");
         podman.args(["build", "--network", "none", "--timestamp", "0", "--tag", &self.tag, "--file"]);
-        podman.arg(root().join("deploy/image/Containerfile")).arg(&dir);
+        podman.arg(root().join("deploy/image/Containerfile")).arg(dir(host)?);
         execute(&mut podman).context("failed to build the image")?;
         print_status(format_args!("built the image {}", self.tag));
         Ok(())

@@ -1,7 +1,16 @@
-//! Release artifacts: one static binary, and its SBOM, package, manual pages and completions.
+//! Release artifacts: one static binary, and its SBOM, packages, manual pages and completions.
 
+mod chart;
+mod contents;
 mod image;
+mod oci;
+mod provenance;
+mod release;
+mod rpm;
 mod sbom;
+mod tarball;
+#[cfg(test)]
+mod tests;
 
 use std::{
     fs,
@@ -20,8 +29,13 @@ use crate::{
     workspace::{artifacts, cargo, execute, output_of, print_status, root},
 };
 
+pub(crate) use chart::Chart;
+use contents::Contents;
 pub(crate) use image::Image;
+pub(crate) use release::Release;
 
+/// Version of the artifacts, which all crates have.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Maximum size of the binary in bytes.
 const MAX_BINARY_LEN: u64 = 10 << 20;
 /// Cargo profile of the binary.
@@ -29,8 +43,8 @@ const PROFILE: &str = "static";
 /// File name of the SBOM.
 const SBOM: &str = "imds-agent.cdx.json";
 
-/// Build the release artifacts: the static binary, its .deb, SBOM and checksums in target/dist/ARCHITECTURE, manual pages
-/// and completions in target/dist
+/// Build the artifacts of one architecture: the static binary, its .deb, .rpm, tarball, SBOM and checksums in
+/// target/dist/ARCHITECTURE, manual pages and completions in target/dist
 #[derive(clap::Args)]
 pub(crate) struct Dist {
     /// Build only the binary, its SBOM and checksums
@@ -48,7 +62,12 @@ impl Dist {
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure(if self.binary { Purpose::Build } else { Purpose::Dist })?;
         let arch = self.target.map_or_else(Arch::host, Ok)?;
-        let dir = if self.binary { build_binary(arch)? } else { build(arch)? };
+        if self.binary {
+            build_binaries(&[arch])?;
+        } else {
+            build_all(&[arch])?;
+        }
+        let dir = dir(arch)?;
         if self.check {
             check(arch, &dir)?;
         }
@@ -59,13 +78,27 @@ impl Dist {
     }
 }
 
-/// Builds all artifacts and returns their directory.
+/// Builds all artifacts of an architecture and returns their directory.
 pub(crate) fn build(arch: Arch) -> Result<PathBuf> {
-    let dir = build_binary(arch)?;
-    let agent = if arch.is_foreign() { build::debug()? } else { dir.join("imds-agent") };
-    manual(&agent, &artifacts("dist")?)?;
-    deb(arch, &dir)?;
-    Ok(dir)
+    build_all(&[arch])?;
+    dir(arch)
+}
+
+/// Builds all artifacts of `arches`.
+fn build_all(arches: &[Arch]) -> Result<()> {
+    build_binaries(arches)?;
+    let host = arches.iter().find(|arch| !arch.is_foreign());
+    let agent = host.map_or_else(build::debug, |&host| Ok(dir(host)?.join("imds-agent")))?;
+    let dist = artifacts("dist")?;
+    manual(&agent, &dist)?;
+    for &arch in arches {
+        let dir = dir(arch)?;
+        deb(arch, &dir)?;
+        let contents = Contents::read(&dir, &dist)?;
+        tarball::write(arch, &contents, &dir)?;
+        rpm::write(arch, &contents, &dir)?;
+    }
+    Ok(())
 }
 
 /// Returns the directory of the artifacts.
@@ -73,28 +106,31 @@ pub(crate) fn dir(arch: Arch) -> Result<PathBuf> {
     Ok(artifacts("dist")?.join(arch.debian()))
 }
 
-/// Builds only the static binary and its SBOM, and returns their directory.
-fn build_binary(arch: Arch) -> Result<PathBuf> {
-    let dir = dir(arch)?;
-    if dir.exists() {
-        fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
+/// Builds only the static binaries and their SBOMs.
+fn build_binaries(arches: &[Arch]) -> Result<()> {
+    let target_dir = artifacts("")?;
+    compile(arches, root(), &target_dir)?;
+    for &arch in arches {
+        let (dir, built) = (dir(arch)?, built(arch, &target_dir));
+        if dir.exists() {
+            fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
+        }
+        fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
+        let binary = dir.join("imds-agent");
+        fs::copy(&built, &binary).with_context(|| format!("failed to copy {}", built.display()))?;
+        check_binary(&binary)?;
+        let sbom = sbom::agent_sbom(&arch.triple(), &sha256(&binary)?)?;
+        for path in [dir.join(SBOM), built.with_file_name(SBOM)] {
+            fs::write(&path, &sbom).with_context(|| format!("failed to write {}", path.display()))?;
+        }
     }
-    fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
-    let built = compile(arch, root(), &artifacts("")?)?;
-    let binary = dir.join("imds-agent");
-    fs::copy(&built, &binary).with_context(|| format!("failed to copy {}", built.display()))?;
-    check_binary(&binary)?;
-    let sbom = sbom::agent_sbom(&arch.triple(), &sha256(&binary)?)?;
-    for path in [dir.join(SBOM), built.with_file_name(SBOM)] {
-        fs::write(&path, &sbom).with_context(|| format!("failed to write {}", path.display()))?;
-    }
-    Ok(dir)
+    Ok(())
 }
 
-/// Builds the sources at `source` in `target_dir` and returns the binary, whose content depends on neither path. Naming
-/// the target explicitly keeps the flags of the binary, such as the static C library, away from build scripts and
-/// macros.
-fn compile(arch: Arch, source: &Path, target_dir: &Path) -> Result<PathBuf> {
+/// Builds the sources at `source` in `target_dir`. The content of the binaries depends on neither path. Naming the target
+/// explicitly keeps the flags of the binary, such as the static C library, away from build scripts and macros. Linking takes
+/// most of the time and one processor, so that one cargo command builds two architectures in half of the time.
+fn compile(arches: &[Arch], source: &Path, target_dir: &Path) -> Result<()> {
     let source = source.canonicalize().with_context(|| format!("failed to find {}", source.display()))?;
     let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned(), remap(&source, "imds-agent")];
     flags.push(remap(target_dir, "target"));
@@ -104,9 +140,15 @@ fn compile(arch: Arch, source: &Path, target_dir: &Path) -> Result<PathBuf> {
     let mut build = cargo("build");
     build.args(["--locked", "--profile", PROFILE, "--package", "imds-agent", "--target-dir"]).arg(target_dir);
     build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env("IMDS_COMMIT", build::commit());
-    arch.set_target(&mut build)?;
-    execute(build.current_dir(&source))?;
-    Ok(target_dir.join(arch.triple()).join(PROFILE).join("imds-agent"))
+    for arch in arches {
+        arch.set_target(&mut build)?;
+    }
+    execute(build.current_dir(&source))
+}
+
+/// Returns the path at which [`compile`] leaves the binary.
+fn built(arch: Arch, target_dir: &Path) -> PathBuf {
+    target_dir.join(arch.triple()).join(PROFILE).join("imds-agent")
 }
 
 /// Fails unless the binary is static and not too large.
@@ -132,7 +174,8 @@ fn check(arch: Arch, dir: &Path) -> Result<()> {
     let mut clone = Command::new("git");
     clone.args(["clone", "--quiet", "--no-hardlinks"]).arg(root()).arg(again.join("elsewhere"));
     execute(&mut clone)?;
-    let second = compile(arch, &again.join("elsewhere"), &again.join("built"))?;
+    compile(&[arch], &again.join("elsewhere"), &again.join("built"))?;
+    let second = built(arch, &again.join("built"));
     let (first, second) = (sha256(&dir.join("imds-agent"))?, sha256(&second)?);
     ensure!(first == second, "two builds differ: {first} and {second}");
     print_status(format_args!("two builds in different directories are identical: {first}"));

@@ -1,6 +1,7 @@
 //! The command `cargo xtask manifests`.
 
 use std::{
+    fs,
     path::Path,
     process::{Command, ExitCode},
 };
@@ -9,6 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     cache,
+    dist::Chart,
     setup::{self, Purpose},
     test::HOST_CRATES,
     workspace::{artifacts, cargo, execute, pip_install, print_status, root},
@@ -41,8 +43,12 @@ impl Manifests {
         }
         // Same features as for the tests, so that nothing is compiled twice.
         execute(cargo("build").args(HOST_CRATES))?;
+        let (debug, package) = (artifacts("debug")?, artifacts("tmp")?.join("imds-agent.tgz"));
+        fs::create_dir_all(artifacts("tmp")?)?;
+        fs::write(&package, Chart::read()?.package)
+            .with_context(|| format!("failed to write {}", package.display()))?;
         let mut render = Command::new("python3");
-        render.args(["-c", RENDER]).arg(root().canonicalize()?).arg(artifacts("debug")?.join("imds-agent"));
+        render.args(["-c", RENDER]).arg(root().canonicalize()?).arg(debug.join("imds-agent")).arg(package);
         print_status("rendering and validating the manifests in deploy");
         let status = render.env("PYTHONPATH", python).status().context("failed to start python3")?;
         Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
