@@ -12,17 +12,15 @@ mod pod_list;
 pub mod pod_ref;
 pub mod reflector;
 pub mod store;
-mod string_map;
 mod taint;
 mod watch_state;
 
 pub use self::{
     api_error::ErrorKind,
     backoff::{Attempts, Backoff},
-    pod::Pod,
+    pod::{Pod, StringMap},
     reflector::{Options, PodEvent, PodWatcher},
     store::Index,
-    string_map::StringMap,
     taint::{TaintError, remove_taint},
     watch_state::{Failure, WatchState},
 };
