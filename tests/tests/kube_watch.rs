@@ -38,7 +38,7 @@ impl Follower {
         let kubeconfig = directory.path().join("kubeconfig");
         server.write_kubeconfig(&kubeconfig);
         let mut options = Options::new(NODE.to_owned());
-        options.backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(200) };
+        options.backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(200));
         change(&mut options);
         let config = Config::parse(RULES, Path::new("imds.toml")).unwrap();
         let RuleSubject::Pods(rule) = config.resolve(&Dmi::default()).unwrap().1.remove(0).sender else {
@@ -343,7 +343,7 @@ async fn later_and_changed_kubeconfig_is_read() {
     let mut follower = Follower::new(&server);
     let kubeconfig = follower.directory.path().join("other");
     let mut options = Options::new(NODE.to_owned());
-    options.backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(200) };
+    options.backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(200));
     follower.watch = PodWatcher::start(Access::Kubeconfig(kubeconfig.clone()), options);
     follower.until_state("the missing file", |state| state.errors.contains_key(&ErrorKind::Config)).await;
     // The server does not support TLS.

@@ -17,7 +17,7 @@ mod watch_state;
 
 pub use self::{
     api_error::ErrorKind,
-    backoff::{Attempts, Backoff},
+    backoff::Backoff,
     pod::{Pod, StringMap},
     reflector::{Options, PodEvent, PodWatcher},
     store::Index,

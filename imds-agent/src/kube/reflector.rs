@@ -14,7 +14,7 @@ use tokio::{
 use super::{
     api::{Api, PODS},
     api_error::{ApiError, ErrorKind, with_causes},
-    backoff::{Attempts, Backoff},
+    backoff::Backoff,
     pod::Pod,
     pod_list::{Page, ResourceVersionMatch, WatchEvent},
     store::MAX_PODS,
@@ -103,7 +103,6 @@ impl PodWatcher {
         let (to_events, events) = mpsc::channel(64);
         let (to_state, state) = watch::channel(WatchState::new());
         let reflector = Reflector {
-            attempts: Attempts::new(options.backoff),
             access,
             options,
             api: None,
@@ -134,7 +133,6 @@ struct Reflector {
     list_since: ResourceVersionMatch,
     /// Resource version after all events so far, or `None` if all pods must be listed again.
     version: Option<String>,
-    attempts: Attempts,
     events: mpsc::Sender<PodEvent>,
     state: watch::Sender<WatchState>,
     /// Last logged error, so that an error is logged once and not with every attempt.
@@ -145,9 +143,9 @@ impl Reflector {
     async fn run(mut self) {
         loop {
             if let Err(error) = self.list_and_watch().await {
-                let pause = self.attempts.failed(error.retry_after());
-                self.on_error(&error, pause);
-                sleep(pause).await;
+                let delay = self.options.backoff.next_delay(error.retry_after());
+                self.on_error(&error, delay);
+                sleep(delay).await;
             }
         }
     }
@@ -175,12 +173,12 @@ impl Reflector {
             let Some(event) = event? else { break };
             self.apply_event(event).await?;
             is_silent = false;
-            self.attempts.succeeded();
+            self.options.backoff.reset();
         }
         if is_silent && start.elapsed() < MIN_LIVENESS {
             return Err(ApiError::ConnectionClosed { source: None });
         }
-        self.attempts.succeeded();
+        self.options.backoff.reset();
         Ok(())
     }
 
@@ -251,7 +249,7 @@ impl Reflector {
         self.state.send_modify(WatchState::connect);
     }
 
-    fn on_error(&mut self, error: &ApiError, pause: Duration) {
+    fn on_error(&mut self, error: &ApiError, delay: Duration) {
         let described = self.api.as_ref().map(|api| api.describe(PODS, error));
         let text = described.unwrap_or_else(|| with_causes(error));
         match error.kind() {
@@ -264,7 +262,7 @@ impl Reflector {
             ErrorKind::Closed | ErrorKind::Throttled | ErrorKind::Server => {}
         }
         let kind = error.kind();
-        self.state.send_modify(|state| state.fail(kind, text.clone(), pause));
+        self.state.send_modify(|state| state.fail(kind, text.clone(), delay));
         let is_expected = matches!(kind, ErrorKind::Expired | ErrorKind::Closed);
         if is_expected || self.last_logged.as_ref() == Some(&text) {
             log::debug!("{text}");
