@@ -112,8 +112,8 @@ struct ContainerStatus {
 
 impl PodObject {
     /// Returns the resource version of the object.
-    pub(super) fn resource_version(&self) -> Option<&str> {
-        self.metadata.resource_version.as_deref()
+    pub(super) fn resource_version(&self) -> Option<String> {
+        self.metadata.resource_version.clone()
     }
 
     /// Reports whether the pod runs on this node. A server that ignores field selectors sends all pods.
@@ -202,7 +202,7 @@ mod tests {
         });
         let read: PodObject = serde_json::from_value(object).unwrap();
         assert!(read.is_on("node-0") && !read.is_on("node-1"));
-        assert_eq!(read.resource_version(), Some("7"));
+        assert_eq!(read.resource_version().as_deref(), Some("7"));
         let expected = Pod {
             uid: "u".into(),
             cgroup_uid: "u".into(),
