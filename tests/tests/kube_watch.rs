@@ -214,6 +214,18 @@ async fn gone_error_in_watch_is_relisted() {
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn malformed_deletion_is_relisted() {
+    let (server, mut follower) = followed().await;
+    server.fail(Fault::Line(r#"{"type":"DELETED","object":{"metadata":{"uid":"a"}}}"#));
+    server.forget("a");
+    server.disconnect();
+    follower.until("the second list", |follower| follower.relists.len() == 2).await;
+    assert!(!follower.is_exempt("a"));
+    let errors = [ErrorKind::Malformed, ErrorKind::Expired].map(|kind| follower.errors(kind));
+    assert_eq!(errors, [1, 0], "the lost event must lead to a list at once");
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn future_version_lists_most_recent() {
     let (server, mut follower) = followed().await;
     server.fail(Fault::Status(410, "too old resource version"));

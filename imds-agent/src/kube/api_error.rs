@@ -90,10 +90,10 @@ impl ApiError {
         }
     }
 
-    /// Returns the pause that the server requests before the next attempt.
+    /// Returns the delay that the server requests before the next attempt.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Throttled { retry_after } => retry_after.map(|pause| pause.min(MAX_RETRY_AFTER)),
+            Self::Throttled { retry_after } => retry_after.map(|delay| delay.min(MAX_RETRY_AFTER)),
             _ => None,
         }
     }
