@@ -38,7 +38,7 @@ impl Follower {
         let kubeconfig = directory.path().join("kubeconfig");
         server.write_kubeconfig(&kubeconfig);
         let mut options = Options::new(NODE.to_owned());
-        options.backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(200) };
+        options.backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(200));
         change(&mut options);
         let config = Config::parse(RULES, Path::new("imds.toml")).unwrap();
         let RuleSubject::Pods(rule) = config.resolve(&Dmi::default()).unwrap().1.remove(0).sender else {
@@ -214,6 +214,18 @@ async fn gone_error_in_watch_is_relisted() {
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn malformed_deletion_is_relisted() {
+    let (server, mut follower) = followed().await;
+    server.fail(Fault::Line(r#"{"type":"DELETED","object":{"metadata":{"uid":"a"}}}"#));
+    server.forget("a");
+    server.disconnect();
+    follower.until("the second list", |follower| follower.relists.len() == 2).await;
+    assert!(!follower.is_exempt("a"));
+    let errors = [ErrorKind::Malformed, ErrorKind::Expired].map(|kind| follower.errors(kind));
+    assert_eq!(errors, [1, 0], "the lost event must lead to a list at once");
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn future_version_lists_most_recent() {
     let (server, mut follower) = followed().await;
     server.fail(Fault::Status(410, "too old resource version"));
@@ -343,7 +355,7 @@ async fn later_and_changed_kubeconfig_is_read() {
     let mut follower = Follower::new(&server);
     let kubeconfig = follower.directory.path().join("other");
     let mut options = Options::new(NODE.to_owned());
-    options.backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(200) };
+    options.backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(200));
     follower.watch = PodWatcher::start(Access::Kubeconfig(kubeconfig.clone()), options);
     follower.until_state("the missing file", |state| state.errors.contains_key(&ErrorKind::Config)).await;
     // The server does not support TLS.

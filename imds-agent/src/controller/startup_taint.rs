@@ -7,7 +7,7 @@ use tokio::time::sleep;
 
 use crate::{
     datapath::pin::dir::PinDir,
-    kube::{Attempts, Backoff, cluster::ApiConfig, remove_taint},
+    kube::{Backoff, cluster::ApiConfig, remove_taint},
     node::netlink::Netlink,
     telemetry::status,
 };
@@ -21,20 +21,20 @@ pub async fn remove_startup_taint(api: ApiConfig, key: String, pins: PinDir, net
     while !is_ready(&pins, &netlink).await {
         sleep(PERIOD).await;
     }
-    let mut attempts = Attempts::new(Backoff::default());
+    let mut backoff = Backoff::default();
     loop {
         let error = match remove_taint(&api.access, &api.node, &key).await {
             Ok(true) => return log::info!("removed the taint {key} from node {}", api.node),
             Ok(false) => return log::info!("node {} has no taint {key}", api.node),
             Err(error) => error,
         };
-        let pause = attempts.failed(error.retry_after);
+        let delay = backoff.next_delay(error.retry_after);
         log::error!(
             "failed to remove the taint {key} from node {}, no pods are scheduled there until then: {:#}",
             api.node,
             anyhow::Error::from(error)
         );
-        sleep(pause).await;
+        sleep(delay).await;
     }
 }
 

@@ -1,8 +1,8 @@
 //! Requests to the API server.
 
-use std::{path::PathBuf, time::Duration};
+use std::{io, path::PathBuf, pin::Pin, time::Duration};
 
-use bytes::BytesMut;
+use futures_util::{AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, TryStreamExt as _};
 use http::{Method, Request, StatusCode, header, request::Builder};
 use http_body_util::BodyExt as _;
 use kube_client::{
@@ -14,8 +14,8 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use super::{
-    api_error::{ApiError, with_causes},
-    pod_list::{Page, ResourceVersionMatch, Status, WatchEvent},
+    api_error::{ApiError, Status, with_causes},
+    pod_list::{Page, WatchEvent},
 };
 use crate::config::Access;
 
@@ -28,7 +28,6 @@ pub(super) const PODS: &str = "/api/v1/pods";
 /// Name of the agent in the audit log of the API server.
 const USER_AGENT: &str = concat!("imds-agent/", env!("CARGO_PKG_VERSION"));
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Client of the API server for the pods of one node.
 #[derive(Clone)]
@@ -37,10 +36,15 @@ pub(super) struct Api {
     /// URL of the server, without a trailing slash.
     server: String,
     node: String,
+    response_timeout: Duration,
 }
 
 impl Api {
-    pub(super) async fn new(access: &Access, node: &str) -> Result<Self, ApiError> {
+    pub(super) async fn new(
+        access: &Access,
+        node: &str,
+        response_timeout: Duration,
+    ) -> Result<Self, ApiError> {
         let mut config = match access {
             Access::InCluster => {
                 ClientConfig::incluster().map_err(|source| ApiError::InCluster { source })?
@@ -59,7 +63,7 @@ impl Api {
         config.default_retry = false;
         let client =
             Client::try_from(config).map_err(|source| ApiError::Client { source: Box::new(source) })?;
-        Ok(Self { client, server, node: node.to_owned() })
+        Ok(Self { client, server, node: node.to_owned(), response_timeout })
     }
 
     /// Returns the text of an error of a request for `path`, with the URL and all causes.
@@ -67,27 +71,22 @@ impl Api {
         format!("{}{path}: {}", self.server, with_causes(error))
     }
 
-    /// Requests a page of the pods of the node: the first one, or the one that starts at `next`.
-    pub(super) async fn list(
-        &self,
-        since: &ResourceVersionMatch,
-        limit: u32,
-        next: Option<&str>,
-    ) -> Result<Page, ApiError> {
+    /// Requests a page of the pods of the node: the first one, or the one that starts at `next`. The list is at least as
+    /// new as resource version `version`. As in client-go, "0" accepts any version that the server has cached, which is
+    /// the cheapest, and an empty version requires a consistent read from etcd.
+    pub(super) async fn list(&self, version: &str, limit: u32, next: Option<&str>) -> Result<Page, ApiError> {
         let limit = limit.to_string();
         let mut query = vec![("limit", limit.as_str())];
-        match (next, since) {
+        match (next, version) {
             (Some(next), _) => query.push(("continue", next)),
-            (None, ResourceVersionMatch::Any) => query.push(("resourceVersion", "0")),
-            (None, ResourceVersionMatch::NotOlderThan(version)) => {
-                query.extend([
-                    ("resourceVersion", version.as_str()),
-                    ("resourceVersionMatch", "NotOlderThan"),
-                ]);
+            (None, "") => {}
+            (None, "0") => query.push(("resourceVersion", "0")),
+            (None, _) => {
+                query.extend([("resourceVersion", version), ("resourceVersionMatch", "NotOlderThan")]);
             }
-            (None, ResourceVersionMatch::MostRecent) => {}
         }
-        Page::from_json(&read(self.get(&query).await?, MAX_ANSWER).await?)
+        let page = async { Page::from_json(&read(self.get(&query).await?, MAX_ANSWER).await?) };
+        self.with_timeout(page).await
     }
 
     /// Starts a watch of changes after resource version `version`. The server ends the watch after `timeout`.
@@ -99,7 +98,8 @@ impl Api {
             ("timeoutSeconds", &seconds),
             ("resourceVersion", version),
         ];
-        Ok(Lines { body: self.get(&query).await?, buffer: BytesMut::new(), searched: 0 })
+        let body = self.with_timeout(self.get(&query)).await?;
+        Ok(Lines(Box::pin(body.into_data_stream().map_err(io::Error::other).into_async_read())))
     }
 
     /// Sends a request for the object at `target`, with an optional `patch` (RFC 6902). Returns the object in the
@@ -113,10 +113,17 @@ impl Api {
         let request = Request::builder().method(method).uri(target);
         let request = request.header(header::CONTENT_TYPE, "application/json-patch+json");
         let body = patch.map_or_else(Body::empty, |patch| patch.to_string().into_bytes().into());
-        let response =
-            timeout(RESPONSE_TIMEOUT, async { read(self.send(request, body).await?, MAX_LINE).await });
-        let response = response.await.map_err(|_| ApiError::Timeout { after: RESPONSE_TIMEOUT })??;
+        let response = async { read(self.send(request, body).await?, MAX_LINE).await };
+        let response = self.with_timeout(response).await?;
         serde_json::from_slice(&response).map_err(|source| ApiError::Malformed { source })
+    }
+
+    async fn with_timeout<T>(
+        &self,
+        response: impl Future<Output = Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
+        let after = self.response_timeout;
+        timeout(after, response).await.unwrap_or(Err(ApiError::Timeout { after }))
     }
 
     async fn get(&self, query: &[(&str, &str)]) -> Result<Body, ApiError> {
@@ -131,20 +138,17 @@ impl Api {
             .map_err(|source| ApiError::Client { source: Box::new(kube_client::Error::HttpError(source)) })?;
         let response = self.client.send(request).await;
         let response = response.map_err(|source| ApiError::Unreachable { source: Box::new(source) })?;
-        if response.status() == StatusCode::OK {
-            return Ok(response.into_body());
+        let (head, body) = response.into_parts();
+        if head.status == StatusCode::OK {
+            return Ok(body);
         }
-        let code = response.status().as_u16();
-        let header =
-            response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-        let body = read(response.into_body(), MAX_LINE).await.unwrap_or_default();
+        let body = read(body, MAX_LINE).await.unwrap_or_default();
         let mut status: Status = serde_json::from_slice(&body)
             .unwrap_or_else(|_| Status::from_text(String::from_utf8_lossy(&body).into_owned()));
-        status.code = code;
-        if let Some(seconds) = header {
-            status.set_retry_after(seconds);
-        }
-        Err(status.into_error())
+        status.code = head.status.as_u16();
+        let retry_after =
+            head.headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        Err(status.into_error(retry_after))
     }
 
     fn target(&self, query: &[(&str, &str)]) -> String {
@@ -166,62 +170,34 @@ async fn from_kubeconfig(path: PathBuf) -> Result<ClientConfig, ApiError> {
 }
 
 /// Answer to a watch request, read line by line.
-pub(super) struct Lines {
-    body: Body,
-    buffer: BytesMut,
-    /// Length of the prefix of the buffer that contains no newline.
-    searched: usize,
-}
+pub(super) struct Lines(Pin<Box<dyn AsyncBufRead + Send>>);
 
 impl Lines {
     /// Waits for the next event. Returns `None` if the server ended the watch.
-    ///
-    /// Cancel safe.
     pub(super) async fn next(&mut self) -> Result<Option<WatchEvent>, ApiError> {
         loop {
-            if let Some(line) = self.line() {
-                if line.trim_ascii().is_empty() {
-                    continue;
-                }
-                return WatchEvent::from_json(&line).map(Some);
-            }
-            if self.buffer.len() > MAX_LINE {
-                return Err(ApiError::TooLong { limit: MAX_LINE });
-            }
-            match self.body.frame().await {
-                Some(Ok(frame)) => {
-                    if let Ok(data) = frame.into_data() {
-                        self.buffer.extend_from_slice(&data);
-                    }
-                }
-                Some(Err(source)) => {
-                    return Err(ApiError::ConnectionClosed { source: Some(Box::new(source)) });
-                }
-                None if self.buffer.is_empty() => return Ok(None),
+            let mut line = Vec::new();
+            self.0
+                .as_mut()
+                .take(MAX_LINE as u64)
+                .read_until(b'\n', &mut line)
+                .await
+                .map_err(ApiError::closed)?;
+            match line.strip_suffix(b"\n") {
+                Some(json) if json.trim_ascii().is_empty() => {}
+                Some(json) => return WatchEvent::from_json(json).map(Some),
+                None if line.is_empty() => return Ok(None),
+                None if line.len() == MAX_LINE => return Err(ApiError::TooLong { limit: MAX_LINE }),
                 None => return Err(ApiError::ConnectionClosed { source: None }),
             }
         }
     }
-
-    fn line(&mut self) -> Option<BytesMut> {
-        let unsearched = self.buffer.get(self.searched..).unwrap_or_default();
-        let Some(end) = unsearched.iter().position(|&byte| byte == b'\n') else {
-            self.searched = self.buffer.len();
-            return None;
-        };
-        let line = self.buffer.split_to(self.searched + end + 1);
-        self.searched = 0;
-        Some(line)
-    }
 }
 
-async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
-    let mut bytes = Vec::new();
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|source| ApiError::ConnectionClosed { source: Some(Box::new(source)) })?;
-        if let Ok(data) = frame.into_data() {
-            bytes.extend_from_slice(&data);
-        }
+async fn read(body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
+    let (mut chunks, mut bytes) = (body.into_data_stream(), Vec::new());
+    while let Some(chunk) = chunks.try_next().await.map_err(ApiError::closed)? {
+        bytes.extend_from_slice(&chunk);
         if bytes.len() > limit {
             return Err(ApiError::TooLong { limit });
         }
@@ -231,10 +207,12 @@ async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::io::Cursor;
+
     use super::{super::api_error::ErrorKind, *};
 
     fn lines(text: &str) -> Lines {
-        Lines { body: Body::from(text.as_bytes().to_vec()), buffer: BytesMut::new(), searched: 0 }
+        Lines(Box::pin(Cursor::new(text.as_bytes().to_vec())))
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -24,7 +24,7 @@ pub(super) enum ApiError {
     #[error("the API server did not answer within {after:?}")]
     Timeout { after: Duration },
     #[error("the API server closed the connection while sending a response")]
-    ConnectionClosed { source: Option<Box<kube_client::Error>> },
+    ConnectionClosed { source: Option<Box<dyn Error + Send + Sync>> },
     #[error("the API server no longer has the requested resource version: {message}")]
     Expired { message: String },
     #[error("the API server throttles requests")]
@@ -69,6 +69,10 @@ pub enum ErrorKind {
 }
 
 impl ApiError {
+    pub(super) fn closed(source: impl Error + Send + Sync + 'static) -> Self {
+        Self::ConnectionClosed { source: Some(Box::new(source)) }
+    }
+
     pub(super) fn kind(&self) -> ErrorKind {
         match self {
             Self::Kubeconfig { .. } | Self::InCluster { .. } | Self::Client { .. } => ErrorKind::Config,
@@ -86,11 +90,49 @@ impl ApiError {
         }
     }
 
-    /// Returns the pause that the server requests before the next attempt.
+    /// Returns the delay that the server requests before the next attempt.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Throttled { retry_after } => retry_after.map(|pause| pause.min(MAX_RETRY_AFTER)),
+            Self::Throttled { retry_after } => retry_after.map(|delay| delay.min(MAX_RETRY_AFTER)),
             _ => None,
+        }
+    }
+}
+
+/// Status object, with which the API server answers a failed request.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Status {
+    pub(super) code: u16,
+    message: String,
+    details: Option<StatusDetails>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct StatusDetails {
+    retry_after_seconds: Option<u64>,
+}
+
+impl Status {
+    /// Returns the status of an answer that is no `Status` object, as of a proxy in front of the API server.
+    pub(super) fn from_text(message: String) -> Self {
+        Self { message, ..Self::default() }
+    }
+
+    /// Converts to an error. `retry_after` is the header `Retry-After` in seconds.
+    pub(super) fn into_error(self, retry_after: Option<u64>) -> ApiError {
+        let Self { code, message, details } = self;
+        let seconds = retry_after.or_else(|| details?.retry_after_seconds);
+        let line = message.lines().next().unwrap_or_default();
+        let message: String = line.chars().filter(|char| !char.is_control()).take(200).collect();
+        match code {
+            410 => ApiError::Expired { message },
+            // A server whose etcd was restored from a backup no longer has newer versions.
+            _ if message.contains("Too large resource version") => ApiError::Expired { message },
+            429 => ApiError::Throttled { retry_after: seconds.map(Duration::from_secs) },
+            401 | 403 => ApiError::Forbidden { code, message },
+            _ => ApiError::Failed { code, message },
         }
     }
 }
@@ -127,5 +169,20 @@ mod tests {
         let again = Link { text: "client error (Connect)", source: Some(Box::new(connect)) };
         let service = Link { text: "ServiceError: client error (Connect)", source: Some(Box::new(again)) };
         assert_eq!(with_causes(&service), "ServiceError: client error (Connect): connection refused");
+    }
+
+    #[test]
+    fn status_errors_name_the_remedy() {
+        let kind = |json: &str| serde_json::from_str::<Status>(json).unwrap().into_error(None).kind();
+        assert_eq!(kind(r#"{"code":410,"message":"too old resource version"}"#), ErrorKind::Expired);
+        assert_eq!(
+            kind(r#"{"code":504,"message":"Timeout: Too large resource version: 9"}"#),
+            ErrorKind::Expired
+        );
+        assert_eq!(kind(r#"{"code":403}"#), ErrorKind::Forbidden);
+        assert_eq!(kind(r#"{"code":500,"message":"etcd"}"#), ErrorKind::Server);
+        let throttled = r#"{"code":429,"details":{"retryAfterSeconds":9999}}"#;
+        let error = serde_json::from_str::<Status>(throttled).unwrap().into_error(None);
+        assert_eq!(error.retry_after(), Some(MAX_RETRY_AFTER));
     }
 }

@@ -5,49 +5,40 @@ use std::{
     time::Duration,
 };
 
-/// Bounds of the pauses between attempts. Each pause is up to twice as long as the one before.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+/// Delays between attempts that fail in a row. Each delay is up to twice as long as the one before.
+#[derive(Clone, Debug)]
 pub struct Backoff {
-    /// Upper bound of the first pause.
-    pub first: Duration,
-    /// Upper bound of all pauses.
-    pub longest: Duration,
+    first: Duration,
+    longest: Duration,
+    failed: u32,
 }
 
 impl Default for Backoff {
     fn default() -> Self {
-        Self { first: Duration::from_secs(1), longest: Duration::from_mins(1) }
+        Self::new(Duration::from_secs(1), Duration::from_mins(1))
     }
 }
 
-/// Counter of attempts that failed in a row.
-#[derive(Debug)]
-pub struct Attempts {
-    backoff: Backoff,
-    failed: u32,
-}
-
-impl Attempts {
-    /// Creates a counter without failed attempts.
-    pub fn new(backoff: Backoff) -> Self {
-        Self { backoff, failed: 0 }
+impl Backoff {
+    /// Creates a backoff with the upper bounds of the first delay and of all delays.
+    pub fn new(first: Duration, longest: Duration) -> Self {
+        Self { first, longest, failed: 0 }
     }
 
-    /// Records a success: the next pause is as short as the first.
-    pub fn succeeded(&mut self) {
+    /// Records a success: the next delay is as short as the first.
+    pub fn reset(&mut self) {
         self.failed = 0;
     }
 
-    /// Records a failed attempt. Returns the pause before the next one, which is at least `asked`, the pause that the
-    /// server requests.
-    pub fn failed(&mut self, asked: Option<Duration>) -> Duration {
-        let limit = self.backoff.first.saturating_mul(1_u32.checked_shl(self.failed).unwrap_or(u32::MAX));
+    /// Records a failed attempt. Returns the delay before the next one, which is at least `retry_after`, the delay that
+    /// the server requests.
+    pub fn next_delay(&mut self, retry_after: Option<Duration>) -> Duration {
+        let limit = self.first.saturating_mul(1_u32.checked_shl(self.failed).unwrap_or(u32::MAX));
         self.failed = self.failed.saturating_add(1);
-        let limit = limit.min(self.backoff.longest);
+        let limit = limit.min(self.longest);
         // All nodes of a cluster lose the server at the same moment. The jitter keeps them from reconnecting at the
         // same moment.
-        let pause = limit / 2 + limit.mul_f64(random_fraction() / 2.0);
-        asked.map_or(pause, |asked| asked + pause)
+        limit / 2 + limit.mul_f64(random_fraction() / 2.0) + retry_after.unwrap_or_default()
     }
 }
 
@@ -62,25 +53,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_to_the_limit_and_start_over() {
-        let backoff = Backoff { first: Duration::from_secs(1), longest: Duration::from_secs(10) };
-        let mut attempts = Attempts::new(backoff);
+    fn delays_grow_to_the_limit_and_start_over() {
+        let longest = Duration::from_secs(10);
+        let mut backoff = Backoff::new(Duration::from_secs(1), longest);
         for limit in [1, 2, 4, 8, 10, 10].map(Duration::from_secs) {
-            let pause = attempts.failed(None);
-            assert!(pause >= limit / 2 && pause <= limit, "{pause:?} of {limit:?}");
+            let delay = backoff.next_delay(None);
+            assert!(delay >= limit / 2 && delay <= limit, "{delay:?} of {limit:?}");
         }
         for _ in 0..100 {
-            assert!(attempts.failed(None) <= backoff.longest);
+            assert!(backoff.next_delay(None) <= longest);
         }
-        attempts.succeeded();
-        assert!(attempts.failed(None) <= backoff.first);
-        assert!(attempts.failed(Some(Duration::from_secs(30))) >= Duration::from_secs(31));
+        backoff.reset();
+        assert!(backoff.next_delay(None) <= Duration::from_secs(1));
+        assert!(backoff.next_delay(Some(Duration::from_secs(30))) >= Duration::from_secs(31));
     }
 
     #[test]
     fn nodes_do_not_retry_together() {
-        let pause = || Attempts::new(Backoff::default()).failed(None);
-        let first = pause();
-        assert!((0..10).any(|_| pause() != first));
+        let delay = || Backoff::default().next_delay(None);
+        let first = delay();
+        assert!((0..10).any(|_| delay() != first));
     }
 }

@@ -12,17 +12,16 @@ mod pod_list;
 pub mod pod_ref;
 pub mod reflector;
 pub mod store;
-mod string_map;
 mod taint;
 mod watch_state;
 
 pub use self::{
     api_error::ErrorKind,
-    backoff::{Attempts, Backoff},
-    pod::Pod,
-    reflector::{Options, PodEvent, PodWatcher},
+    backoff::Backoff,
+    pod::{Pod, StringMap},
+    pod_list::PodEvent,
+    reflector::{Options, PodWatcher},
     store::Index,
-    string_map::StringMap,
     taint::{TaintError, remove_taint},
     watch_state::{Failure, WatchState},
 };

@@ -5,8 +5,6 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::StringMap;
-
 /// Annotation of a mirror pod, which the kubelet creates in the API server for a static pod. The value is the UID of
 /// the static pod on the node.
 const MIRROR: &str = "kubernetes.io/config.mirror";
@@ -36,6 +34,27 @@ pub struct Pod {
     pub containers: StringMap,
     /// True if all containers have terminated for good (phase `Succeeded` or `Failed`).
     pub is_terminated: bool,
+}
+
+/// Map of strings in a sorted slice. The smallest `BTreeMap` of strings takes 544 bytes, and the agent keeps two maps for
+/// each pod.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct StringMap(Box<[(String, String)]>);
+
+impl StringMap {
+    /// Returns the value of `key`.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        let index = self.0.binary_search_by(|(other, _)| other.as_str().cmp(key)).ok()?;
+        self.0.get(index).map(|(_, value)| value.as_str())
+    }
+}
+
+impl FromIterator<(String, String)> for StringMap {
+    /// Keeps the last value of a duplicate key.
+    fn from_iter<I: IntoIterator<Item = (String, String)>>(pairs: I) -> Self {
+        let sorted: BTreeMap<_, _> = pairs.into_iter().collect();
+        Self(sorted.into_iter().collect())
+    }
 }
 
 /// Pod object of the API. Fields are optional, so that an incomplete object can be parsed.
@@ -93,8 +112,8 @@ struct ContainerStatus {
 
 impl PodObject {
     /// Returns the resource version of the object.
-    pub(super) fn resource_version(&self) -> Option<&str> {
-        self.metadata.resource_version.as_deref()
+    pub(super) fn resource_version(&self) -> Option<String> {
+        self.metadata.resource_version.clone()
     }
 
     /// Reports whether the pod runs on this node. A server that ignores field selectors sends all pods.
@@ -183,7 +202,7 @@ mod tests {
         });
         let read: PodObject = serde_json::from_value(object).unwrap();
         assert!(read.is_on("node-0") && !read.is_on("node-1"));
-        assert_eq!(read.resource_version(), Some("7"));
+        assert_eq!(read.resource_version().as_deref(), Some("7"));
         let expected = Pod {
             uid: "u".into(),
             cgroup_uid: "u".into(),
@@ -241,5 +260,15 @@ mod tests {
         assert_eq!(cgroup_uid(another, another), uid);
         let upper = STATIC.to_uppercase();
         assert_eq!(cgroup_uid(&upper, &upper), uid);
+    }
+
+    #[test]
+    fn keys_are_found_in_any_order() {
+        let pairs = [("b", "1"), ("a", "2"), ("c", "3"), ("b", "4")];
+        let map: StringMap =
+            pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).into_iter().collect();
+        let found = ["a", "b", "c", "d", ""].map(|key| map.get(key));
+        assert_eq!(found, [Some("2"), Some("4"), Some("3"), None, None]);
+        assert_eq!(StringMap::default().get("a"), None);
     }
 }

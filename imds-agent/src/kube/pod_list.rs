@@ -1,55 +1,72 @@
-//! JSON of the API server: pages of a pod list, events of a pod watch, and status objects.
-
-use std::time::Duration;
+//! Pod lists and watch events: JSON of the API server.
 
 use serde::Deserialize;
 
 use super::{
-    api_error::ApiError,
+    api_error::{ApiError, ErrorKind, Status},
     pod::{Pod, PodObject},
-    reflector::PodEvent,
 };
 
-/// Resource version that a list must have at least (`resourceVersionMatch`).
+/// Change of the node's pods.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) enum ResourceVersionMatch {
-    /// Any version that the server has cached, which is the cheapest.
-    Any,
-    /// This version or a newer one.
-    NotOlderThan(String),
-    /// The most recent version, which requires a consistent read from etcd.
-    MostRecent,
+pub enum PodEvent {
+    /// Complete list of the pods.
+    Relist(Vec<Pod>),
+    /// A pod was created or changed.
+    Apply(Pod),
+    /// A pod was deleted, or left the node.
+    Delete {
+        /// UID of the deleted pod.
+        uid: String,
+    },
+}
+
+impl PodEvent {
+    /// Parses a line of a watch. Returns `None` if it does not concern a pod of `node`.
+    pub fn from_line(json: &[u8], node: &str) -> Result<Option<Self>, ErrorKind> {
+        let event = WatchEvent::from_json(json).and_then(|event| event.into_event(node));
+        event.map(|(event, _)| event).map_err(|error| error.kind())
+    }
+
+    /// Parses a list of one page, and keeps the pods of `node`.
+    pub fn from_list(json: &[u8], node: &str) -> Result<Self, ErrorKind> {
+        let page = Page::from_json(json).and_then(|page| page.into_parts(node));
+        page.map(|(pods, ..)| Self::Relist(pods)).map_err(|error| error.kind())
+    }
 }
 
 /// Page of a pod list.
+#[derive(Deserialize)]
 pub(super) struct Page {
-    pods: Vec<PodObject>,
-    pub(super) resource_version: String,
-    /// Continue token of the next page, or `None` for the last page.
-    pub(super) next: Option<String>,
+    metadata: ListMetadata,
+    // Go writes null for an empty list.
+    items: Option<Vec<PodObject>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ListMetadata {
+    resource_version: Option<String>,
+    r#continue: Option<String>,
 }
 
 impl Page {
     pub(super) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
-        #[derive(Deserialize)]
-        struct List {
-            metadata: ListMetadata,
-            // Go writes null for an empty list.
-            items: Option<Vec<PodObject>>,
-        }
-        let list: List = serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })?;
-        let resource_version = list.metadata.resource_version.filter(|version| !version.is_empty());
-        Ok(Self {
-            pods: list.items.unwrap_or_default(),
-            resource_version: resource_version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?,
-            next: list.metadata.r#continue.filter(|next| !next.is_empty()),
-        })
+        serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })
     }
 
-    /// Returns the pods of the page that run on `node`.
-    pub(super) fn pods_of(self, node: &str) -> impl Iterator<Item = Pod> {
-        self.pods.into_iter().filter(move |pod| pod.is_on(node)).map(PodObject::into_pod)
+    /// Returns the pods of `node`, the resource version of the list, and the continue token of the next page if there
+    /// is one.
+    pub(super) fn into_parts(self, node: &str) -> Result<(Vec<Pod>, String, Option<String>), ApiError> {
+        let version = require_version(self.metadata.resource_version)?;
+        let pods = self.items.into_iter().flatten().filter(|pod| pod.is_on(node)).map(PodObject::into_pod);
+        Ok((pods.collect(), version, self.metadata.r#continue.filter(|next| !next.is_empty())))
     }
+}
+
+fn require_version(version: Option<String>) -> Result<String, ApiError> {
+    let version = version.filter(|version| !version.is_empty());
+    version.ok_or(ApiError::Incomplete { what: "resourceVersion" })
 }
 
 /// Event of a pod watch.
@@ -63,6 +80,11 @@ pub(super) enum WatchEvent {
     Error(Status),
 }
 
+#[derive(Deserialize)]
+pub(super) struct Bookmark {
+    metadata: ListMetadata,
+}
+
 impl WatchEvent {
     pub(super) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
         serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })
@@ -70,94 +92,16 @@ impl WatchEvent {
 
     /// Converts to an event about a pod of `node`, if it is one, and the new resource version.
     pub(super) fn into_event(self, node: &str) -> Result<(Option<PodEvent>, String), ApiError> {
-        let (event, version) = match self {
+        let (version, event) = match self {
             Self::Added(pod) | Self::Modified(pod) if pod.is_on(node) => {
-                let version = pod.resource_version().map(str::to_owned);
-                (Some(PodEvent::Apply(pod.into_pod())), version)
+                (pod.resource_version(), Some(PodEvent::Apply(pod.into_pod())))
             }
             Self::Added(pod) | Self::Modified(pod) | Self::Deleted(pod) => {
-                let version = pod.resource_version().map(str::to_owned);
-                (Some(PodEvent::Delete { uid: pod.into_pod().uid }), version)
+                (pod.resource_version(), Some(PodEvent::Delete { uid: pod.into_pod().uid }))
             }
-            Self::Bookmark(bookmark) => (None, bookmark.metadata.resource_version),
-            Self::Error(status) => return Err(status.into_error()),
+            Self::Bookmark(bookmark) => (bookmark.metadata.resource_version, None),
+            Self::Error(status) => return Err(status.into_error(None)),
         };
-        Ok((event, version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?))
-    }
-}
-
-#[derive(Deserialize)]
-pub(super) struct Bookmark {
-    metadata: ListMetadata,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct ListMetadata {
-    resource_version: Option<String>,
-    r#continue: Option<String>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-pub(super) struct Status {
-    pub(super) code: u16,
-    message: String,
-    details: Option<StatusDetails>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct StatusDetails {
-    retry_after_seconds: Option<u64>,
-}
-
-impl Status {
-    /// Returns the status of an answer that is no `Status` object, as of a proxy in front of the API server.
-    pub(super) fn from_text(message: String) -> Self {
-        Self { message, ..Self::default() }
-    }
-
-    /// Sets the pause before the next attempt, as the header `Retry-After` has it.
-    pub(super) fn set_retry_after(&mut self, seconds: u64) {
-        self.details = Some(StatusDetails { retry_after_seconds: Some(seconds) });
-    }
-
-    pub(super) fn into_error(self) -> ApiError {
-        let seconds = self.details.and_then(|details| details.retry_after_seconds);
-        let Self { code, message, .. } = self;
-        let line = message.lines().next().unwrap_or_default();
-        let message: String = line.chars().filter(|char| !char.is_control()).take(200).collect();
-        match code {
-            410 => ApiError::Expired { message },
-            // A server whose etcd was restored from a backup no longer has newer versions.
-            _ if message.contains("Too large resource version") => ApiError::Expired { message },
-            429 => ApiError::Throttled { retry_after: seconds.map(Duration::from_secs) },
-            401 | 403 => ApiError::Forbidden { code, message },
-            _ => ApiError::Failed { code, message },
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{
-        super::api_error::{ErrorKind, MAX_RETRY_AFTER},
-        *,
-    };
-
-    #[test]
-    fn status_errors_name_the_remedy() {
-        let kind = |json: &str| serde_json::from_str::<Status>(json).unwrap().into_error().kind();
-        assert_eq!(kind(r#"{"code":410,"message":"too old resource version"}"#), ErrorKind::Expired);
-        assert_eq!(
-            kind(r#"{"code":504,"message":"Timeout: Too large resource version: 9"}"#),
-            ErrorKind::Expired
-        );
-        assert_eq!(kind(r#"{"code":403}"#), ErrorKind::Forbidden);
-        assert_eq!(kind(r#"{"code":500,"message":"etcd"}"#), ErrorKind::Server);
-        let throttled = r#"{"code":429,"details":{"retryAfterSeconds":9999}}"#;
-        let error = serde_json::from_str::<Status>(throttled).unwrap().into_error();
-        assert_eq!(error.retry_after(), Some(MAX_RETRY_AFTER));
+        Ok((event, require_version(version)?))
     }
 }

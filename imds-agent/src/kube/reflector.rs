@@ -8,15 +8,14 @@ use jiff::Timestamp;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, sleep, timeout_at},
 };
 
 use super::{
     api::{Api, PODS},
     api_error::{ApiError, ErrorKind, with_causes},
-    backoff::{Attempts, Backoff},
-    pod::Pod,
-    pod_list::{Page, ResourceVersionMatch, WatchEvent},
+    backoff::Backoff,
+    pod_list::{PodEvent, WatchEvent},
     store::MAX_PODS,
     watch_state::WatchState,
 };
@@ -58,34 +57,6 @@ impl Options {
     }
 }
 
-/// Change of the node's pods.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum PodEvent {
-    /// Complete list of the pods.
-    Relist(Vec<Pod>),
-    /// A pod was created or changed.
-    Apply(Pod),
-    /// A pod was deleted, or left the node.
-    Delete {
-        /// UID of the deleted pod.
-        uid: String,
-    },
-}
-
-impl PodEvent {
-    /// Parses a line of a watch. Returns `None` if it does not concern a pod of `node`.
-    pub fn from_line(json: &[u8], node: &str) -> Result<Option<Self>, ErrorKind> {
-        let event = WatchEvent::from_json(json).and_then(|event| event.into_event(node));
-        event.map(|(event, _)| event).map_err(|error| error.kind())
-    }
-
-    /// Parses a list of one page, and keeps the pods of `node`.
-    pub fn from_list(json: &[u8], node: &str) -> Result<Self, ErrorKind> {
-        let page = Page::from_json(json).map_err(|error| error.kind())?;
-        Ok(Self::Relist(page.pods_of(node).collect()))
-    }
-}
-
 /// Pod watch that runs in the background. Dropping it ends the watch.
 #[derive(Debug)]
 pub struct PodWatcher {
@@ -103,12 +74,11 @@ impl PodWatcher {
         let (to_events, events) = mpsc::channel(64);
         let (to_state, state) = watch::channel(WatchState::new());
         let reflector = Reflector {
-            attempts: Attempts::new(options.backoff),
             access,
             options,
             api: None,
-            list_since: ResourceVersionMatch::Any,
-            version: None,
+            version: "0".to_owned(),
+            must_list: true,
             events: to_events,
             state: to_state,
             last_logged: None,
@@ -131,10 +101,10 @@ struct Reflector {
     access: Access,
     options: Options,
     api: Option<Api>,
-    list_since: ResourceVersionMatch,
-    /// Resource version after all events so far, or `None` if all pods must be listed again.
-    version: Option<String>,
-    attempts: Attempts,
+    /// Resource version after all events so far, for the next request: see [`Api::list`].
+    version: String,
+    /// True if a watch cannot continue from `version`.
+    must_list: bool,
     events: mpsc::Sender<PodEvent>,
     state: watch::Sender<WatchState>,
     /// Last logged error, so that an error is logged once and not with every attempt.
@@ -145,29 +115,28 @@ impl Reflector {
     async fn run(mut self) {
         loop {
             if let Err(error) = self.list_and_watch().await {
-                let pause = self.attempts.failed(error.retry_after());
-                self.on_error(&error, pause);
-                sleep(pause).await;
+                let delay = self.options.backoff.next_delay(error.retry_after());
+                self.on_error(&error, delay);
+                sleep(delay).await;
             }
         }
     }
 
     /// Lists all pods if necessary, then watches them until the server ends the watch.
     async fn list_and_watch(&mut self) -> Result<(), ApiError> {
+        let Options { node, watch, response_timeout, .. } = &self.options;
+        let (watch, response_timeout) = (*watch, *response_timeout);
         let api = match &self.api {
             Some(api) => api.clone(),
-            None => self.api.insert(Api::new(&self.access, &self.options.node).await?).clone(),
+            None => self.api.insert(Api::new(&self.access, node, response_timeout).await?).clone(),
         };
-        let version = match &self.version {
-            Some(version) => version.clone(),
-            None => self.relist(&api).await?,
-        };
+        if self.must_list {
+            self.relist(&api).await?;
+        }
         let start = Instant::now();
-        let response_timeout = self.options.response_timeout;
-        let lines = timeout(response_timeout, api.watch(&version, self.options.watch)).await;
-        let mut lines = lines.map_err(|_| ApiError::Timeout { after: response_timeout })??;
+        let mut lines = api.watch(&self.version, watch).await?;
         self.connected();
-        let deadline = start + self.options.watch + response_timeout;
+        let deadline = start + watch + response_timeout;
         let mut is_silent = true;
         loop {
             let event = timeout_at(deadline, lines.next()).await;
@@ -175,46 +144,42 @@ impl Reflector {
             let Some(event) = event? else { break };
             self.apply_event(event).await?;
             is_silent = false;
-            self.attempts.succeeded();
+            self.options.backoff.reset();
         }
         if is_silent && start.elapsed() < MIN_LIVENESS {
             return Err(ApiError::ConnectionClosed { source: None });
         }
-        self.attempts.succeeded();
+        self.options.backoff.reset();
         Ok(())
     }
 
-    async fn relist(&mut self, api: &Api) -> Result<String, ApiError> {
+    async fn relist(&mut self, api: &Api) -> Result<(), ApiError> {
+        let Options { node, page, max_pages, .. } = &self.options;
         let (mut pods, mut next, mut pages) = (Vec::new(), None::<String>, 0);
         let version = loop {
-            let response_timeout = self.options.response_timeout;
-            let page =
-                timeout(response_timeout, api.list(&self.list_since, self.options.page, next.as_deref()))
-                    .await;
-            let page = page.map_err(|_| ApiError::Timeout { after: response_timeout })?;
-            if let Err(ApiError::Expired { .. }) = page {
-                self.list_since = ResourceVersionMatch::MostRecent;
+            let list = api.list(&self.version, *page, next.as_deref()).await;
+            if let Err(ApiError::Expired { .. }) = list {
+                self.version.clear();
             }
-            let page = page?;
+            let (listed, version, token) = list?.into_parts(node)?;
             pages += 1;
-            next.clone_from(&page.next);
-            let version = page.resource_version.clone();
-            pods.extend(page.pods_of(&self.options.node));
+            pods.extend(listed);
+            next = token;
             if next.is_none() {
                 break version;
             }
-            if pods.len() > MAX_PODS || pages >= self.options.max_pages {
+            if pods.len() > MAX_PODS || pages >= *max_pages {
                 return Err(ApiError::ListTooLong { pages, pods: pods.len() });
             }
         };
         log::debug!("{} pods on this node at resource version {version}", pods.len());
+        (self.version, self.must_list) = (version, false);
         self.send(PodEvent::Relist(pods)).await;
         self.state.send_modify(|state| {
             state.relists += 1;
             state.last_sync = Some(Timestamp::now());
         });
-        self.set_resource_version(version.clone());
-        Ok(version)
+        Ok(())
     }
 
     async fn apply_event(&mut self, event: WatchEvent) -> Result<(), ApiError> {
@@ -223,7 +188,7 @@ impl Reflector {
         if let Some(event) = event {
             self.send(event).await;
         }
-        self.set_resource_version(version);
+        self.version = version;
         self.state.send_modify(|state| {
             state.events += u64::from(is_of_pod);
             state.last_sync = Some(Timestamp::now());
@@ -238,12 +203,6 @@ impl Reflector {
         }
     }
 
-    fn set_resource_version(&mut self, version: String) {
-        // A server that lags behind must not revert events of another one.
-        self.list_since = ResourceVersionMatch::NotOlderThan(version.clone());
-        self.version = Some(version);
-    }
-
     fn connected(&mut self) {
         if self.last_logged.take().is_some() {
             log::info!("pod watch re-established");
@@ -251,12 +210,12 @@ impl Reflector {
         self.state.send_modify(WatchState::connect);
     }
 
-    fn on_error(&mut self, error: &ApiError, pause: Duration) {
+    fn on_error(&mut self, error: &ApiError, delay: Duration) {
         let described = self.api.as_ref().map(|api| api.describe(PODS, error));
         let text = described.unwrap_or_else(|| with_causes(error));
         match error.kind() {
             // Only a complete list contains the missed events.
-            ErrorKind::Expired | ErrorKind::Malformed => self.version = None,
+            ErrorKind::Expired | ErrorKind::Malformed => self.must_list = true,
             // Credentials and addresses may have changed: read them again.
             ErrorKind::Config | ErrorKind::Connect | ErrorKind::Timeout | ErrorKind::Forbidden => {
                 self.api = None;
@@ -264,7 +223,7 @@ impl Reflector {
             ErrorKind::Closed | ErrorKind::Throttled | ErrorKind::Server => {}
         }
         let kind = error.kind();
-        self.state.send_modify(|state| state.fail(kind, text.clone(), pause));
+        self.state.send_modify(|state| state.fail(kind, text.clone(), delay));
         let is_expected = matches!(kind, ErrorKind::Expired | ErrorKind::Closed);
         if is_expected || self.last_logged.as_ref() == Some(&text) {
             log::debug!("{text}");

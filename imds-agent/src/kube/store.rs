@@ -8,7 +8,7 @@ use std::{
     fmt,
 };
 
-use super::{pod::Pod, reflector::PodEvent};
+use super::{pod::Pod, pod_list::PodEvent};
 use crate::config::PodSelector;
 
 /// Upper bound of known pods, far above what a node runs. Further pods are ignored, so no rule matches them.

@@ -11,6 +11,8 @@ use super::{
 };
 use crate::config::Access;
 
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Reason why a taint could not be removed.
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
@@ -26,7 +28,7 @@ pub struct TaintError {
 ///
 /// Fails if another client changed the taints concurrently. The taints then stay as they are.
 pub async fn remove_taint(access: &Access, node: &str, key: &str) -> Result<bool, TaintError> {
-    let api = Api::new(access, node).await;
+    let api = Api::new(access, node, RESPONSE_TIMEOUT).await;
     let api = api.map_err(|error| TaintError { text: with_causes(&error), retry_after: None })?;
     // Node names need no escaping (RFC 1123).
     let target = format!("/api/v1/nodes/{node}");

@@ -49,12 +49,12 @@ impl WatchState {
         self.set_connected(true);
     }
 
-    pub(super) fn fail(&mut self, kind: ErrorKind, message: String, pause: Duration) {
+    pub(super) fn fail(&mut self, kind: ErrorKind, message: String, delay: Duration) {
         let time = Timestamp::now();
         self.set_connected(false);
         *self.errors.entry(kind).or_default() += 1;
         self.last_error = Some(Failure { time, kind, message });
-        self.next_attempt = time.checked_add(pause).ok();
+        self.next_attempt = time.checked_add(delay).ok();
     }
 
     fn set_connected(&mut self, connected: bool) {
