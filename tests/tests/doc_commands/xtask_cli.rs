@@ -11,7 +11,7 @@ const WITH_TESTS: [&str; 4] = ["e2e", "faults", "test", "vm"];
 pub(crate) fn check_cargo(arguments: &[String]) -> Result<(), String> {
     let arguments: Vec<_> = arguments.iter().map(|word| word.trim_matches(['[', ']'])).collect();
     match &arguments[..] {
-        ["xtask"] | ["build" | "install", ..] | ["nextest", "run", ..] => Ok(()),
+        ["xtask"] | ["build" | "install" | "tree", ..] | ["nextest", "run", ..] => Ok(()),
         ["xtask", subcommand, rest @ ..] => check_xtask(subcommand, rest),
         ["test", rest @ ..] => check_test(rest),
         _ => Err("unknown command of cargo".to_owned()),
