@@ -23,7 +23,6 @@ pub(super) struct Archive {
     config: PathBuf,
     dir: PathBuf,
     suite: &'static str,
-    arch: Arch,
     /// Error messages of apt about lists that it failed to download.
     complaints: String,
 }
@@ -44,17 +43,16 @@ impl Archive {
         write("sources.list", Mirrors::from_apt_sources()?.sources(suite, arch))?;
         let dump = output_of(Command::new("apt-config").arg("dump"))?;
         let config = write("apt.conf", configuration(dir, arch, &dump))?;
-        let mut archive = Self { config, dir: dir.to_owned(), suite, arch, complaints: String::new() };
+        let mut archive = Self { config, dir: dir.to_owned(), suite, complaints: String::new() };
         let update = archive.apt("apt-get").arg("update").output().context("failed to start apt-get")?;
         archive.complaints = String::from_utf8_lossy(&update.stderr).into_owned();
         Ok(archive)
     }
 
-    /// Returns the packages of the newest kernel.
-    pub(super) fn kernel(&self) -> Result<Vec<String>> {
+    /// Returns the packages of the newest kernel of this flavour, such as `cloud-amd64`.
+    pub(super) fn kernel(&self, flavour: &str) -> Result<Vec<String>> {
         let mut packages: Vec<String> = Vec::new();
-        // Package that depends on the newest kernel for virtual machines.
-        let meta_package = format!("linux-image-cloud-{}", self.arch.debian());
+        let meta_package = format!("linux-image-{flavour}");
         let mut asked = meta_package.clone();
         for next in 0.. {
             let answer = output_of(self.apt("apt-cache").args(["depends", &asked]));

@@ -20,6 +20,12 @@ pub(super) enum Line {
     V6_1,
     #[value(name = "6.12")]
     V6_12,
+    /// With real-time preemption.
+    #[value(name = "6.12-rt")]
+    V6_12Rt,
+    /// With pages of 16 KiB, for arm64 only.
+    #[value(name = "6.12-16k")]
+    V6_12Pages16k,
     #[value(name = "7")]
     V7,
     /// The kernel of this machine, which is not emulated.
@@ -28,7 +34,7 @@ pub(super) enum Line {
 }
 
 impl Line {
-    /// Series that are available as Debian packages.
+    /// Kernels for virtual machines, one of each series.
     pub(super) const DEBIANS: [Self; 4] = [Self::V5_10, Self::V6_1, Self::V6_12, Self::V7];
 
     /// Returns the Debian suite that has this kernel.
@@ -36,9 +42,20 @@ impl Line {
         match self {
             Self::V5_10 => Some("bullseye"),
             Self::V6_1 => Some("bookworm"),
-            Self::V6_12 => Some("trixie"),
+            Self::V6_12 | Self::V6_12Rt | Self::V6_12Pages16k => Some("trixie"),
             Self::V7 => Some("sid"),
             Self::This => None,
+        }
+    }
+
+    /// Returns the end of the names of this kernel's packages.
+    fn flavour(self, arch: Arch) -> String {
+        match self {
+            Self::V6_12Rt => format!("rt-{}", arch.debian()),
+            Self::V6_12Pages16k => format!("{}-16k", arch.debian()),
+            Self::V5_10 | Self::V6_1 | Self::V6_12 | Self::V7 | Self::This => {
+                format!("cloud-{}", arch.debian())
+            }
         }
     }
 
@@ -48,7 +65,7 @@ impl Line {
         let (attach_mode, node, node_egress) = match self {
             Self::V5_10 => ("clsact", "initial namespace", "ifindex"),
             Self::V6_1 => ("clsact", "cookie", "ifindex"),
-            Self::V6_12 => ("tcx", "cookie", "ifindex"),
+            Self::V6_12 | Self::V6_12Rt | Self::V6_12Pages16k => ("tcx", "cookie", "ifindex"),
             Self::V7 => ("tcx", "cookie", "cookie"),
             Self::This => return Vec::new(),
         };
@@ -111,7 +128,7 @@ fn download(line: Line, arch: Arch, dir: &Path) -> Result<()> {
     cache::make(dir, |root, staging| {
         let suite = line.suite().context("no Debian suite has this kernel")?;
         let archive = Archive::open(&staging.join("apt"), suite, arch)?;
-        archive.unpack(&archive.kernel()?, root)
+        archive.unpack(&archive.kernel(&line.flavour(arch))?, root)
     })
 }
 
