@@ -2,7 +2,7 @@
 
 use std::{fs, io};
 
-/// Where the kernel shows the AppArmor profile of a process: since Linux 5.8, and before.
+/// Files with the AppArmor profile of a process: of Linux 5.8 and newer, and of older kernels.
 const APPARMOR: [&str; 2] = ["/proc/self/attr/apparmor/current", "/proc/self/attr/current"];
 const APPARMOR_ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 /// Contains 1 if SELinux denies what its policy does not allow.

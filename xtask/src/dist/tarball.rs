@@ -26,8 +26,8 @@ pub(super) fn write(arch: Arch, contents: &Contents, dir: &Path) -> Result<PathB
     Ok(path)
 }
 
-/// Returns an archive of `files` in their order. It has no entries for directories: unpacked below /, those would change
-/// the machine's own.
+/// Returns an archive of `files` in their order, without entries for directories: unpacked below /, such entries would
+/// change the machine's own directories.
 pub(super) fn tar(files: &[File], time: u64) -> Result<Vec<u8>> {
     let mut tar = tar::Builder::new(Vec::new());
     for File { path, mode, data } in files {
