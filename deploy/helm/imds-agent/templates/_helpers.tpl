@@ -1,10 +1,15 @@
+{{- define "imds-agent.chart" -}}
+{{ .Values.nameOverride | default .Chart.Name }}
+{{- end }}
+
 {{- define "imds-agent.name" -}}
-{{- $whole := printf "%s-%s" .Release.Name .Chart.Name }}
-{{- ternary .Release.Name $whole (contains .Chart.Name .Release.Name) | trunc 63 | trimSuffix "-" }}
+{{- $name := include "imds-agent.chart" . }}
+{{- $whole := printf "%s-%s" .Release.Name $name }}
+{{- .Values.fullnameOverride | default (ternary .Release.Name $whole (contains $name .Release.Name)) | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
 {{- define "imds-agent.selector" -}}
-app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/name: {{ include "imds-agent.chart" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
@@ -13,6 +18,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- define "imds-agent.serviceAccount" -}}
@@ -33,6 +41,7 @@ httpGet:
 {{/* Image of the agent. */}}
 {{- define "imds-agent.image" -}}
 {{- with .Values.image }}
+{{- with $.Values.global.imageRegistry | default .registry }}{{ . }}/{{ end }}
 {{- if .digest }}{{ printf "%s@%s" .repository .digest }}{{ else }}{{ printf "%s:%s" .repository (.tag | default $.Chart.AppVersion) }}{{ end }}
 {{- end }}
 {{- end }}
