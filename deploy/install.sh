@@ -152,7 +152,9 @@ install_tarball() {
     umask 022
     tar -xpozf "$1"
     cd "${1%.tar.gz}"
-    find . -type f | sed 's,^\./,,' | sort >../files
+    find . -type f >../found || die "failed to list the files of $1: nothing was installed"
+    sed 's,^\./,,' ../found | sort >../files
+    [ -s ../files ] || die "$1 has no files: nothing was installed"
     if [ -n "$dry_run" ]; then
         sed "s,^,install.sh: would install $root/," ../files
     else
@@ -179,6 +181,8 @@ install_package() {
 }
 
 main() {
+    # `cd` prints directories that it finds there.
+    unset CDPATH
     version=$VERSION base_url=$BASE_URL public_key=$PUBLIC_KEY
     from='' format='' root='' no_start='' no_signature='' dry_run=''
     while [ $# -gt 0 ]; do
@@ -191,7 +195,11 @@ main() {
             --public-key) public_key=$2 ;;
             --from) from=$2 ;;
             --format) format=$2 ;;
-            --root) root=$2 ;;
+            --root)
+                # An unset variable must not select the running machine.
+                [ -n "$2" ] || die "--root needs a directory"
+                root=$2
+                ;;
             esac
             shift
             ;;

@@ -137,6 +137,37 @@ fn nested_pid_namespace_needs_visible_pods() {
     assert_has(&hidden, "observed", "no process of a Kubernetes pod is visible");
 }
 
+/// The check neither needs a directory beside a mount point, nor a name that an interrupted check has left.
+#[test]
+fn writable_bpffs_is_recognized() {
+    if lacks_program("mount namespaces", &["mount", "unshare"]) {
+        return;
+    }
+    let env = TestEnv::new();
+    let mounts = env.scratch_dir().join("mounts");
+    fs::create_dir(&mounts).unwrap();
+    let examine = |pin_dir: &str, prepare: &str| {
+        let doctor = command(&env).pin_dir(&mounts.join(pin_dir)).command();
+        let mut nested = env.node.command("unshare");
+        nested.args(["--mount", "--pid", "--fork", "--mount-proc", "sh", "-ec"]);
+        nested.arg(format!(
+            "mount -t tmpfs tmpfs .; cd \"$PWD\"; mkdir bpf; mount -t bpf bpf bpf; {prepare}; mount -o remount,ro .; exec \"$@\""
+        ));
+        nested.arg("sh").arg(doctor.get_program()).args(doctor.get_args()).current_dir(&mounts);
+        let found = report(&output(nested));
+        one(&found, "bpffs").clone()
+    };
+    for (pin_dir, prepare, state) in [
+        ("bpf", "true", "ok"),
+        ("bpf/imds", "mkdir bpf/imds-doctor-$$", "ok"),
+        ("bpf", "mount -o remount,ro bpf", "missing"),
+        ("bpf/imds", "mount -o remount,ro bpf", "missing"),
+    ] {
+        let found = examine(pin_dir, prepare);
+        assert_eq!(found["state"], state, "{pin_dir}, {prepare}: {found:#}");
+    }
+}
+
 #[test]
 fn running_agent_is_reported() {
     let env = TestEnv::new();

@@ -270,11 +270,37 @@ fn unknown_machines_and_options_are_rejected() {
         (&["--from"], "needs a value"),
         (&["--from", "", "--base-url", ""], "no source is set"),
         (&["--from", "/nonexistent"], "failed to open the directory"),
+        // An unset variable must not select the running machine.
+        (&["--root", "", "--dry-run"], "--root needs a directory"),
     ] {
         release.assert_fails(&release.install(arguments), reason);
     }
     release.write_program("uname", "#!/bin/sh\n[ $1 = -s ] && echo Linux || echo riscv64\n");
     release.assert_fails(&release.install(&[]), "no release for the architecture riscv64");
+}
+
+#[test]
+fn environment_does_not_matter() {
+    if is_skipped() {
+        return;
+    }
+    let release = Release::new();
+    release.add_program(MINISIGN);
+    let mut script = Command::new("/bin/sh");
+    script.arg("install.sh").args(["--root", "machine", "--from", "release", "--public-key", &release.key]);
+    script.env_clear().env("PATH", release.path("bin")).env("CDPATH", release.dir.path());
+    release.assert_installs(&script.current_dir(release.dir.path()).output().unwrap());
+
+    // Without a program that the script needs, it does not claim to have installed anything.
+    for program in
+        PROGRAMS.into_iter().filter(|program| !["cat", "cmp", "curl", "rm", "sh"].contains(program))
+    {
+        fs::remove_file(release.path("bin").join(program)).unwrap();
+        let output = release.install(&[]);
+        assert!(output.status.success() == release.installed().is_some(), "{program}: {output:?}");
+        let _ = fs::remove_dir_all(release.path("machine/usr"));
+        release.add_program(program);
+    }
 }
 
 #[test]

@@ -66,9 +66,11 @@ impl ExemptionRules {
         self.fingerprints() != self.fingerprints
     }
 
-    /// Describes the rules that cannot be applied completely, one line `NAME: REASON` each.
+    /// Describes the rules that cannot be applied completely, one line `NAME: REASON` each. A NUL, which a path in the
+    /// configuration may contain, would end the record.
     pub(super) fn describe_errors(&self) -> String {
-        let lines = self.errors.iter().map(|(name, reason)| format!("{name}: {reason}").replace('\n', " "));
+        let lines =
+            self.errors.iter().map(|(name, reason)| format!("{name}: {reason}").replace(['\n', '\0'], " "));
         lines.collect::<Vec<_>>().join("\n")
     }
 
@@ -224,6 +226,13 @@ mod tests {
         assert_eq!(incomplete_reason(&senders, false), None);
         let unknown = IdentitySet { errors: ["gone".to_owned()].into(), ..senders };
         assert_eq!(incomplete_reason(&unknown, false).unwrap(), "gone");
+    }
+
+    #[test]
+    fn each_error_is_one_line() {
+        let errors = [("a", "/x\0y\nz"), ("b", "gone")].map(|(name, reason)| (name.into(), reason.into()));
+        let rules = ExemptionRules { errors: errors.into(), ..ExemptionRules::default() };
+        assert_eq!(rules.describe_errors(), "a: /x y z\nb: gone");
     }
 
     #[test]

@@ -27,7 +27,7 @@ impl Confinement {
             return profile(&APPARMOR.into_iter().find_map(read)?).map(Self::AppArmor);
         }
         let enforces = read(SELINUX_ENFORCE).is_some_and(|enforce| enforce.trim() == "1");
-        enforces.then(|| read(SELINUX)).flatten().map(|context| Self::SeLinux(clean(&context)))
+        context(&enforces.then(|| read(SELINUX)).flatten()?).map(Self::SeLinux)
     }
 
     /// Describes the confinement, such as `AppArmor profile docker-default (enforce)`.
@@ -62,11 +62,23 @@ pub(crate) fn lockdown() -> Option<String> {
     rest.split_once(']').map(|(mode, _)| mode.to_owned()).filter(|mode| mode != "none")
 }
 
-/// Returns the name of a profile in the kernel's format, unless the process is not confined or complains only.
+/// Returns the name of a profile in the kernel's format, unless the process is not confined or complains only. Ubuntu has
+/// profiles without rules, such as `runc (unconfined)`, which a container without a profile inherits from its runtime.
 fn profile(current: &str) -> Option<String> {
     let current = clean(current);
-    let is_enforced = !current.is_empty() && current != "unconfined" && !current.ends_with(" (complain)");
+    let is_free = |mode| current.ends_with(mode);
+    let is_enforced = !current.is_empty()
+        && current != "unconfined"
+        && ![" (complain)", " (unconfined)"].iter().any(is_free);
     is_enforced.then_some(current)
+}
+
+/// Returns a context unless its type is one of those that the reference policy and container-selinux do not confine.
+fn context(current: &str) -> Option<String> {
+    let current = clean(current);
+    let domain = current.split(':').nth(2).unwrap_or_default();
+    let is_confined = !current.is_empty() && domain != "spc_t" && !domain.starts_with("unconfined_");
+    is_confined.then_some(current)
 }
 
 fn clean(text: &str) -> String {
@@ -80,8 +92,22 @@ mod tests {
     #[test]
     fn enforced_profiles_confine() {
         assert_eq!(profile("docker-default (enforce)\n"), Some("docker-default (enforce)".to_owned()));
-        for none in ["unconfined\n", "imds-agent (complain)\n", "", "\0"] {
+        for none in ["unconfined\n", "imds-agent (complain)\n", "runc (unconfined)\n", "", "\0"] {
             assert_eq!(profile(none), None, "{none:?}");
+        }
+    }
+
+    #[test]
+    fn types_with_all_permissions_do_not_confine() {
+        let container = "system_u:system_r:container_t:s0:c1,c2";
+        assert_eq!(context(&format!("{container}\0")), Some(container.to_owned()));
+        for none in [
+            "system_u:system_r:spc_t:s0",
+            "unconfined_u:unconfined_r:unconfined_t:s0-s0:c0.c1023",
+            "system_u:system_r:unconfined_service_t:s0",
+            "",
+        ] {
+            assert_eq!(context(none), None, "{none:?}");
         }
     }
 }

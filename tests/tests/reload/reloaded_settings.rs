@@ -269,6 +269,8 @@ fn status_names_rule_that_exempts_nothing() {
 
     file.reload(&rule("/proc/self/ns/net"));
     env.status_when("the rule is a problem again", |status| !status.problems.is_empty());
+    file.reload(&format!("mode = 'off'\n{}", rule("/proc/self/ns/net")));
+    env.status_when("nothing is denied", |status| status.state == "off");
     agent.kill9();
     file.replace(FROM_POD);
     let _agent = file.agent().spawn_ready();

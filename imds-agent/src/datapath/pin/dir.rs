@@ -8,7 +8,6 @@ use std::{
         unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
-    process,
     time::Duration,
 };
 
@@ -16,6 +15,7 @@ use imds_ebpf_common::{TcHook, names::link_prefix};
 use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{FsType, statfs},
+    unistd::{AccessFlags, access, mkdtemp},
 };
 use thiserror::Error;
 
@@ -196,13 +196,15 @@ impl PinDir {
         fs::set_permissions(&self.root, Permissions::from_mode(MODE)).map_err(io_error("protect", &self.root))
     }
 
-    /// Creates and removes a directory beside this one, or in its nearest ancestor that exists.
+    /// Creates and removes a directory beside this one, or in its nearest ancestor that exists. A mount point of a bpffs has
+    /// nothing beside it there: checks only the access to it.
     pub(crate) fn probe_creation(&self) -> io::Result<()> {
         let mut ancestors = self.root.ancestors().skip(1);
         let parent = ancestors.find(|path| path.exists()).unwrap_or(Path::new("/"));
-        let probe = parent.join(format!("imds-doctor-{}", process::id()));
-        DirBuilder::new().mode(MODE).create(&probe)?;
-        fs::remove_dir(&probe)
+        if lacks_bpffs(parent) {
+            return Ok(access(&self.root, AccessFlags::W_OK | AccessFlags::X_OK)?);
+        }
+        fs::remove_dir(mkdtemp(&parent.join("imds-doctor-XXXXXX"))?)
     }
 
     pub(crate) fn ensure_bpffs(&self) -> Result<(), PinError> {

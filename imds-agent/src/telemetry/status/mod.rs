@@ -55,7 +55,7 @@ use crate::{
 const SCHEMA: u32 = 1;
 /// Remedy for a rule that does not exempt all senders that it matches.
 const EXEMPTION_REMEDY: &str =
-    "see the reason and the agent's log: requests of senders that are not found are denied";
+    "see the reason and the agent's log: the agent exempts no sender that it does not find";
 /// Maximum number of attempts to read a status during which the policy does not change.
 const ATTEMPTS: usize = 5;
 
@@ -196,7 +196,9 @@ impl StatusReport {
                           or on SIGHUP";
             self.problem(None, format!("configuration rejected, using {from}: {error} ({at:.0})"), remedy);
         }
-        for error in record.iter().flat_map(|record| &record.exemption_errors) {
+        // In mode `off` nothing is denied.
+        let is_off = self.mode == Some(Mode::Off.name());
+        for error in record.iter().filter(|_| !is_off).flat_map(|record| &record.exemption_errors) {
             self.problem(None, format!("exemption not applied completely: {error}"), EXEMPTION_REMEDY);
         }
         self.configuration = record;
