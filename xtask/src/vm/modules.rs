@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 /// Modules that the tests may need. A kernel has no file for a module that is built in or missing.
-const MODULES: [&str; 55] = [
+const MODULES: [&str; 56] = [
     "act_gact",
     "act_mirred",
     "act_police",
@@ -21,6 +21,8 @@ const MODULES: [&str; 55] = [
     "cls_flower",
     "cls_matchall",
     "cls_u32",
+    // `libcrc32c` needs it, without a dependency that modinfo shows.
+    "crc32c_generic",
     "dummy",
     "geneve",
     "ifb",

@@ -1,6 +1,6 @@
 //! Checks of the environment: capabilities, limits, mounts, pod watch and the running agent.
 
-use std::{fs, io};
+use std::{fs, io, process};
 
 use caps::{CapSet, Capability};
 
@@ -143,7 +143,7 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
             remedy,
         );
     }
-    if let Err(error) = fs::File::open("/proc/1/ns/net") {
+    if let Err(error) = open_any_namespace() {
         let remedy = "exemptions by cgroup and for Kubernetes pods have no effect, and reports name no pods";
         let remedy = format!("{remedy}: {}", remedy_for(&error, "grant access to the namespaces in /proc"));
         return DoctorCheck::degraded(
@@ -166,6 +166,25 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
             DoctorCheck::degraded(NAME, format!("pod watch of node {node}: {error}"), remedy)
         }
     }
+}
+
+/// Opens the network namespace of another process. Fails with the last error if no namespace can be opened: single processes
+/// may be protected from every other one.
+fn open_any_namespace() -> io::Result<()> {
+    let mut last = Ok(());
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
+        if pid.is_none_or(|pid| pid == process::id()) {
+            continue;
+        }
+        match fs::File::open(entry.path().join("ns/net")) {
+            Ok(_) => return Ok(()),
+            // The process has ended.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => last = Err(error),
+        }
+    }
+    last
 }
 
 /// Checks that an agent runs and is ready, and reports if programs are loaded.
