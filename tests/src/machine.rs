@@ -76,7 +76,18 @@ impl Machine {
     /// Panics if the variable is not set or the machine does not start.
     #[must_use]
     pub fn boot(node: &Netns) -> Self {
+        Self::boot_with(node, None)
+    }
+
+    /// Boots like [`Self::boot`], with the files of the directory `layer` above the root.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the variable is not set or the machine does not start.
+    #[must_use]
+    pub fn boot_with(node: &Netns, layer: Option<&Path>) -> Self {
         let lower = env::var(DEBIAN_ROOT).unwrap_or_else(|_| panic!("{DEBIAN_ROOT}: run `cargo xtask e2e`"));
+        let lower = layer.map_or_else(|| lower.clone(), |layer| format!("{}:{lower}", layer.display()));
         let [root, shared] =
             [(); 2].map(|()| TempDir::with_prefix("imds-machine-").expect("a temporary directory"));
         fs::create_dir(shared.path().join(".old")).expect("make a directory");

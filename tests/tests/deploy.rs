@@ -71,8 +71,17 @@ fn agents_avoid_virtual_nodes() {
 }
 
 #[test]
+fn first_boot_holds_back_the_same_services() {
+    let before = |text: &'static str| {
+        text.lines().find_map(|line| line.trim().strip_prefix("Before=")).expect("an order of the unit")
+    };
+    assert_eq!(before(deploy!("cloud-init/user-data.yaml")), before(deploy!("systemd/imds-agent.service")));
+}
+
+#[test]
 fn versions_match_the_agent() {
     let version = env!("CARGO_PKG_VERSION");
+    assert!(deploy!("cloud-init/user-data.yaml").contains(&format!("/v{version}/install.sh\n")));
     let chart = deploy!("helm/imds-agent/Chart.yaml");
     assert!(
         chart.contains(&format!("\nversion: {version}\n"))

@@ -205,6 +205,24 @@ fn download_is_verified_and_installed() {
 }
 
 #[test]
+fn image_build_installs_below_its_root() {
+    if is_skipped() {
+        return;
+    }
+    let release = Release::new();
+    release.add_program(MINISIGN);
+    let script = SCRIPT.replace("\nPUBLIC_KEY=\n", &format!("\nPUBLIC_KEY='{}'\n", release.key));
+    fs::write(release.path("release/install.sh"), script).unwrap();
+    // mkosi mounts the directory of its configuration at $SRCDIR.
+    symlink("release", release.path("imds-agent")).unwrap();
+    fs::write(release.path("postinst"), include_str!("../../deploy/machine-image/mkosi.postinst")).unwrap();
+    let mut build = Command::new("/bin/sh");
+    build.arg(release.path("postinst")).env_clear().env("PATH", release.path("bin"));
+    build.env("SRCDIR", release.dir.path()).env("BUILDROOT", release.path("machine"));
+    release.assert_installs(&build.output().unwrap());
+}
+
+#[test]
 fn changed_files_are_rejected() {
     if is_skipped() {
         return;

@@ -227,7 +227,7 @@ fn service_is_hardened() {
 #[ignore = "needs a Debian root and a package: cargo xtask e2e"]
 fn script_installs_the_package() {
     let case = Case::new();
-    let package = format!("imds-agent_{}-1_{}.deb", env!("CARGO_PKG_VERSION"), debian_arch());
+    let package = package_name();
     let release = format!(
         "mkdir /mnt/release && cd /mnt/release && mv {DEB} {package} && sha256sum {package} > SHA256SUMS"
     );
@@ -252,7 +252,8 @@ fn script_installs_the_package() {
     case.env.assert_open(&case.pod);
 }
 
-/// Returns Debian's name of this machine's architecture.
-fn debian_arch() -> &'static str {
-    if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }
+/// Returns the name of the package in a release.
+pub(crate) fn package_name() -> String {
+    let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    format!("imds-agent_{}-1_{arch}.deb", env!("CARGO_PKG_VERSION"))
 }
