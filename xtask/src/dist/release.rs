@@ -49,12 +49,19 @@ impl Release {
         setup::ensure(Purpose::Dist)?;
         if let Some(key) = &self.sign_key {
             ensure!(key.exists(), "the key {} does not exist", key.display());
+            ensure!(
+                is_clean(&build::commit()),
+                "refusing to sign a release of uncommitted changes: commit them first"
+            );
         }
         let arches = Arch::value_variants();
         if !self.no_build {
             super::build_all(arches)?;
         }
         let dirs = arches.iter().map(|&arch| super::dir(arch)).collect::<Result<Vec<_>>>()?;
+        for dir in &dirs {
+            ensure_built_from(&build::commit(), &dir.join("imds-agent"))?;
+        }
         let built: Vec<_> = arches.iter().copied().zip(dirs.iter().map(PathBuf::as_path)).collect();
         let dir = artifacts("dist")?.join("release");
         write(&built, &dir, &self.builder_id)?;
@@ -65,6 +72,20 @@ impl Release {
         eprint!("{}", fs::read_to_string(dir.join("SHA256SUMS"))?);
         Ok(())
     }
+}
+
+fn is_clean(commit: &str) -> bool {
+    !commit.ends_with("-dirty") && commit != "unknown"
+}
+
+/// Fails unless the binary names `commit`, which manifest and provenance name.
+pub(super) fn ensure_built_from(commit: &str, binary: &Path) -> Result<()> {
+    let bytes = fs::read(binary)
+        .with_context(|| format!("failed to read {}: run cargo xtask dist", binary.display()))?;
+    let text = format!("commit {commit}\n");
+    let has_commit = bytes.windows(text.len()).any(|window| window == text.as_bytes());
+    ensure!(has_commit, "{} was built from another commit: run cargo xtask release", binary.display());
+    Ok(())
 }
 
 /// Writes the release to `dir` from the artifacts of each architecture.

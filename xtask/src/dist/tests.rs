@@ -288,3 +288,13 @@ fn release_lists_and_signs_each_file() {
         assert_eq!(release::sign(&path("key"), dir.path()).is_ok(), is_right, "{key}");
     }
 }
+
+#[test]
+fn binary_of_another_commit_is_refused() {
+    let binary = tempfile::NamedTempFile::new().unwrap();
+    fs::write(binary.path(), "imds-agent\0commit 0123abc\nbpf").unwrap();
+    release::ensure_built_from("0123abc", binary.path()).unwrap();
+    for other in ["0123ab", "0123abc-dirty", "4567def"] {
+        release::ensure_built_from(other, binary.path()).unwrap_err();
+    }
+}

@@ -158,7 +158,7 @@ mod tests {
     fn line_is_named_by_version() {
         assert_eq!(
             Line::value_variants().iter().map(Line::to_string).collect::<Vec<_>>(),
-            ["5.10", "6.1", "6.12", "7", "this"]
+            ["5.10", "6.1", "6.12", "6.12-rt", "6.12-16k", "7", "this"]
         );
     }
 }
