@@ -16,7 +16,7 @@ Usage: install.sh [OPTION]...
   --base-url URL      directory of the release; {version} stands for the version
   --public-key KEY    minisign key of the publisher
   --from DIR          take the files of the release from DIR, without network
-  --format FORMAT     deb, rpm or tar; default: what the package manager of the machine installs
+  --format FORMAT     deb, rpm or tar; default: the format of the machine's package manager, else tar
   --root DIR          install the tarball below DIR, such as a mounted machine image
   --no-start          enable the service, but do not start it now
   --no-signature      do not verify the signature, only the checksum

@@ -81,7 +81,7 @@ fn first_boot_holds_back_the_same_services() {
 #[test]
 fn versions_match_the_agent() {
     let version = env!("CARGO_PKG_VERSION");
-    assert!(deploy!("cloud-init/user-data.yaml").contains(&format!("/v{version}/install.sh\n")));
+    assert!(deploy!("cloud-init/user-data.yaml").contains(&format!("/v{version}/install.sh;")));
     let chart = deploy!("helm/imds-agent/Chart.yaml");
     assert!(
         chart.contains(&format!("\nversion: {version}\n"))

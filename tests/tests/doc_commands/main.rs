@@ -128,7 +128,15 @@ fn every_option_in_text_exists() {
         return;
     }
     // Options of apt, rpm, podman, wget and iptables.
-    let others = ["--allow-downgrades", "--oldpackage", "--security-opt", "--tries", "--uid-owner"];
+    let others = [
+        "--allow-downgrades",
+        "--cap-add",
+        "--oldpackage",
+        "--security-opt",
+        "--tries",
+        "--uid-owner",
+        "--volume",
+    ];
     let mut unknown = Vec::new();
     for span in documents().iter().flat_map(|document| &document.spans) {
         let option = span.text.split([' ', '=']).next().unwrap_or_default();
