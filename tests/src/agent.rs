@@ -277,16 +277,13 @@ impl<'w> AgentCommand<'w> {
         agent
     }
 
-    /// Starts the agent and waits until it has synced all interfaces and reports a problem that contains this text.
+    /// Starts the agent and waits until it has synced all interfaces and reports a problem with this text.
     #[must_use]
     #[track_caller]
     pub fn spawn_degraded(self, problem: &str) -> Agent<'w> {
         let mut agent = self.spawn();
-        agent.wait_status(|status| {
-            let mut problems = status.problems.iter();
-            let has_problem = problems.any(|other| other.problem.contains(problem));
-            status.agent.ready && status.state == "degraded" && has_problem
-        });
+        let has = |status: &Status| status.problems.iter().any(|other| other.problem.contains(problem));
+        agent.wait_status(|status| status.agent.ready && status.state == "degraded" && has(status));
         agent
     }
 }
@@ -315,8 +312,7 @@ impl Agent<'_> {
 
     #[track_caller]
     fn wait_status(&mut self, is_reached: impl Fn(&Status) -> bool) -> Status {
-        let pid = self.pid();
-        let mut last = None;
+        let (pid, mut last) = (self.pid(), None);
         let ready = try_poll(scaled_timeout(READY_TIMEOUT), || {
             let ended = self.child.try_wait().expect("wait for the agent");
             assert!(ended.is_none(), "the agent ended ({ended:?}):\n{}", self.log());
