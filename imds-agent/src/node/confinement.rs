@@ -50,8 +50,10 @@ impl Confinement {
 /// Explains an operation that failed with EACCES: names the security module that confines this process, and the remedy.
 /// `None` if no module confines it, or the error is another one.
 pub(crate) fn explain(error: &io::Error) -> Option<String> {
-    let confinement =
-        Confinement::of_this_process().filter(|_| error.raw_os_error() == Some(libc::EACCES))?;
+    if error.raw_os_error() != Some(libc::EACCES) {
+        return None;
+    }
+    let confinement = Confinement::of_this_process()?;
     Some(format!("{} confines this process: {}", confinement.describe(), confinement.remedy()))
 }
 
