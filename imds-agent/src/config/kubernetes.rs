@@ -22,6 +22,10 @@ pub struct Kubernetes {
     pub kubeconfig: Option<PathBuf>,
     /// Name of this node in the cluster, if it is neither `NODE_NAME` nor the host name.
     pub node_name: Option<String>,
+    /// True if the agent writes Events about denied pods and about the node.
+    pub events: bool,
+    /// True if the agent sets the condition `MetadataProtected` of the node.
+    pub node_condition: bool,
 }
 
 /// Setting of the pod watch: `"auto"`, `"yes"` or true, `"no"` or false in the configuration.
@@ -115,6 +119,8 @@ impl Kubernetes {
             enabled: table.enabled,
             kubeconfig: kubeconfig.map(|path| path.into_inner().into()),
             node_name: node_name.map(Spanned::into_inner),
+            events: table.events,
+            node_condition: table.node_condition,
         }
     }
 }
@@ -125,12 +131,20 @@ pub(super) struct KubernetesTable {
     enabled: Enabled,
     kubeconfig: Spanned<String>,
     node_name: Spanned<String>,
+    events: bool,
+    node_condition: bool,
 }
 
 impl Default for KubernetesTable {
     fn default() -> Self {
         let empty = || Spanned::new(0..0, String::new());
-        Self { enabled: Enabled::default(), kubeconfig: empty(), node_name: empty() }
+        Self {
+            enabled: Enabled::default(),
+            kubeconfig: empty(),
+            node_name: empty(),
+            events: false,
+            node_condition: false,
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 mod debounce;
 mod unloaded;
 
-use std::{future, time::Duration};
+use std::{future, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use futures_util::{FutureExt as _, Stream, StreamExt as _};
@@ -21,6 +21,7 @@ use crate::{
     config::loader::ConfigLoader,
     controller::{
         Reconciler,
+        cluster_report::ClusterReport,
         resolved_config::{ResolvedConfig, RunOptions},
         start_config::StartConfig,
     },
@@ -59,6 +60,7 @@ pub struct Agent {
     telemetry: Telemetry,
     systemd: Systemd,
     cluster: Cluster,
+    cluster_report: ClusterReport,
     /// Tasks that are aborted when the agent ends.
     background: JoinSet<()>,
     timer: Interval,
@@ -79,6 +81,8 @@ impl Agent {
         period: Duration,
         background: JoinSet<()>,
     ) -> anyhow::Result<Self> {
+        let (pins, denied_pods) = (reconciler.datapath.pins().clone(), telemetry.denied_pods());
+        let cluster_report = ClusterReport::new(pins, reconciler.netlink.clone(), Arc::clone(denied_pods));
         let mut timer = interval_at(Instant::now() + period, period);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
@@ -92,6 +96,7 @@ impl Agent {
             telemetry,
             systemd: Systemd::from_env(),
             cluster: Cluster::default(),
+            cluster_report,
             background,
             timer,
             hangup: signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?,
@@ -128,6 +133,7 @@ impl Agent {
         self.systemd.ready(&self.reconciler.state(&self.resolved));
         loop {
             self.telemetry.report_progress(self.stats());
+            self.cluster_report.on_corrections(self.reconciler.corrections());
             tokio::select! {
                 event = events.next() => self.on_link_events(event, &mut events).await?,
                 event = self.cluster.next() => self.on_cluster_event(event).await,
@@ -199,15 +205,25 @@ impl Agent {
     /// Closes all kernel objects, so that `imds-agent unload` can remove them.
     fn unload(self) -> Unloaded {
         let stats = self.stats();
-        let Self { reconciler, background, telemetry, systemd, timer, hangup, terminate, interrupt, .. } =
-            self;
+        let Self {
+            reconciler,
+            background,
+            telemetry,
+            systemd,
+            cluster_report,
+            timer,
+            hangup,
+            terminate,
+            interrupt,
+            ..
+        } = self;
         // Drops the map descriptors of the background tasks, too.
         drop(background);
         telemetry.close_maps();
         let pins = reconciler.datapath.pins().root().to_owned();
         // Dropping the reconciler releases the lock of the pin directory.
         drop(reconciler);
-        Unloaded { pins, stats, telemetry, systemd, timer, hangup, terminate, interrupt }
+        Unloaded { pins, stats, telemetry, systemd, cluster_report, timer, hangup, terminate, interrupt }
     }
 
     /// Handles one netlink event, and those that have arrived in the meantime.
@@ -231,6 +247,7 @@ impl Agent {
 
     async fn update_pod_watch(&mut self) {
         self.cluster.set_api(self.resolved.cluster.as_ref());
+        self.cluster_report.set(&self.resolved);
         if self.cluster.node().is_none() {
             log_error(self.reconciler.clear_pods().await);
         }
@@ -260,6 +277,7 @@ impl Agent {
             corrections: self.reconciler.corrections(),
             map_updates: self.reconciler.map_updates,
             watch: self.cluster.state(),
+            event_writes: self.cluster_report.event_writes(),
             log_lines_dropped: logging::dropped(),
         }
     }

@@ -11,7 +11,7 @@ use crate::{
         provider::Dmi,
     },
     datapath::{DatapathConfig, object::can_choose_errno},
-    kube::cluster::ApiConfig,
+    kube::cluster::{ApiConfig, ClusterWrites},
     node::{cgroup, netns},
 };
 
@@ -43,6 +43,8 @@ pub struct ResolvedConfig {
     pub kubepods: Option<PathBuf>,
     /// Configuration of the pod watch, if it is enabled.
     pub cluster: Option<ApiConfig>,
+    /// Objects that the agent writes to the cluster, if the pod watch is enabled.
+    pub cluster_writes: ClusterWrites,
 }
 
 impl RunOptions {
@@ -91,6 +93,10 @@ impl RunOptions {
             node_allow: config.node_allow.clone().unwrap_or_default(),
             kubepods,
             cluster,
+            cluster_writes: ClusterWrites {
+                events: config.kubernetes.events,
+                node_condition: config.kubernetes.node_condition,
+            },
         })
     }
 

@@ -7,7 +7,7 @@ use tokio::time::sleep;
 
 use crate::{
     datapath::pin::dir::PinDir,
-    kube::{Backoff, cluster::ApiConfig, remove_taint},
+    kube::{Backoff, ClusterWriter, cluster::ApiConfig},
     node::netlink::Netlink,
     telemetry::status,
 };
@@ -21,17 +21,18 @@ pub async fn remove_startup_taint(api: ApiConfig, key: String, pins: PinDir, net
     while !is_ready(&pins, &netlink).await {
         sleep(PERIOD).await;
     }
-    let mut backoff = Backoff::default();
+    let (mut writer, mut backoff) = (ClusterWriter::new(api), Backoff::default());
     loop {
-        let error = match remove_taint(&api.access, &api.node, &key).await {
-            Ok(true) => return log::info!("removed the taint {key} from node {}", api.node),
-            Ok(false) => return log::info!("node {} has no taint {key}", api.node),
+        let removed = writer.remove_taint(&key).await;
+        let node = writer.node();
+        let error = match removed {
+            Ok(true) => return log::info!("removed the taint {key} from node {node}"),
+            Ok(false) => return log::info!("node {node} has no taint {key}"),
             Err(error) => error,
         };
         let delay = backoff.next_delay(error.retry_after);
         log::error!(
-            "failed to remove the taint {key} from node {}, no pods are scheduled there until then: {:#}",
-            api.node,
+            "failed to remove the taint {key} from node {node}, no pods are scheduled there until then: {:#}",
             anyhow::Error::from(error)
         );
         sleep(delay).await;

@@ -3,7 +3,7 @@
 use std::{io, path::PathBuf, pin::Pin, time::Duration};
 
 use futures_util::{AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, TryStreamExt as _};
-use http::{Method, Request, StatusCode, header, request::Builder};
+use http::{Method, Request, header, request::Builder};
 use http_body_util::BodyExt as _;
 use kube_client::{
     Client, Config as ClientConfig,
@@ -102,17 +102,24 @@ impl Api {
         Ok(Lines(Box::pin(body.into_data_stream().map_err(io::Error::other).into_async_read())))
     }
 
-    /// Sends a request for the object at `target`, with an optional `patch` (RFC 6902). Returns the object in the
-    /// answer.
-    pub(super) async fn request(
+    /// Requests the object at `target`.
+    pub(super) async fn get_object(&self, target: &str) -> Result<Value, ApiError> {
+        self.receive(Request::get(target), Body::empty()).await
+    }
+
+    /// Creates or patches the object at `target` with the JSON text `body` of a media type. Returns the object.
+    pub(super) async fn write(
         &self,
         method: Method,
         target: &str,
-        patch: Option<&Value>,
+        media_type: &'static str,
+        body: &Value,
     ) -> Result<Value, ApiError> {
-        let request = Request::builder().method(method).uri(target);
-        let request = request.header(header::CONTENT_TYPE, "application/json-patch+json");
-        let body = patch.map_or_else(Body::empty, |patch| patch.to_string().into_bytes().into());
+        let request = Request::builder().method(method).uri(target).header(header::CONTENT_TYPE, media_type);
+        self.receive(request, body.to_string().into_bytes().into()).await
+    }
+
+    async fn receive(&self, request: Builder, body: Body) -> Result<Value, ApiError> {
         let response = async { read(self.send(request, body).await?, MAX_LINE).await };
         let response = self.with_timeout(response).await?;
         serde_json::from_slice(&response).map_err(|source| ApiError::Malformed { source })
@@ -139,7 +146,7 @@ impl Api {
         let response = self.client.send(request).await;
         let response = response.map_err(|source| ApiError::Unreachable { source: Box::new(source) })?;
         let (head, body) = response.into_parts();
-        if head.status == StatusCode::OK {
+        if head.status.is_success() {
             return Ok(body);
         }
         let body = read(body, MAX_LINE).await.unwrap_or_default();

@@ -90,6 +90,14 @@ impl ApiError {
         }
     }
 
+    /// Returns the HTTP status code of an answer that refuses a request.
+    pub(super) fn code(&self) -> Option<u16> {
+        match self {
+            Self::Forbidden { code, .. } | Self::Failed { code, .. } => Some(*code),
+            _ => None,
+        }
+    }
+
     /// Returns the delay that the server requests before the next attempt.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {

@@ -18,6 +18,15 @@ pub struct ApiConfig {
     pub node: String,
 }
 
+/// Objects that the agent writes to the cluster. Each needs a role of its own.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct ClusterWrites {
+    /// Events about denied pods and about the node.
+    pub events: bool,
+    /// Condition `MetadataProtected` of the node.
+    pub node_condition: bool,
+}
+
 /// Event of the pod watch.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum ClusterEvent {

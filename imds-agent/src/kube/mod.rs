@@ -7,6 +7,8 @@ mod api;
 mod api_error;
 mod backoff;
 pub mod cluster;
+mod cluster_writer;
+mod event_object;
 pub mod pod;
 mod pod_list;
 pub mod pod_ref;
@@ -18,10 +20,11 @@ mod watch_state;
 pub use self::{
     api_error::ErrorKind,
     backoff::Backoff,
+    cluster_writer::{ClusterWriter, Condition, WriteError},
+    event_object::{EventSeries, NewEvent, Regarding},
     pod::{Pod, StringMap},
     pod_list::PodEvent,
     reflector::{Options, PodWatcher},
     store::Index,
-    taint::{TaintError, remove_taint},
     watch_state::{Failure, WatchState},
 };

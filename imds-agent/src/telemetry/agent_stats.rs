@@ -1,6 +1,6 @@
 //! Counters of the running agent.
 
-use crate::kube::WatchState;
+use crate::{kube::WatchState, telemetry::pod_events::EventWrites};
 
 /// Counters of a running agent since its start.
 #[derive(Clone, Debug, Default)]
@@ -9,6 +9,8 @@ pub struct AgentStats {
     pub corrections: DriftCorrections,
     pub map_updates: MapUpdates,
     pub watch: Option<WatchState>,
+    /// Writes of Kubernetes Events; `None` if they are off.
+    pub event_writes: Option<EventWrites>,
     /// Log lines that were dropped, because standard error was not read.
     pub log_lines_dropped: u64,
 }
@@ -41,4 +43,21 @@ pub struct DriftCorrections {
 pub struct MapUpdates {
     pub exemptions: u64,
     pub pods: u64,
+}
+
+impl DriftCorrections {
+    /// Describes the corrections since `earlier`, or returns `None` without any.
+    pub fn describe_since(&self, earlier: &Self) -> Option<String> {
+        let counts = [
+            (self.attached, earlier.attached, "attached again"),
+            (self.replaced, earlier.replaced, "replaced"),
+            (self.pinned, earlier.pinned, "pinned again"),
+            (self.reordered, earlier.reordered, "moved to the head of their hook"),
+            (self.postponed, earlier.postponed, "postponed, because another program undoes them repeatedly"),
+        ];
+        let changes = counts.into_iter().filter(|(now, before, _)| now > before);
+        let texts: Vec<_> =
+            changes.map(|(now, before, action)| format!("{} {action}", now.saturating_sub(before))).collect();
+        (!texts.is_empty()).then(|| texts.join(", "))
+    }
 }

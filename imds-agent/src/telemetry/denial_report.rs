@@ -22,6 +22,7 @@ use serde::Serialize;
 use crate::{
     config::endpoint_set::Endpoint,
     encode::{field_text, hook_name, ip_address, nonempty_text, raw_field_text, timestamp},
+    kube::pod_ref::PodRef,
     node::{kubepods, netns},
 };
 
@@ -155,6 +156,31 @@ impl DenialSubject {
         }
     }
 
+    /// Returns the subject for denials of a pod.
+    pub(crate) fn of_pod(pod: &PodRef) -> Self {
+        Self {
+            namespace: Some(pod.namespace.clone()),
+            service_account: Some(pod.service_account.clone()).filter(|account| !account.is_empty()),
+            label: pod.label.clone(),
+            interface: None,
+            comm: None,
+            cgroup: None,
+            is_escaped: false,
+        }
+    }
+
+    /// Returns the keys of a rule for the pods of this subject. Empty if the subject is no pod.
+    pub(crate) fn pod_keys(&self) -> Vec<String> {
+        let Some(namespace) = &self.namespace else { return Vec::new() };
+        let key = |key: &str, text: &str| format!("{key} = {}", toml::Value::from(text));
+        let account = self.service_account.as_ref().map(|account| key("service_account", account));
+        let selector = self.label.as_deref().and_then(|label| label.split_once('=')).map(|(key, value)| {
+            let [key, value] = [key, value].map(toml::Value::from);
+            format!("pod_selector = {{ match_labels = {{ {key} = {value} }} }}")
+        });
+        [Some(key("namespace", namespace)), account, selector].into_iter().flatten().collect()
+    }
+
     /// Returns the selector of a rule for this sender, and a caution if the rule also covers other senders. Returns `None` if
     /// no rule can match the sender.
     fn rule(&self, pods: &BTreeSet<String>) -> Option<(String, Option<&'static str>)> {
@@ -162,18 +188,11 @@ impl DenialSubject {
             return None;
         }
         let line = |key: &str, text: &str| format!("{key} = {}\n", toml::Value::from(text));
-        if let Some(namespace) = &self.namespace {
-            let account = self.service_account.as_ref().map(|account| line("service_account", account));
-            let selector =
-                self.label.as_deref().and_then(|label| label.split_once('=')).map(|(key, value)| {
-                    let [key, value] = [key, value].map(toml::Value::from);
-                    format!("pod_selector = {{ match_labels = {{ {key} = {value} }} }}\n")
-                });
+        if self.namespace.is_some() {
             let has_own_account = self.service_account.as_deref().is_some_and(|account| account != "default");
-            let caution = (selector.is_none() && !has_own_account)
+            let caution = (self.label.is_none() && !has_own_account)
                 .then_some("every pod of the namespace with the default service account");
-            let lines = [Some(line("namespace", namespace)), account, selector];
-            return Some((lines.into_iter().flatten().collect(), caution));
+            return Some((self.pod_keys().into_iter().map(|key| key + "\n").collect(), caution));
         }
         // A test call of `imds-agent verify`.
         if self.comm.as_deref() == Some(netns::THREAD) {

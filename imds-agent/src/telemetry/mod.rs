@@ -12,6 +12,7 @@ pub mod event_record;
 mod http_server;
 pub(crate) mod logging;
 pub(crate) mod metrics;
+pub(crate) mod pod_events;
 pub(crate) mod status;
 pub(crate) mod subscriber;
 pub(crate) mod systemd;
@@ -43,6 +44,7 @@ pub(crate) use self::collector::{Collected, Collector, CollectorError};
 use self::{
     budget::{CpuBudget, thread_cpu_time},
     http_server::Server,
+    pod_events::DeniedPods,
     totals::Totals,
 };
 use crate::{
@@ -59,6 +61,7 @@ const DEBOUNCE: Duration = Duration::from_millis(50);
 pub struct Telemetry {
     requests: Option<UnboundedSender<Request>>,
     progress: Arc<Mutex<Progress>>,
+    denied_pods: Arc<DeniedPods>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -83,10 +86,12 @@ impl Telemetry {
         let (requests, inbox) = unbounded_channel();
         let progress =
             Arc::new(Mutex::new(Progress { stats: AgentStats::default(), reported: Instant::now() }));
-        let (of_thread, (started, result)) = (Arc::clone(&progress), sync_channel(1));
+        let denied_pods = Arc::<DeniedPods>::default();
+        let shared = (Arc::clone(&progress), Arc::clone(&denied_pods));
+        let (started, result) = sync_channel(1);
         let set_up = move || {
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            let worker = runtime.block_on(async { Worker::new(pins, of_thread, period) })?;
+            let worker = runtime.block_on(async { Worker::new(pins, shared, period) })?;
             anyhow::Ok((runtime, worker))
         };
         // The constructor waits for one message.
@@ -101,7 +106,12 @@ impl Telemetry {
         let thread = thread::Builder::new().name("imds-telemetry".to_owned()).spawn(run);
         let thread = thread.context("failed to start the telemetry thread")?;
         result.recv().context("the telemetry thread ended")?.context("failed to start telemetry")?;
-        Ok(Self { requests: Some(requests), progress, thread: Some(thread) })
+        Ok(Self { requests: Some(requests), progress, denied_pods, thread: Some(thread) })
+    }
+
+    /// Returns the denials of pods, which become Kubernetes Events.
+    pub fn denied_pods(&self) -> &Arc<DeniedPods> {
+        &self.denied_pods
     }
 
     /// Replaces the addresses at which metrics and health are served.
@@ -178,11 +188,16 @@ struct EventStats {
     /// Events that this process has read; `None` while another process reads them.
     collected: Cell<Option<Collected>>,
     totals: Rc<RefCell<Totals>>,
+    denied_pods: Arc<DeniedPods>,
 }
 
 impl Worker {
-    fn new(pins: PinDir, progress: Arc<Mutex<Progress>>, period: Duration) -> anyhow::Result<Self> {
-        let stats = Rc::<EventStats>::default();
+    fn new(
+        pins: PinDir,
+        (progress, denied_pods): (Arc<Mutex<Progress>>, Arc<DeniedPods>),
+        period: Duration,
+    ) -> anyhow::Result<Self> {
+        let stats = Rc::new(EventStats { denied_pods, ..EventStats::default() });
         let server = Server::new(pins.clone(), Netlink::connect()?, progress, Rc::clone(&stats), period);
         Ok(Self { events: EventReader::new(pins, stats), server, period })
     }
@@ -238,7 +253,9 @@ impl EventReader {
         let Some(collector) = Collector::open(&self.pins)? else { return Ok(None) };
         // The process that collected events until now added to the records.
         self.stats.totals.borrow_mut().raise_to(&collector.recorded()?);
-        let collector = collector.with_totals(Rc::clone(&self.stats.totals));
+        let collector = collector
+            .with_totals(Rc::clone(&self.stats.totals))
+            .with_denied_pods(Arc::clone(&self.stats.denied_pods));
         // SAFETY: the descriptor is that of the ring buffer, which the collector owns and never replaces.
         Ok(Some(unsafe { AsyncFd::register(collector) }.map_err(io::Error::from)?))
     }

@@ -1,6 +1,7 @@
-//! A small Kubernetes API server: lists and watches pods over HTTP, and fails on request.
+//! A small Kubernetes API server: lists and watches pods over HTTP, stores Events and conditions, and fails on request.
 
 mod requests;
+mod writes;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -8,6 +9,7 @@ use std::{
     path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread::{self, JoinHandle},
+    time::Instant,
 };
 
 use serde_json::{Value, json};
@@ -36,6 +38,14 @@ struct Store {
     pods: BTreeMap<String, Value>,
     /// Taints of nodes, by node name.
     taints: BTreeMap<String, Value>,
+    /// Events by namespace and name.
+    events: BTreeMap<(String, String), Value>,
+    /// Times of the requests that created or patched an Event.
+    event_writes: Vec<Instant>,
+    /// Conditions of nodes by node name and type.
+    conditions: BTreeMap<(String, String), Value>,
+    /// Prefixes of targets that the client may not access.
+    forbidden: Vec<&'static str>,
     history: Vec<(u64, &'static str, Value)>,
     faults: VecDeque<Fault>,
     requests: Vec<String>,

@@ -58,14 +58,24 @@ impl Shared {
         if !is_known {
             return respond_status(stream, 401, "Unauthorized");
         }
+        if self.lock().forbidden.iter().any(|prefix| target.starts_with(prefix)) {
+            return respond_status(stream, 403, "forbidden: the service account has no such role");
+        }
+        let length = headers.iter().find_map(|header| {
+            let (name, value) = header.split_once(": ")?;
+            name.eq_ignore_ascii_case("content-length").then(|| value.parse().ok())?
+        });
+        let mut body = vec![0; length.unwrap_or_default()];
+        reader.read_exact(&mut body).ok()?;
+        if let Some(below) = target.strip_prefix("/apis/events.k8s.io/v1/namespaces/") {
+            let (namespace, name) = below.split_once("/events")?;
+            return self.event(stream, namespace, name.trim_start_matches('/'), &body);
+        }
         if let Some(node) = target.strip_prefix("/api/v1/nodes/") {
-            let length = headers.iter().find_map(|header| {
-                let (name, value) = header.split_once(": ")?;
-                name.eq_ignore_ascii_case("content-length").then(|| value.parse().ok())?
-            });
-            let mut patch = vec![0; length.unwrap_or_default()];
-            reader.read_exact(&mut patch).ok()?;
-            return self.node(stream, node, &patch);
+            return match node.strip_suffix("/status") {
+                Some(node) => self.node_status(stream, node, &body),
+                None => self.node(stream, node, &body),
+            };
         }
         if !target.starts_with("/api/v1/pods?") {
             return respond_status(stream, 404, "the server could not find the requested resource");
@@ -186,14 +196,14 @@ fn pour(mut stream: &TcpStream, start: &str) -> Option<()> {
     None
 }
 
-fn respond(mut stream: &TcpStream, code: u16, headers: &str, body: &str) -> Option<()> {
+pub(super) fn respond(mut stream: &TcpStream, code: u16, headers: &str, body: &str) -> Option<()> {
     let length = body.len();
     let head =
         format!("HTTP/1.1 {code} Status\r\nContent-Length: {length}\r\nConnection: close\r\n{headers}\r\n");
     stream.write_all((head + body).as_bytes()).ok()
 }
 
-fn respond_status(stream: &TcpStream, code: u16, message: &str) -> Option<()> {
+pub(super) fn respond_status(stream: &TcpStream, code: u16, message: &str) -> Option<()> {
     let status = json!({ "kind": "Status", "apiVersion": "v1", "code": code, "message": message });
     respond(stream, code, "Content-Type: application/json\r\n", &status.to_string())
 }

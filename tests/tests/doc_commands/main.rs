@@ -188,6 +188,7 @@ fn check_data(env: &TestEnv, document: &Document, block: &Block) -> Result<(), S
         ("README.md", "Demo", None) => check_demo(block),
         // The test `maps` looks for these pins.
         ("docs/maps.md", "Pins and maps", None) => Ok(()),
+        ("docs/kubernetes-events.md", "Kubernetes Events", None) => check_event_reasons(document, &text),
         ("docs/metrics.md", "Run times of the programs", None) => check_expression(document, &text),
         ("docs/install-vm.md", "Rights of the service", None) => check_drop_in(&text),
         _ => Err("no rule checks a block of this kind in this section".to_owned()),
@@ -231,6 +232,21 @@ fn check_expression(document: &Document, expression: &str) -> Result<(), String>
     } else {
         Err(format!("{} does not describe {unknown:?}", document.path.display()))
     }
+}
+
+/// Compares the reasons of Events in a document with those in the source, and the message of its example.
+fn check_event_reasons(document: &Document, example: &str) -> Result<(), String> {
+    let sources = ["controller/node_report.rs", "telemetry/pod_events/writer.rs"];
+    let sources = sources.map(|path| tools::read(&format!("imds-agent/src/{path}"))).concat();
+    let is_reason = |text: &&str| text.starts_with("Metadata") && text.chars().all(char::is_alphabetic);
+    let written: BTreeSet<_> = sources.split('"').filter(is_reason).collect();
+    let documented: BTreeSet<_> =
+        document.spans.iter().map(|span| span.text.as_str()).filter(is_reason).collect();
+    let message = example.contains(" access to the metadata endpoint ")
+        && sources.contains(" access to the metadata endpoint ");
+    tools::ensure(written == documented && message, || {
+        format!("the agent writes {written:?}, documented are {documented:?}")
+    })
 }
 
 /// Checks that a drop-in of the unit changes a setting that the unit has, and adds no capability.

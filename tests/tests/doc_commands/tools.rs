@@ -129,6 +129,7 @@ fn in_container(words: &[String]) -> Result<(), String> {
 fn kubectl(arguments: &[String]) -> Result<(), String> {
     const CONFIG_CHECK: &str = "deploy/helm/imds-agent/templates/config-check.yaml";
     const NAMESPACE: &str = "deploy/kubernetes/base/namespace.yaml";
+    const NODE_REPORT: &str = "imds-agent/src/controller/node_report.rs";
     let own = arguments.iter().position(|word| word == "--").unwrap_or(arguments.len());
     if let Some(inner) = arguments.get(own + 1..) {
         // `kubectl run` starts the entry point of the image.
@@ -140,7 +141,7 @@ fn kubectl(arguments: &[String]) -> Result<(), String> {
     if verb == ["rollout"] {
         verb.extend(words.next());
     }
-    let known = ["apply", "create", "delete", "describe", "exec", "label", "logs", "rollout", "run"];
+    let known = ["apply", "create", "delete", "describe", "exec", "label", "logs", "rollout", "run", "wait"];
     ensure(known.contains(&verb[0]), || format!("unknown verb {verb:?}"))?;
     let mut options = Vec::new();
     while let Some(word) = words.next() {
@@ -150,7 +151,13 @@ fn kubectl(arguments: &[String]) -> Result<(), String> {
                 .or_else(|error| {
                     if arguments.last().is_some_and(|last| last == ".") { Ok(()) } else { Err(error) }
                 })?,
-            "POD" | "pod" | "config-check" | "--overwrite" | "--quiet" | "--rm" | "--stdin" => {}
+            "POD" | "pod" | "config-check" | "--overwrite" | "--quiet" | "--rm" | "--stdin" | "node"
+            | "--all" | "--timeout=5m" => {}
+            _ if word.starts_with("--for=condition=") => {
+                let condition = word.trim_start_matches("--for=condition=");
+                let is_known = read(NODE_REPORT).contains(&format!("\"{condition}\""));
+                ensure(is_known, || format!("the agent sets no condition {condition}"))?;
+            }
             "--image" | "--restart" => drop(words.next()),
             "job/imds-agent-config-check" => {
                 ensure(read(CONFIG_CHECK).contains("kind: Job\n"), || format!("{CONFIG_CHECK} has no Job"))?;
@@ -165,7 +172,7 @@ fn kubectl(arguments: &[String]) -> Result<(), String> {
             }
         }
         if word.starts_with("--") {
-            options.push(word);
+            options.push(word.split('=').next().unwrap_or(word));
         }
     }
     if options.is_empty() || lacks_program("options of kubectl", &["kubectl"]) {
@@ -244,6 +251,7 @@ fn wrong_names_are_found() {
         "systemctl reload imds-agent",
         "kustomize edit set image imds-agent=x",
         "kubectl run config-check --image x --rm --stdin -- config check -",
+        "kubectl wait --for=condition=MetadataProtected node --all --timeout=5m",
     ] {
         assert_eq!(check(&right.split(' ').map(str::to_owned).collect::<Vec<_>>()), Ok(()), "{right}");
     }
@@ -253,6 +261,7 @@ fn wrong_names_are_found() {
         "kubectl rollout status --namespace imds-agent daemonset/imds",
         "kubectl rollout status --namespace imds daemonset/imds-agent",
         "kubectl exec --namespace imds-agent POD -- /imds-agent uninstall",
+        "kubectl wait --for=condition=MetadataProtect node --all",
         "kubectl exec --namespace imds-agent POD -- imds-agent unload",
         "kubectl apply --kustomize deploy/kubernetes/overlays/none",
         "kustomize edit set image imds=x",

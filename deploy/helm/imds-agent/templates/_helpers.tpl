@@ -70,6 +70,8 @@ program_run_time = {{ .Values.metrics.programRunTime | default false }}
 
 [kubernetes]
 enabled = {{ ternary "yes" "no" .Values.kubernetes.enabled | quote }}
+events = {{ .Values.kubernetes.events }}
+node_condition = {{ .Values.kubernetes.nodeCondition }}
 {{- with .Values.config.rules }}
 
 {{ . }}

@@ -7,7 +7,10 @@ use std::path::PathBuf;
 
 use tokio::{signal::unix::Signal, time::Interval};
 
-use crate::telemetry::{Telemetry, agent_stats::AgentStats, systemd::Systemd};
+use crate::{
+    controller::cluster_report::ClusterReport,
+    telemetry::{Telemetry, agent_stats::AgentStats, systemd::Systemd},
+};
 
 /// Status line for the service manager.
 const STATUS: &str = "unloaded by `imds-agent unload`: nothing is enforced until a restart";
@@ -18,6 +21,7 @@ pub(crate) struct Unloaded {
     pub(crate) stats: AgentStats,
     pub(crate) telemetry: Telemetry,
     pub(crate) systemd: Systemd,
+    pub(crate) cluster_report: ClusterReport,
     pub(crate) timer: Interval,
     pub(crate) hangup: Signal,
     pub(crate) terminate: Signal,
@@ -35,7 +39,8 @@ impl Unloaded {
         loop {
             self.telemetry.report_progress(self.stats.clone());
             tokio::select! {
-                _ = self.timer.tick() => {}
+                // The cluster learns that nothing is enforced.
+                _ = self.timer.tick() => self.cluster_report.check_now(),
                 error = self.telemetry.ended() => return Err(error),
                 () = self.systemd.watchdog() => {}
                 _ = self.hangup.recv() => {

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     datapath::maps::counters::{Count, Counts},
     encode::{hook_name, ip_address},
-    telemetry::{Collected, agent_stats::AgentStats, status::StatusReport},
+    telemetry::{Collected, agent_stats::AgentStats, pod_events::EventWrites, status::StatusReport},
     version::COMMIT,
 };
 
@@ -42,6 +42,7 @@ impl Snapshot {
         self.add_exemptions(to);
         self.add_state(to);
         self.add_watch(to);
+        self.add_event_writes(to);
         self.add_corrections(to);
         self.add_events(to);
     }
@@ -233,6 +234,15 @@ impl Snapshot {
             "imds_agent_netlink_overruns",
             "Overruns of the netlink receive buffer, each followed by a full resync",
             corrections.overruns,
+        );
+    }
+
+    fn add_event_writes(&self, to: &mut Exposition) {
+        let Some(EventWrites { written, failed, dropped }) = self.stats.event_writes else { return };
+        to.counters(
+            "imds_agent_kubernetes_event_writes",
+            "Kubernetes Events that were written, requests that failed, and denials without an Event",
+            by("result", [("written", written), ("failed", failed), ("dropped", dropped)]),
         );
     }
 

@@ -1,0 +1,14 @@
+//! Kubernetes Events about denied pods.
+//!
+//! The telemetry thread records denials in a [`DeniedPods`], which aggregates them. The [`writer`] takes from it what the
+//! rate limits allow, and sends it to the API server from another thread.
+
+mod denied_pods;
+mod event_queue;
+mod writer;
+
+pub(crate) use self::denied_pods::{DeniedPods, EventWrites};
+pub(crate) use self::{
+    event_queue::{DenialNotice, DeniedRequest},
+    writer::{EndpointNames, write_events},
+};

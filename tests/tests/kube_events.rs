@@ -1,0 +1,210 @@
+//! Kubernetes Events about denied pods and about the node, and the node's condition.
+
+use std::time::{Duration, Instant};
+
+use imds_tests::{
+    Agent, METADATA, Pod, PodLink, TestCluster,
+    api_server::pod,
+    foreign_bpf::detach_link,
+    kubelet::{Driver, PodCgroup, new_uid},
+    poll::poll_until,
+    probe::{LONG, SHORT, http_get},
+    skip_without_tcx,
+};
+use serde_json::Value;
+
+const NODE: &str = TestCluster::NODE;
+const CONDITION: &str = "MetadataProtected";
+
+/// A running pod, which the API server lists.
+struct RunningPod {
+    name: String,
+    uid: String,
+    _cgroup: PodCgroup,
+    pod: Pod,
+}
+
+impl RunningPod {
+    fn start(cluster: &TestCluster) -> Self {
+        let uid = new_uid();
+        let mut cgroup = cluster.kubelet.add_pod(&uid, Driver::Systemd);
+        let pod = cluster.env.add_pod(PodLink::Routed);
+        cgroup.start_in(&pod.netns);
+        cluster.server.apply(pod_object(&uid));
+        Self { name: format!("pod-{uid}"), uid, _cgroup: cgroup, pod }
+    }
+
+    /// Sends a request that must fail.
+    fn request(&self) {
+        assert!(!http_get(&self.pod.netns, METADATA, SHORT).is_answer());
+    }
+}
+
+fn pod_object(uid: &str) -> Value {
+    pod(uid, NODE, "web", "api", &[("app", "api")])
+}
+
+/// Starts an agent with the configuration `top` and these keys of `[kubernetes]`.
+fn start<'c>(cluster: &'c TestCluster, top: &str, keys: &str) -> Agent<'c> {
+    let config = cluster.config(top) + keys;
+    cluster.env.agent().config(&config).hooks(&["from_pod", "node_egress"]).spawn_ready()
+}
+
+/// Waits for the only Event with this reason about an object.
+#[track_caller]
+fn wait_event(cluster: &TestCluster, name: &str, reason: &str) -> Value {
+    let events = poll_until(LONG, &format!("an Event {reason} about {name}"), || {
+        Some(cluster.server.events_about(name, reason)).filter(|events| !events.is_empty())
+    });
+    assert_eq!(events.len(), 1, "{events:?}");
+    events.into_iter().next().unwrap()
+}
+
+#[track_caller]
+fn wait_condition(cluster: &TestCluster, status: &str) -> Value {
+    poll_until(2 * LONG, &format!("condition {status}"), || {
+        cluster.server.condition(NODE, CONDITION).filter(|condition| condition["status"] == status)
+    })
+}
+
+#[test]
+fn denied_pod_gets_one_event() {
+    let cluster = TestCluster::new();
+    let _agent = start(&cluster, "", "events = true");
+    let denied = RunningPod::start(&cluster);
+    let start = Instant::now();
+    denied.request();
+    let event = wait_event(&cluster, &denied.name, "MetadataAccessDenied");
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    assert_eq!(
+        (&event["type"], &event["regarding"]["uid"], &event["regarding"]["namespace"]),
+        (&"Warning".into(), &denied.uid.as_str().into(), &"web".into())
+    );
+    let note = event["note"].as_str().unwrap();
+    for part in [
+        "169.254.169.254",
+        "from_pod",
+        "namespace = \"web\", service_account = \"api\"",
+        "{ \"app\" = \"api\" }",
+    ] {
+        assert!(note.contains(part), "{note}");
+    }
+    // Retries within the next minute are not written.
+    for _ in 0..3 {
+        denied.request();
+    }
+    poll_until(LONG, "the second denial to be recorded", || {
+        let metric = cluster.metric("imds_agent_events_total");
+        (metric >= 4).then_some(())
+    });
+    assert_eq!(cluster.server.event_writes().len(), 1);
+    assert_eq!(cluster.metric("imds_agent_kubernetes_event_writes_total{result=\"written\"}"), 1);
+}
+
+#[test]
+fn audited_pod_gets_a_normal_event() {
+    let cluster = TestCluster::new();
+    let _agent = start(&cluster, "mode = 'audit'", "events = true\nnode_condition = true");
+    let audited = RunningPod::start(&cluster);
+    assert!(http_get(&audited.pod.netns, METADATA, LONG).is_answer());
+    let event = wait_event(&cluster, &audited.name, "MetadataAccessAudited");
+    assert_eq!(event["type"], "Normal");
+    assert_eq!(wait_condition(&cluster, "False")["reason"], "NotEnforcing");
+    assert!(cluster.server.events_about(&audited.name, "MetadataAccessDenied").is_empty());
+}
+
+#[test]
+fn pod_that_is_listed_late_gets_an_event() {
+    let cluster = TestCluster::new();
+    let _agent = start(&cluster, "", "events = true");
+    let (uid, pod) = (new_uid(), cluster.env.add_pod(PodLink::Routed));
+    let mut cgroup = cluster.kubelet.add_pod(&uid, Driver::Systemd);
+    cgroup.start_in(&pod.netns);
+    assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
+    cluster.server.apply(pod_object(&uid));
+    wait_event(&cluster, &format!("pod-{uid}"), "MetadataAccessDenied");
+}
+
+#[test]
+fn without_the_key_nothing_is_written() {
+    let cluster = TestCluster::new();
+    let agent = start(&cluster, "", "");
+    let denied = RunningPod::start(&cluster);
+    denied.request();
+    poll_until(LONG, "the denial to be recorded", || {
+        (cluster.metric("imds_agent_events_total") > 0).then_some(())
+    });
+    assert!(cluster.server.event_writes().is_empty() && cluster.server.condition(NODE, CONDITION).is_none());
+    drop(agent);
+}
+
+#[test]
+fn missing_role_is_logged_and_retried() {
+    let cluster = TestCluster::new();
+    cluster.server.forbid("/apis/events.k8s.io/");
+    let agent = start(&cluster, "", "events = true");
+    let denied = RunningPod::start(&cluster);
+    denied.request();
+    agent.wait_for_log("failed to write a Kubernetes Event about pod web/", LONG);
+    cluster.server.permit_all();
+    let another = RunningPod::start(&cluster);
+    another.request();
+    wait_event(&cluster, &another.name, "MetadataAccessDenied");
+    assert!(cluster.metric("imds_agent_kubernetes_event_writes_total{result=\"failed\"}") > 0);
+}
+
+#[test]
+fn condition_follows_enforcement() {
+    let cluster = TestCluster::new();
+    let agent = start(&cluster, "", "events = true\nnode_condition = true");
+    let before = wait_condition(&cluster, "True");
+    assert_eq!(before["reason"], "Enforced");
+    // The condition must end with the enforcement, although the process stays.
+    cluster.env.unload();
+    let after = wait_condition(&cluster, "False");
+    assert_eq!(after["reason"], "NotEnforced");
+    let event = wait_event(&cluster, NODE, "MetadataNotEnforced");
+    assert!(event["note"].as_str().unwrap().contains("nothing is loaded"), "{event}");
+    drop(agent);
+    let _agent = start(&cluster, "", "events = true\nnode_condition = true");
+    wait_condition(&cluster, "True");
+}
+
+#[test]
+fn removed_program_is_reported_on_the_node() {
+    if skip_without_tcx() {
+        return;
+    }
+    let cluster = TestCluster::new();
+    let _agent = start(&cluster, "", "events = true");
+    let pod = cluster.env.add_pod(PodLink::Routed);
+    cluster.env.status_when("from_pod is attached", |status| {
+        let hook = status.find(&pod.host_ifname).and_then(|interface| interface.attachment("from_pod"));
+        hook.is_some_and(|attachment| attachment.attach_mode.is_some())
+    });
+    detach_link(&cluster.env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
+    let event = wait_event(&cluster, NODE, "MetadataProtectionRepaired");
+    assert_eq!(event["regarding"]["uid"], NODE);
+    assert!(event["note"].as_str().unwrap().contains("1 attached again"), "{event}");
+}
+
+#[test]
+fn many_denied_pods_cause_few_writes() {
+    let cluster = TestCluster::new();
+    let _agent = start(&cluster, "", "events = true");
+    let pods: Vec<_> = (0..20).map(|_| RunningPod::start(&cluster)).collect();
+    for pod in &pods {
+        cluster.env.status_when("the pod has a name", |status| {
+            status
+                .interfaces
+                .iter()
+                .any(|interface| interface.ifindex == pod.pod.host_ifindex && interface.pod.is_some())
+        });
+    }
+    for pod in &pods {
+        http_get(&pod.pod.netns, METADATA, Duration::from_millis(1));
+    }
+    poll_until(LONG, "the limit of writes", || (cluster.server.event_writes().len() == 8).then_some(()));
+    let denials = cluster.metric("imds_agent_events_total");
+    assert!(denials >= 20, "{denials}");
+}
