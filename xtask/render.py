@@ -1,9 +1,10 @@
 """Renders the Kubernetes manifests in deploy and validates them against the schemas of the API.
 
-Arguments: the workspace, the agent's binary, the packed chart. `cargo xtask manifests` runs the script with its libraries in PYTHONPATH.
+Arguments: the workspace, the agent's binary, the packed chart, and `--write` to write the chart's README. `cargo xtask manifests` runs the script with its libraries in PYTHONPATH.
 """
 
 import ipaddress
+import json
 import pathlib
 import shutil
 import subprocess
@@ -18,16 +19,19 @@ from cel_expr_python import cel
 from cel_expr_python.ext import ext_optional
 
 ROOT, AGENT, PACKAGE = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+WRITE = "--write" in sys.argv
 KUBERNETES, CHART = ROOT / "deploy/kubernetes", ROOT / "deploy/helm/imds-agent"
 # The oldest version that the admission policy supports, and the newest version of the schemas.
 VERSIONS = ["1.31", kubernetes_validate.latest_version()]
 # Kinds of the Prometheus operator, which have no schema in Kubernetes.
-FOREIGN = {"PodMonitor", "PrometheusRule"}
+FOREIGN = {"PodMonitor", "PrometheusRule", "SecurityContextConstraints", "ServiceMonitor"}
 failures = []
 
 
 def check(what, text, kinds):
     documents = [document for document in yaml.safe_load_all(text) if document]
+    if what.startswith(("base", "overlay", "chart with its")) and tomllib.loads(configuration(documents))["mode"] != "audit":
+        failures.append(f"{what}: the first mode is not audit")
     found = {document["kind"] for document in documents}
     if not kinds <= found:
         failures.append(f"{what}: missing {', '.join(sorted(kinds - found))}")
@@ -38,7 +42,7 @@ def check(what, text, kinds):
                 kubernetes_validate.validate(document, version, strict=True)
             except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
                 failures.append(f"{what}: {kind} {name} ({version}): {error}")
-        if kind == "ConfigMap":
+        if "imds.toml" in document.get("data", {}):
             check_config(f"{what}: {kind} {name}", document["data"]["imds.toml"])
     print(f"{what}: {', '.join(sorted(found))}")
     return documents
@@ -59,13 +63,28 @@ def check_config(what, text):
 
 def check_values(what, values, documents):
     """Checks that values of the chart reach the configuration."""
-    config = tomllib.loads(one(documents, "ConfigMap")["data"]["imds.toml"])
+    config = tomllib.loads(configuration(documents))
     measures = values.get("metrics", {}).get("programRunTime", False)
     if config["metrics"]["program_run_time"] != measures:
         failures.append(f"{what}: metrics.program_run_time is not {measures}")
-    allow = values.get("config", {}).get("nodeAllow")
-    if config.get("node", {}).get("allow") != allow:
-        failures.append(f"{what}: node.allow is not {allow}")
+    for path, value in leaves(values.get("config", {})):
+        found = config
+        for key in path:
+            found = found.get(key, {})
+        # Rules of extraConfig follow those of config.
+        found = found[: len(value)] if isinstance(value, list) else found
+        if found != value or type(found) is not type(value):
+            failures.append(f"{what}: {'.'.join(path)} is {found} instead of {value}")
+
+
+def leaves(table, path=()):
+    """Returns the paths and values of a nested table."""
+    for key, value in table.items():
+        yield from leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+
+
+def configuration(documents):
+    return next(text for document in documents if (text := document.get("data", {}).get("imds.toml")))
 
 
 def check_job(what, values, documents):
@@ -235,9 +254,53 @@ def check_checks(document):
         pass
 
 
+def values_table():
+    """Returns the README of the chart, with a row for each value of values.yaml that a comment `# -- …` describes."""
+    rows, keys, comment = [], [], []
+    lines = (CHART / "values.yaml").read_text().splitlines()
+    defaults = yaml.safe_load("\n".join(lines))
+    for line in lines:
+        text = line.strip()
+        if text.startswith("# -- "):
+            comment = [text.removeprefix("# -- ")]
+        elif text.startswith("# ") and comment:
+            comment.append(text.removeprefix("# "))
+        elif ":" in text and not text.startswith(("#", "-")):
+            keys = keys[: (len(line) - len(line.lstrip())) // 2] + [text.split(":")[0]]
+            if comment:
+                value = defaults
+                for key in keys:
+                    value = value[key]
+                rows.append((".".join(keys), json.dumps(value, ensure_ascii=False), " ".join(comment)))
+            comment = []
+    table = "\n".join(f"| `{key}` | `{value}` | {text.replace('|', chr(92) + '|')} |" for key, value, text in rows)
+    return README.format(table=table)
+
+
+README = """# Helm chart of imds-agent
+
+Blocks pods from the cloud instance metadata service with eBPF. [Installation on a cluster](../../../docs/install-kubernetes.md) describes the installation
+and the rights of the pods; `ci` has example values.
+
+`cargo xtask manifests --write` writes this file from `values.yaml`.
+
+## Values
+
+| key | default | description |
+| --- | --- | --- |
+{table}
+"""
+
+
 def one(documents, kind):
     return next(document for document in documents if document["kind"] == kind)
 
+
+path = CHART / "README.md"
+if WRITE:
+    path.write_text(values_table())
+elif not path.exists() or path.read_text() != values_table():
+    failures.append(f"{path}: differs from values.yaml; run `cargo xtask manifests --write`")
 
 BASE = {"Namespace", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "ConfigMap", "DaemonSet"}
 base = check("base", kustomize(KUBERNETES / "base"), BASE)
@@ -253,7 +316,7 @@ with tempfile.TemporaryDirectory(dir=KUBERNETES) as directory:
         "components": [f"../components/{name}" for name in components],
     }
     (pathlib.Path(directory) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    kinds = BASE | FOREIGN | {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
+    kinds = BASE | {"PodMonitor", "PrometheusRule", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
     everything = check(f"components {', '.join(components)}", kustomize(directory), kinds)
     check_policy("kustomize", one(everything, "ValidatingAdmissionPolicy"))
 
@@ -277,8 +340,8 @@ with helm_python.Chart.load(str(CHART)) as chart:
         check_job(what, values, documents)
         if any(document["kind"] == "ValidatingAdmissionPolicy" for document in documents):
             check_policy(what, one(documents, "ValidatingAdmissionPolicy"))
-    broken = [document for document in yaml.safe_load_all(render({"config": {"rules": "typo = true"}})) if document]
-    if not config_errors(one(broken, "ConfigMap")["data"]["imds.toml"]):
+    broken = [document for document in yaml.safe_load_all(render({"extraConfig": "typo = true"})) if document]
+    if not config_errors(configuration(broken)):
         failures.append("chart: the hook accepts an unknown key")
     with helm_python.Chart.load(PACKAGE) as packed:
         if [packed.render({}, name="a", namespace="b"), packed.metadata] != [
@@ -288,6 +351,8 @@ with helm_python.Chart.load(str(CHART)) as chart:
     # The schema of the values must reject each of these.
     for wrong in [
         {"config": {"mode": "audti"}},
+        {"config": {"exempt": [{"name": "a", "namespaces": "b"}]}},
+        {"serviceMonitor": {"enabled": True}},
         {"confg": {}},
         {"podMonitor": {"enabled": True}},
         {"metrics": {"programRunTime": "yes"}},

@@ -16,6 +16,7 @@ fn copies_are_copies() {
     assert_eq!(deploy!("profiles/aks.toml"), deploy!("kubernetes/overlays/aks/imds.toml"));
     let rules = deploy!("prometheus/rules.yaml");
     assert_eq!(rules, deploy!("helm/imds-agent/files/rules.yaml"));
+    assert_eq!(deploy!("grafana/imds-agent.json"), deploy!("helm/imds-agent/files/dashboard.json"));
     let rules = &rules[rules.find("groups:").unwrap()..];
     let indented: Vec<_> = rules.lines().map(|line| format!("  {line}").trim_end().to_owned()).collect();
     assert!(
@@ -104,12 +105,14 @@ fn broken_config_does_not_stop_the_start() {
     ] {
         assert!(lines.contains(&line), "{line}");
     }
-    for (name, manifest) in [
-        ("kustomize", deploy!("kubernetes/base/daemonset.yaml")),
-        ("helm", deploy!("helm/imds-agent/templates/daemonset.yaml")),
+    let values = deploy!("helm/imds-agent/values.yaml");
+    assert!(values.contains("  state: /var/lib/imds-agent\n"));
+    for (name, manifest, path) in [
+        ("kustomize", deploy!("kubernetes/base/daemonset.yaml"), "/var/lib/imds-agent"),
+        ("helm", deploy!("helm/imds-agent/templates/daemonset.yaml"), "{{ .Values.hostPaths.state }}"),
     ] {
         assert!(manifest.contains("- name: state\n              mountPath: /var/lib/imds-agent\n"), "{name}");
-        let volume = "- name: state\n          hostPath:\n            path: /var/lib/imds-agent\n";
-        assert!(manifest.contains(volume), "{name}");
+        let volume = format!("- name: state\n          hostPath:\n            path: {path}\n");
+        assert!(manifest.contains(&volume), "{name}");
     }
 }

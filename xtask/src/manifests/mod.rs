@@ -27,6 +27,9 @@ pub(crate) struct Manifests {
     /// Only download Helm and the schemas
     #[arg(long)]
     fetch: bool,
+    /// Also write the README of the chart from its values
+    #[arg(long)]
+    write: bool,
 }
 
 impl Manifests {
@@ -49,6 +52,7 @@ impl Manifests {
             .with_context(|| format!("failed to write {}", package.display()))?;
         let mut render = Command::new("python3");
         render.args(["-c", RENDER]).arg(root().canonicalize()?).arg(debug.join("imds-agent")).arg(package);
+        render.args(self.write.then_some("--write"));
         print_status("rendering and validating the manifests in deploy");
         let status = render.env("PYTHONPATH", python).status().context("failed to start python3")?;
         Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -31,11 +31,29 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ if contains ":" .Values.metrics.address }}[{{ .Values.metrics.address }}]{{ else }}{{ .Values.metrics.address }}{{ end }}:{{ .Values.metrics.port }}
 {{- end }}
 
-{{/* Probe of the kubelet, which runs in the node's network namespace. */}}
+{{/* Probe of the kubelet, which runs in the node's network namespace. Arguments: the root context, the path, the settings. */}}
 {{- define "imds-agent.probe" -}}
-httpGet:
-  host: {{ if has .Values.metrics.address (list "0.0.0.0" "::") }}127.0.0.1{{ else }}{{ .Values.metrics.address }}{{ end }}
-  port: {{ .Values.metrics.port }}
+{{- $metrics := (index . 0).Values.metrics }}
+{{- $host := ternary "127.0.0.1" $metrics.address (has $metrics.address (list "0.0.0.0" "::")) }}
+{{- $get := dict "httpGet" (dict "host" $host "port" $metrics.port "path" (index . 1)) }}
+{{- toYaml (merge $get (index . 2)) }}
+{{- end }}
+
+{{- define "imds-agent.isLocal" -}}
+{{- if has .Values.metrics.address (list "127.0.0.1" "::1" "localhost") }}true{{ end }}
+{{- end }}
+
+{{/* Endpoint of a PodMonitor or ServiceMonitor with these settings. */}}
+{{- define "imds-agent.scrape" -}}
+- port: metrics
+  path: /metrics
+  interval: {{ .interval }}
+  relabelings:
+    # Job name that the alerts and the dashboard expect.
+    - targetLabel: job
+      replacement: imds-agent
+    - sourceLabels: [__meta_kubernetes_pod_node_name]
+      targetLabel: node
 {{- end }}
 
 {{/* Image of the agent. */}}
@@ -46,34 +64,16 @@ httpGet:
 {{- end }}
 {{- end }}
 
-{{/* Configuration file. */}}
+{{/* Configuration file. Numbers of values are floats, also whole ones, which TOML tells apart. */}}
 {{- define "imds-agent.config" -}}
-mode = {{ .Values.config.mode | quote }}
-on_deny = {{ .Values.config.onDeny | quote }}
-on_deny_errno = {{ .Values.config.onDenyErrno | quote }}
-provider = {{ .Values.config.provider | quote }}
+{{- $metrics := dict "listen" (list (include "imds-agent.listen" .)) "program_run_time" .Values.metrics.programRunTime }}
+{{- $kubernetes := dict "enabled" .Values.kubernetes.enabled "events" .Values.kubernetes.events "node_condition" .Values.kubernetes.nodeCondition }}
+{{- $config := merge (dict "metrics" $metrics "kubernetes" $kubernetes) .Values.config }}
+{{- /* An empty list would forbid rules in extraConfig. */}}
+{{- $config = empty .Values.config.exempt | ternary (omit $config "exempt") $config }}
+{{- regexReplaceAll "(?m)^(\\s*\\w+ = -?[0-9]+)\\.0$" (toToml $config) "${1}" | trim }}
+{{- with .Values.extraConfig }}
 
-[hooks]
-{{- range $hook, $on := .Values.config.hooks }}
-{{ $hook }} = {{ toJson $on }}
-{{- end }}
-
-{{- if kindIs "slice" .Values.config.nodeAllow }}
-
-[node]
-allow = {{ toJson .Values.config.nodeAllow }}
-{{- end }}
-
-[metrics]
-listen = [{{ include "imds-agent.listen" . | quote }}]
-program_run_time = {{ .Values.metrics.programRunTime | default false }}
-
-[kubernetes]
-enabled = {{ ternary "yes" "no" .Values.kubernetes.enabled | quote }}
-events = {{ .Values.kubernetes.events }}
-node_condition = {{ .Values.kubernetes.nodeCondition }}
-{{- with .Values.config.rules }}
-
-{{ . }}
+{{ . | trim }}
 {{- end }}
 {{- end }}
