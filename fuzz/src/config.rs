@@ -1,10 +1,10 @@
 //! Configuration parser: any text is rejected with an error, or enforces at least what it says and survives being
 //! printed and parsed again.
 
-use std::{net::IpAddr, path::Path};
+use std::{collections::BTreeMap, net::IpAddr, path::Path};
 
 use imds_agent::config::{
-    Config, ConfigError, ConfigErrors, Enabled, EndpointSelector, Exempt, Hooks, RuleSubject,
+    Config, ConfigError, ConfigErrors, Enabled, EndpointSelector, Exempt, Hooks, NodeIdentity, RuleSubject,
     endpoint_set::EndpointSet, provider::Dmi,
 };
 use imds_ebpf_common::{DenyAction, Hook, Mode};
@@ -24,6 +24,12 @@ pub(crate) fn run(bytes: &[u8]) {
     let written = Config::parse(config.to_toml(), Path::new(PATH)).expect("a printed configuration is valid");
     assert_eq!(written.to_toml(), config.to_toml());
     assert_same(&config, &written);
+    for labels in [None, Some(BTreeMap::new())] {
+        let chosen = config.clone().for_node(&NodeIdentity { labels, ..NodeIdentity::default() });
+        let written =
+            Config::parse(chosen.to_toml(), Path::new(PATH)).expect("the configuration of a pool is valid");
+        assert_same(&chosen, &written);
+    }
     let table: Table = text.parse().expect("an accepted configuration is TOML");
     assert_no_weaker(&config, &table);
     for dmi in [Dmi::default(), Dmi { sys_vendor: "Amazon EC2".to_owned(), ..Dmi::default() }] {

@@ -90,6 +90,9 @@ pub struct AgentProcess {
 pub struct Configuration {
     pub generation: u64,
     pub file: Option<PathBuf>,
+    /// Missing in the output of earlier versions.
+    #[serde(default)]
+    pub node_pool: Option<String>,
     pub loaded_at: String,
     pub rejected: Option<RejectedConfig>,
 }

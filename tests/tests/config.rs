@@ -120,7 +120,7 @@ fn show_prints_effective_config() {
         "interfaces": { "include": [], "exclude": ["lxc*"] },
         "metrics": { "listen": ["127.0.0.1:9254"], "program_run_time": false },
         "preset": {},
-        "kubernetes": { "enabled": "auto", "kubeconfig": "", "node_name": "" },
+        "kubernetes": { "enabled": "auto", "kubeconfig": "", "node_name": "", "events": false, "node_condition": false },
         "endpoint": [{ "name": "vault", "address": "10.0.0.9", "allow_ports": [] }],
         "exempt": [],
     });

@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     config::{
-        self, Config, ConfigErrors, Hooks,
+        self, Config, ConfigErrors, Environment, Hooks, NodeIdentity,
+        node_pool::{Labels, parse_labels},
         provider::{DMI_DIR, Dmi},
     },
     datapath::{maps::config_record, object::Maps, pin::dir::PinDir},
@@ -43,6 +44,12 @@ struct CheckArgs {
     /// Configuration file (TOML), or `-` for standard input
     #[arg(value_name = "FILE")]
     file: PathBuf,
+    /// Labels of the node whose `[[node_pool]]` is checked, such as `pool=gpu,zone=1`
+    #[arg(long, value_name = "LABELS", value_parser = parse_labels)]
+    node_labels: Option<Labels>,
+    /// Name of the node whose `[[node_pool]]` is checked, which decides with `percent`. Default: as in `run`
+    #[arg(long, value_name = "NAME")]
+    node_name: Option<String>,
     /// Directory of the firmware files (DMI) from which `provider = "auto"` detects the provider
     #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
     dmi_dir: PathBuf,
@@ -91,8 +98,23 @@ fn resolve(args: &CheckArgs) -> Result<String, ConfigErrors> {
     } else {
         Config::load(&args.file)?
     };
-    let (endpoint_set, exempt) = config.resolve(&Dmi::read(&args.dmi_dir))?;
-    Ok(summary(&config, &endpoint_set, &exempt))
+    let dmi = Dmi::read(&args.dmi_dir);
+    let mut pools = Vec::new();
+    for (name, pool) in config.node_pools() {
+        // Other nodes than this one have the pool.
+        pool.resolve(&dmi)?;
+        pools.push(name.to_owned());
+    }
+    let config = if args.node_labels.is_some() || args.node_name.is_some() {
+        let name = args.node_name.clone();
+        let name = name.unwrap_or_else(|| config.kubernetes.node_name(&Environment::read()));
+        let labels = args.node_labels.clone().or_else(|| Some(Labels::new()));
+        config.for_node(&NodeIdentity { name, labels, effective: None })
+    } else {
+        config
+    };
+    let (endpoint_set, exempt) = config.resolve(&dmi)?;
+    Ok(summary(&config, &endpoint_set, &exempt, &pools))
 }
 
 fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {

@@ -15,7 +15,13 @@ const NO_PROCESS: &str =
 const NO_METRICS: &str = "no address: neither metrics nor health checks (metrics.listen is empty)";
 
 /// Returns the configuration, resolved for this machine, as text that ends with a newline.
-pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exempt]) -> String {
+/// `pools` are the names of all pools of nodes.
+pub(super) fn summary(
+    config: &Config,
+    endpoint_set: &EndpointSet,
+    exempt: &[Exempt],
+    pools: &[String],
+) -> String {
     let mut text = String::new();
     let mut add = |title: &str, values: &[String]| {
         let none = ["none".to_owned()];
@@ -26,6 +32,10 @@ pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exe
             let _ok = writeln!(text, "{title:<10} {value}");
         }
     };
+    if !pools.is_empty() {
+        let pool = config.pool().map_or_else(|| "none".to_owned(), str::to_owned);
+        add("node pool", &[format!("{pool} (of {})", pools.join(", "))]);
+    }
     add("mode", &[config.mode.name().to_owned()]);
     add("on_deny", &[config.on_deny.name().to_owned()]);
     add("errno", &[config.on_deny_errno.name().to_owned()]);
@@ -104,7 +114,7 @@ mod tests {
     fn summary_of(text: &str) -> String {
         let config = Config::parse(text, Path::new("f")).unwrap();
         let (endpoint_set, exempt) = config.resolve(&Dmi::default()).unwrap();
-        summary(&config, &endpoint_set, &exempt)
+        summary(&config, &endpoint_set, &exempt, &[])
     }
 
     #[test]

@@ -9,15 +9,24 @@ use tokio::task::JoinSet;
 
 use super::{Failure, PinDirArg, StateDirArg};
 use crate::{
-    config::{Listen, loader::ConfigLoader, provider::DMI_DIR},
+    config::{
+        Listen,
+        loader::ConfigLoader,
+        node_pool::{Labels, parse_labels},
+        provider::DMI_DIR,
+    },
     controller::{
         Reconciler, event_loop::Agent, resolved_config::RunOptions, start_config::StartConfig, startup_taint,
     },
-    datapath::{Datapath, pin::dir::PinDir, sys::bpf},
+    datapath::{Datapath, maps::config_record, pin::dir::PinDir, sys::bpf},
     diagnose::preflight,
+    kube::NodeLabels,
     node::{cgroup, netlink::Netlink, sender_resolver::SenderResolver},
     telemetry::Telemetry,
 };
+
+/// Longest time for which the start waits for the labels of the node.
+const LABEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Args, Debug)]
 pub(super) struct RunArgs {
@@ -53,6 +62,9 @@ pub(super) struct RunArgs {
     /// Directory of the firmware files (DMI) from which `provider = "auto"` detects the provider
     #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
     dmi_dir: PathBuf,
+    /// Labels of the node for `[[node_pool]]`, such as `pool=gpu,zone=1`, instead of those that the API server has
+    #[arg(long, value_name = "LABELS", value_parser = parse_labels)]
+    node_labels: Option<Labels>,
     #[command(flatten)]
     state: StateDirArg,
     #[command(flatten)]
@@ -81,6 +93,27 @@ impl TcBackend {
     }
 }
 
+/// Chooses the configuration. Waits for the labels of the node if they decide between pools.
+async fn choose_config(
+    loader: &mut ConfigLoader,
+    options: &RunOptions,
+    pins: &PinDir,
+) -> anyhow::Result<StartConfig> {
+    let start = StartConfig::choose(loader, options, pins)?;
+    let Some(api) = start.resolved.cluster.clone().filter(|_| loader.needs_node_labels()) else {
+        return Ok(start);
+    };
+    if let Some(labels) = NodeLabels::start(api).first(LABEL_TIMEOUT).await {
+        loader.set_node_labels(labels);
+        return StartConfig::choose(loader, options, pins);
+    }
+    let pool = start.config.pool().unwrap_or("none");
+    log::warn!(
+        "starting without the labels of the node, node pool {pool} applies until the API server sends them"
+    );
+    Ok(start)
+}
+
 pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     if let Some(path) = &args.cgroup {
         cgroup::ensure_v2(path)
@@ -91,8 +124,10 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     preflight::check_kernel()?;
     let node = RunOptions { backend: args.tc_backend.choose()?, cgroup: args.cgroup, dmi_dir: args.dmi_dir };
     let pins = PinDir::new(&args.pins.pin_dir)?;
-    let mut loader = ConfigLoader::new(args.config, args.listen, args.state.store());
-    let mut start = StartConfig::choose(&mut loader, &node, &pins)?;
+    let effective = config_record::pinned(&pins).map(|record| record.text);
+    let mut loader = ConfigLoader::new(args.config, args.listen, args.state.store())
+        .with_node(args.node_labels, effective);
+    let mut start = choose_config(&mut loader, &node, &pins).await?;
     if let Some(error) = &start.rejected {
         log::error!("failed to load the configuration: {error}");
     }

@@ -16,6 +16,7 @@ use super::{
     interfaces::InterfacesTable,
     kubernetes::KubernetesTable,
     listen::MetricsTable,
+    node_pool::{NodePoolTable, OVERRIDES},
     node_table::NodeTable,
     source::Diagnostics,
     suggest::did_you_mean_of,
@@ -45,6 +46,9 @@ pub(super) struct File {
     pub(super) preset: Presets,
     pub(super) endpoint: Vec<EndpointTable>,
     pub(super) exempt: Vec<ExemptTable>,
+    /// Not part of the effective configuration of a node.
+    #[serde(skip_serializing)]
+    pub(super) node_pool: Vec<NodePoolTable>,
 }
 
 impl Default for File {
@@ -63,6 +67,7 @@ impl Default for File {
             preset: Presets::new(),
             endpoint: Vec::new(),
             exempt: Vec::new(),
+            node_pool: Vec::new(),
         }
     }
 }
@@ -93,6 +98,29 @@ impl File {
             }
         }
         Self::default()
+    }
+
+    /// Reads the file with the settings of a pool instead of those outside of the pools. Records the first error and returns `None` if
+    /// a setting is invalid. The file itself must be valid.
+    pub(super) fn read_pool(index: usize, diagnostics: &mut Diagnostics<'_>) -> Option<Self> {
+        let text = diagnostics.source.text;
+        let (mut document, _) = DeTable::parse_recoverable(text);
+        let table = document.get_mut();
+        let pools = table.remove("node_pool")?.into_inner();
+        let DeValue::Table(mut pool) = pools.as_array()?.get(index)?.get_ref().clone() else { return None };
+        for key in OVERRIDES {
+            let Some((key, value)) = pool.remove_entry(key) else { continue };
+            match (value.get_ref(), table.get_mut(key.get_ref().as_ref()).map(Spanned::get_mut)) {
+                (DeValue::Table(switches), Some(DeValue::Table(defaults))) => {
+                    defaults.extend(switches.clone());
+                }
+                _ => drop(table.insert(key, value)),
+            }
+        }
+        let span = |error: &Error| error.span().unwrap_or_default();
+        let failed =
+            |error: Error| diagnostics.error(span(&error), format!("node_pool.{}", message(&error, text)));
+        Self::deserialize(Deserializer::from(document)).map_err(failed).ok()
     }
 
     /// Returns the enabled hooks. The allow list of the node is the switch of its hook.

@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::config::{
-    self, Config, ConfigErrors, Listen,
+    self, Config, ConfigErrors, Environment, Listen, NodeIdentity,
     last_good::{LastGoodError, LastGoodStore},
+    node_pool::{Labels, pool_of},
 };
 
 /// Loads the configuration from a file, or the defaults if no file is named.
@@ -16,6 +17,11 @@ pub struct ConfigLoader {
     store: LastGoodStore,
     /// Content of the file at the last read.
     last_read: Content,
+    node: NodeIdentity,
+    /// True if the labels of the node are from the command line, so that the API server is not asked.
+    has_static_labels: bool,
+    /// True if the labels of the node decide between pools of the last loaded file.
+    needs_node_labels: bool,
 }
 
 /// Content of the file. `None` if it cannot be read or no file is named.
@@ -26,7 +32,28 @@ impl ConfigLoader {
     /// Creates a loader of the file at `path`. `listen` replaces the addresses of the metrics server unless it is
     /// empty.
     pub fn new(path: Option<PathBuf>, listen: Vec<Listen>, store: LastGoodStore) -> Self {
-        Self { path, listen, store, last_read: Content::default() }
+        let (last_read, node) = (Content::default(), NodeIdentity::default());
+        let (has_static_labels, needs_node_labels) = (false, false);
+        Self { path, listen, store, last_read, node, has_static_labels, needs_node_labels }
+    }
+
+    /// Sets the labels of the node from the command line, and the effective configuration of an earlier agent. Both choose the
+    /// node's pool.
+    #[must_use]
+    pub fn with_node(self, labels: Option<Labels>, effective: Option<String>) -> Self {
+        let has_static_labels = labels.is_some();
+        let node = NodeIdentity { name: String::new(), labels, effective };
+        Self { node, has_static_labels, ..self }
+    }
+
+    /// Reports whether the API server must be asked for the labels of the node: they decide between pools of the last loaded file.
+    pub fn needs_node_labels(&self) -> bool {
+        self.needs_node_labels && !self.has_static_labels
+    }
+
+    /// Sets the labels of the node. Returns whether they differ from the known ones.
+    pub fn set_node_labels(&mut self, labels: Labels) -> bool {
+        self.node.labels.replace(labels) != self.node.labels
     }
 
     /// Reads and validates the file.
@@ -35,7 +62,12 @@ impl ConfigLoader {
             Some(path) => {
                 let read = config::read(path);
                 self.last_read = Content(read.as_ref().ok().cloned());
-                Config::parse(&read?, path)?
+                let config = Config::parse(&read?, path)?;
+                self.needs_node_labels = config.needs_node_labels();
+                let chosen = self.for_node(config);
+                self.log_pool(&chosen);
+                self.node.effective = Some(chosen.to_toml().to_owned());
+                chosen
             }
             None => Config::default(),
         };
@@ -73,7 +105,7 @@ impl ConfigLoader {
     pub(crate) fn load_last_good(&self) -> anyhow::Result<Option<Config>> {
         let Some(path) = &self.path else { return Ok(None) };
         let Some(text) = self.store.read(&absolute(path)?)? else { return Ok(None) };
-        Ok(Some(self.with_listen(Config::parse(&text, &self.store.path())?)))
+        Ok(Some(self.with_listen(self.for_node(Config::parse(&text, &self.store.path())?))))
     }
 
     /// Validates the text that the pinned map at `map` records, if `from` is the file or its last good configuration. The
@@ -97,6 +129,21 @@ impl ConfigLoader {
         let path = self.path.as_deref().unwrap_or(Path::new(""));
         let Content(text) = &self.last_read;
         self.with_listen(Config::fallback(text.as_deref().unwrap_or_default(), path))
+    }
+
+    fn for_node(&self, config: Config) -> Config {
+        let name = config.kubernetes.node_name(&Environment::read());
+        config.for_node(&NodeIdentity { name, ..self.node.clone() })
+    }
+
+    /// Logs the pool of the node if it is another one than before.
+    fn log_pool(&self, chosen: &Config) {
+        let before = self.node.effective.as_deref().and_then(pool_of);
+        match chosen.pool() {
+            Some(pool) if before != Some(pool) => log::info!("node pool {pool} applies to this node"),
+            None if before.is_some() => log::info!("no node pool applies to this node"),
+            _ => {}
+        }
     }
 
     fn with_listen(&self, mut config: Config) -> Config {

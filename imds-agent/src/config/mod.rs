@@ -11,6 +11,7 @@ pub mod last_good;
 mod listen;
 pub mod loader;
 mod names;
+pub mod node_pool;
 mod node_table;
 pub mod provider;
 mod selector;
@@ -37,6 +38,7 @@ pub use self::{
     interfaces::Interfaces,
     kubernetes::{Access, Enabled, Environment, Kubernetes},
     listen::Listen,
+    node_pool::{NodeIdentity, NodePool},
     node_table::NodeProcess,
 };
 use self::{
@@ -78,6 +80,8 @@ pub struct Config {
     pub program_run_time: bool,
     /// Settings of the pod watch.
     pub kubernetes: Kubernetes,
+    /// Pools of nodes with other settings. Empty for the configuration of one node.
+    pools: Vec<NodePool>,
     text: String,
 }
 
@@ -172,7 +176,18 @@ impl Config {
             let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
             return Err(diagnostics.source.error(0..0, message).into());
         }
-        let config = Self::from_file(&file, &mut diagnostics);
+        let mut config = Self::check(&file, &mut diagnostics);
+        // Errors of the rest of the file would be repeated for each pool.
+        if diagnostics.is_empty() {
+            config.pools = NodePool::parse(&file, &mut diagnostics);
+        }
+        diagnostics.finish()?;
+        Ok(config)
+    }
+
+    /// Validates `file`, including the relations between its keys.
+    fn check(file: &File, diagnostics: &mut Diagnostics<'_>) -> Self {
+        let config = Self::from_file(file, diagnostics);
         if config.kubernetes.enabled == Enabled::No
             && let Some(name) = config.exempt.first_pod_rule(&file.exempt)
         {
@@ -191,8 +206,7 @@ impl Config {
                 diagnostics.error(file.hooks.span(), message);
             }
         }
-        diagnostics.finish()?;
-        Ok(config)
+        config
     }
 
     /// Validates each key of `file`, and records the errors.
@@ -211,6 +225,7 @@ impl Config {
             listen: Listen::parse(&file.metrics, diagnostics),
             program_run_time: file.metrics.program_run_time,
             kubernetes: Kubernetes::parse(&file.kubernetes, diagnostics),
+            pools: Vec::new(),
             text: file.to_toml(),
         }
     }

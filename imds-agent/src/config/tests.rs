@@ -272,8 +272,8 @@ fn example_equals_defaults() {
 
 #[test]
 fn example_has_every_key() {
-    let (_, effective) = example();
-    let keys: Table = effective.parse().unwrap();
+    let (_, example) = example();
+    let keys: Table = example.parse().unwrap();
     let mut tables = vec![(String::new(), BTreeSet::new())];
     add_keys(&keys, &mut tables[0].1);
     for (name, value) in &keys {

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     datapath::pin::dir::PinDir,
     kube::{
-        ClusterWriter,
+        ClusterClient,
         cluster::{ApiConfig, ClusterWrites},
     },
     node::netlink::Netlink,
@@ -59,7 +59,7 @@ impl ClusterReport {
         self.tasks = JoinSet::new();
         self.denied_pods.set_enabled(settings.as_ref().is_some_and(|settings| settings.writes.events));
         if let Some(Settings { api, writes, endpoints }) = &settings {
-            let writer = || ClusterWriter::new(api.clone());
+            let writer = || ClusterClient::new(api.clone());
             if writes.events {
                 let denied_pods = Arc::clone(&self.denied_pods);
                 self.tasks.spawn(write_events(denied_pods, writer(), endpoints.clone()));

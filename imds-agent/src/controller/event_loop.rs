@@ -18,7 +18,7 @@ use self::{
     unloaded::Unloaded,
 };
 use crate::{
-    config::loader::ConfigLoader,
+    config::{loader::ConfigLoader, node_pool::Labels},
     controller::{
         Reconciler,
         cluster_report::ClusterReport,
@@ -26,7 +26,7 @@ use crate::{
         start_config::StartConfig,
     },
     kube::{
-        PodEvent,
+        NodeLabels, PodEvent,
         cluster::{Cluster, ClusterEvent},
     },
     memory::{self, TrimSchedule},
@@ -60,6 +60,7 @@ pub struct Agent {
     telemetry: Telemetry,
     systemd: Systemd,
     cluster: Cluster,
+    node_labels: Option<NodeLabels>,
     cluster_report: ClusterReport,
     /// Tasks that are aborted when the agent ends.
     background: JoinSet<()>,
@@ -96,6 +97,7 @@ impl Agent {
             telemetry,
             systemd: Systemd::from_env(),
             cluster: Cluster::default(),
+            node_labels: None,
             cluster_report,
             background,
             timer,
@@ -137,6 +139,7 @@ impl Agent {
             tokio::select! {
                 event = events.next() => self.on_link_events(event, &mut events).await?,
                 event = self.cluster.next() => self.on_cluster_event(event).await,
+                labels = changed_labels(&mut self.node_labels) => self.on_node_labels(labels).await,
                 () = future::ready(()), if self.reconciler.resync_in_progress() => log_error(self.reconciler.resync_step().await),
                 () = self.reconciler.progress.requested.due() => {
                     log_error(self.reconciler.run_requested_resync().await);
@@ -188,6 +191,8 @@ impl Agent {
                 () = self.systemd.watchdog() => {}
                 _ = self.hangup.recv() => {
                     reload_due = None;
+                    // Starts again with the reload, so that the labels are read now.
+                    self.node_labels = None;
                     self.reload().await;
                 }
                 _ = self.terminate.recv() => break,
@@ -248,8 +253,20 @@ impl Agent {
     async fn update_pod_watch(&mut self) {
         self.cluster.set_api(self.resolved.cluster.as_ref());
         self.cluster_report.set(&self.resolved);
+        let api = self.resolved.cluster.as_ref().filter(|_| self.loader.needs_node_labels());
+        if self.node_labels.as_ref().map(NodeLabels::api) != api {
+            self.node_labels = api.cloned().map(NodeLabels::start);
+        }
         if self.cluster.node().is_none() {
             log_error(self.reconciler.clear_pods().await);
+        }
+    }
+
+    /// Loads the configuration of another pool if the labels of the node demand it.
+    async fn on_node_labels(&mut self, labels: Labels) {
+        if self.loader.set_node_labels(labels) {
+            log::info!("loading the configuration again: the labels of the node have changed");
+            self.reload().await;
         }
     }
 
@@ -330,6 +347,13 @@ impl Agent {
         let generation = self.reconciler.datapath.record_config(self.loader.path(), config.to_toml())?;
         self.loader.store_last_good();
         Ok(generation)
+    }
+}
+
+async fn changed_labels(labels: &mut Option<NodeLabels>) -> Labels {
+    match labels {
+        Some(labels) => labels.changed().await,
+        None => future::pending().await,
     }
 }
 

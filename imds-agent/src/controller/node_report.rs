@@ -12,7 +12,7 @@ use tokio::{
 use crate::{
     datapath::{DatapathError, pin::dir::PinDir},
     kube::{
-        Backoff, ClusterWriter, Condition, EventSeries, NewEvent, Regarding, WriteError,
+        Backoff, ClusterClient, Condition, EventSeries, NewEvent, Regarding, RequestError,
         cluster::ClusterWrites,
     },
     node::netlink::Netlink,
@@ -55,7 +55,7 @@ enum NodeState {
 /// Task that reports the enforcement of the node.
 pub(super) struct NodeReporter {
     node: NodeView,
-    client: ClusterWriter,
+    client: ClusterClient,
     writes: ClusterWrites,
     /// Corrections of the agent. Each update, also one without a change, requests a check.
     corrections: watch::Receiver<DriftCorrections>,
@@ -104,7 +104,7 @@ impl NodeState {
 impl NodeReporter {
     pub(super) fn new(
         node: NodeView,
-        client: ClusterWriter,
+        client: ClusterClient,
         writes: ClusterWrites,
         corrections: watch::Receiver<DriftCorrections>,
     ) -> Self {
@@ -162,7 +162,7 @@ impl NodeReporter {
     }
 
     /// Writes what has changed since the last report.
-    async fn report(&mut self, now: Instant) -> Result<(), WriteError> {
+    async fn report(&mut self, now: Instant) -> Result<(), RequestError> {
         let Some(state) = self.settled.clone() else { return Ok(()) };
         if self.writes.node_condition {
             let is_current =
@@ -179,7 +179,7 @@ impl NodeReporter {
         Ok(())
     }
 
-    async fn report_state(&mut self, state: &NodeState, now: Instant) -> Result<(), WriteError> {
+    async fn report_state(&mut self, state: &NodeState, now: Instant) -> Result<(), RequestError> {
         if now < self.next_state_event {
             return Ok(());
         }
@@ -203,7 +203,7 @@ impl NodeReporter {
         Ok(())
     }
 
-    async fn report_corrections(&mut self, now: Instant) -> Result<(), WriteError> {
+    async fn report_corrections(&mut self, now: Instant) -> Result<(), RequestError> {
         let corrections = *self.corrections.borrow_and_update();
         if now < self.next_repair_event {
             return Ok(());
@@ -222,7 +222,7 @@ impl NodeReporter {
         reason: &'static str,
         action: &'static str,
         note: String,
-    ) -> Result<(), WriteError> {
+    ) -> Result<(), RequestError> {
         let time = Timestamp::now();
         let regarding = Regarding::Node(self.client.node().to_owned());
         let series = EventSeries { count: 1, last: time };
@@ -230,7 +230,7 @@ impl NodeReporter {
         self.client.create_event(&event).await.map(drop)
     }
 
-    fn on_result(&mut self, result: Result<(), WriteError>) {
+    fn on_result(&mut self, result: Result<(), RequestError>) {
         let Err(error) = result else {
             self.backoff.reset();
             if self.last_error.take().is_some() {

@@ -7,7 +7,7 @@ use tokio::time::sleep;
 
 use crate::{
     datapath::pin::dir::PinDir,
-    kube::{Backoff, ClusterWriter, cluster::ApiConfig},
+    kube::{Backoff, ClusterClient, cluster::ApiConfig},
     node::netlink::Netlink,
     telemetry::status,
 };
@@ -21,7 +21,7 @@ pub async fn remove_startup_taint(api: ApiConfig, key: String, pins: PinDir, net
     while !is_ready(&pins, &netlink).await {
         sleep(PERIOD).await;
     }
-    let (mut writer, mut backoff) = (ClusterWriter::new(api), Backoff::default());
+    let (mut writer, mut backoff) = (ClusterClient::new(api), Backoff::default());
     loop {
         let removed = writer.remove_taint(&key).await;
         let node = writer.node();

@@ -7,8 +7,9 @@ mod api;
 mod api_error;
 mod backoff;
 pub mod cluster;
-mod cluster_writer;
+mod cluster_client;
 mod event_object;
+mod node_labels;
 pub mod pod;
 mod pod_list;
 pub mod pod_ref;
@@ -20,8 +21,9 @@ mod watch_state;
 pub use self::{
     api_error::ErrorKind,
     backoff::Backoff,
-    cluster_writer::{ClusterWriter, Condition, WriteError},
+    cluster_client::{ClusterClient, Condition, RequestError},
     event_object::{EventSeries, NewEvent, Regarding},
+    node_labels::NodeLabels,
     pod::{Pod, StringMap},
     pod_list::PodEvent,
     reflector::{Options, PodWatcher},

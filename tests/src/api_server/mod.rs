@@ -38,6 +38,8 @@ struct Store {
     pods: BTreeMap<String, Value>,
     /// Taints of nodes, by node name.
     taints: BTreeMap<String, Value>,
+    /// Labels of nodes, by node name.
+    labels: BTreeMap<String, Value>,
     /// Events by namespace and name.
     events: BTreeMap<(String, String), Value>,
     /// Times of the requests that created or patched an Event.
@@ -185,6 +187,11 @@ impl ApiServer {
     /// Sets the taints of a node, which exists from then on.
     pub fn set_taints(&self, node: &str, taints: Value) {
         self.shared.lock().taints.insert(node.to_owned(), taints);
+    }
+
+    /// Sets the labels of a node, which exists from then on.
+    pub fn set_labels(&self, node: &str, labels: Value) {
+        self.shared.lock().labels.insert(node.to_owned(), labels);
     }
 
     /// Returns the taints of the node.

@@ -92,9 +92,13 @@ impl Shared {
     /// Returns a node object. A patch first tests the node's taints and replaces them.
     fn node(&self, stream: &TcpStream, node: &str, patch: &[u8]) -> Option<()> {
         let mut store = self.lock();
-        let Some(taints) = store.taints.get_mut(node) else {
+        let labels = store.labels.get(node).cloned();
+        let taints = store.taints.get_mut(node);
+        if labels.is_none() && taints.is_none() {
             return respond_status(stream, 404, "nodes not found");
-        };
+        }
+        let mut no_taints = json!([]);
+        let taints = taints.unwrap_or(&mut no_taints);
         if !patch.is_empty() {
             let patch: Value = serde_json::from_slice(patch).ok()?;
             if patch[0]["op"] != "test" || patch[0]["value"] != *taints {
@@ -106,7 +110,8 @@ impl Shared {
             }
             *taints = patch[1]["value"].clone();
         }
-        let object = json!({ "kind": "Node", "metadata": { "name": node }, "spec": { "taints": taints } });
+        let metadata = json!({ "name": node, "labels": labels });
+        let object = json!({ "kind": "Node", "metadata": metadata, "spec": { "taints": taints } });
         drop(store);
         respond(stream, 200, "Content-Type: application/json\r\n", &object.to_string())
     }

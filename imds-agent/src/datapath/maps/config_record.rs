@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
+    config::node_pool::pool_of,
     datapath::{
         Datapath, DatapathError, map_error,
         object::Maps,
@@ -28,6 +29,8 @@ pub struct EffectiveConfig {
     /// Path of the configuration file; `None` if there is no file.
     #[serde(rename = "file")]
     pub path: Option<PathBuf>,
+    /// Pool of the node whose settings the configuration has; `None` without one.
+    pub node_pool: Option<String>,
     /// Time since which the configuration is effective.
     pub loaded_at: Timestamp,
     /// Last configuration that was rejected after this one was loaded.
@@ -73,13 +76,15 @@ impl EffectiveConfig {
         let exemption_errors = raw_field_text(&record.exemption_errors).unwrap_or_default();
         let rejected = (record.failed_at != 0)
             .then(|| RejectedConfig { at: timestamp(record.failed_at), error: field_text(&record.error) });
+        let text = raw_field_text(&record.text).unwrap_or_default();
         Some(Self {
             generation: record.generation,
+            node_pool: pool_of(text).map(str::to_owned),
             path: (!path.is_empty()).then(|| path.into()),
             loaded_at: timestamp(record.loaded_at),
             rejected,
             exemption_errors: exemption_errors.lines().map(str::to_owned).collect(),
-            text: raw_field_text(&record.text).unwrap_or_default().to_owned(),
+            text: text.to_owned(),
         })
     }
 }

@@ -9,7 +9,7 @@ use super::{
     event_queue::{DeniedRequest, PendingWrite},
 };
 use crate::{
-    kube::{Backoff, ClusterWriter, NewEvent, Regarding, WriteError},
+    kube::{Backoff, ClusterClient, NewEvent, Regarding, RequestError},
     telemetry::denial_report::DenialSubject,
 };
 
@@ -19,7 +19,7 @@ pub(crate) type EndpointNames = BTreeMap<IpAddr, String>;
 /// Writes Events about the pods of `denied` until it is dropped.
 pub(crate) async fn write_events(
     denied: Arc<DeniedPods>,
-    mut writer: ClusterWriter,
+    mut writer: ClusterClient,
     endpoints: EndpointNames,
 ) {
     let (mut backoff, mut last_error) = (Backoff::default(), None);
@@ -66,10 +66,10 @@ async fn wait_until_due(denied: &DeniedPods) {
 
 /// Creates or updates an Event. Returns its name.
 async fn write_event(
-    writer: &mut ClusterWriter,
+    writer: &mut ClusterClient,
     write: &PendingWrite,
     endpoints: &EndpointNames,
-) -> Result<String, WriteError> {
+) -> Result<String, RequestError> {
     let pod = &write.pod;
     if let Some(name) = &write.name {
         writer.update_event(&pod.namespace, name, &write.series).await?;

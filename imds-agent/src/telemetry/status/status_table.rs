@@ -66,11 +66,12 @@ impl StatusReport {
     }
 
     fn write_configuration(&self, text: &mut String) -> std::fmt::Result {
-        let Some(EffectiveConfig { generation, path, loaded_at, .. }) = &self.configuration else {
+        let Some(EffectiveConfig { generation, path, node_pool, loaded_at, .. }) = &self.configuration else {
             return Ok(());
         };
         let file = path.as_ref().map_or("all defaults".into(), |file| file.to_string_lossy());
-        writeln!(text, "config     {file}, generation {generation}, active since {loaded_at:.0}")
+        let pool = node_pool.as_ref().map(|pool| format!(", node pool {pool}")).unwrap_or_default();
+        writeln!(text, "config     {file}{pool}, generation {generation}, active since {loaded_at:.0}")
     }
 
     fn write_endpoints(&self, text: &mut String) -> std::fmt::Result {

@@ -1,4 +1,4 @@
-//! Writes to the API server: Events, and changes of the node.
+//! Requests about single objects: Events, and the node.
 
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use super::{
     event_object::{EventSeries, NewEvent},
     taint,
 };
+use crate::config::node_pool::Labels;
 
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// JSON Patch (RFC 6902).
@@ -22,10 +23,10 @@ const MERGE_PATCH: &str = "application/merge-patch+json";
 /// Merge patch of Kubernetes, which merges lists of conditions by their type.
 const STRATEGIC_MERGE_PATCH: &str = "application/strategic-merge-patch+json";
 
-/// Reason why the API server did not store a change.
+/// Reason why a request about an object failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
-pub struct WriteError {
+pub struct RequestError {
     text: String,
     /// Pause that the server requests before the next attempt.
     pub retry_after: Option<Duration>,
@@ -46,13 +47,13 @@ pub struct Condition {
     pub message: String,
 }
 
-/// Client that writes Events and changes the node. Connects with the first request.
-pub struct ClusterWriter {
+/// Client that writes Events, and reads and changes the node. Connects with the first request.
+pub struct ClusterClient {
     config: ApiConfig,
     api: Option<Api>,
 }
 
-impl ClusterWriter {
+impl ClusterClient {
     /// Returns a client for the API server and node of `config`.
     pub fn new(config: ApiConfig) -> Self {
         Self { config, api: None }
@@ -69,7 +70,7 @@ impl ClusterWriter {
     ///
     /// Status code 403 means that the role is missing or that the namespace is being deleted, 404 that there is no such
     /// namespace.
-    pub async fn create_event(&mut self, event: &NewEvent) -> Result<String, WriteError> {
+    pub async fn create_event(&mut self, event: &NewEvent) -> Result<String, RequestError> {
         let target = event_target(event.namespace());
         let object = event.to_json(&self.config.node);
         match self.write(Method::POST, &target, "application/json", &object).await {
@@ -89,14 +90,22 @@ impl ClusterWriter {
         namespace: &str,
         name: &str,
         series: &EventSeries,
-    ) -> Result<(), WriteError> {
+    ) -> Result<(), RequestError> {
         let target = format!("{}/{name}", event_target(namespace));
         let patch = json!({ "series": series.to_json() });
         self.write(Method::PATCH, &target, MERGE_PATCH, &patch).await.map(drop)
     }
 
+    /// Returns the labels of the node.
+    pub async fn node_labels(&mut self) -> Result<Labels, RequestError> {
+        let node = self.get(&self.node_target()).await?;
+        let labels = node.pointer("/metadata/labels").and_then(Value::as_object).into_iter().flatten();
+        let text = |(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned()));
+        Ok(labels.filter_map(text).collect())
+    }
+
     /// Sets a condition of the node. Keeps the time of the last transition if the value stays.
-    pub async fn set_condition(&mut self, condition: &Condition) -> Result<(), WriteError> {
+    pub async fn set_condition(&mut self, condition: &Condition) -> Result<(), RequestError> {
         let target = format!("{}/status", self.node_target());
         let node = self.get(&target).await?;
         let Condition { kind, is_true, reason, message } = condition;
@@ -119,7 +128,7 @@ impl ClusterWriter {
     /// # Errors
     ///
     /// Fails if another client changed the taints concurrently. The taints then stay as they are.
-    pub async fn remove_taint(&mut self, key: &str) -> Result<bool, WriteError> {
+    pub async fn remove_taint(&mut self, key: &str) -> Result<bool, RequestError> {
         let target = self.node_target();
         let node = self.get(&target).await?;
         let patch = node.pointer("/spec/taints").and_then(|taints| taint::removal(taints, key));
@@ -133,9 +142,9 @@ impl ClusterWriter {
         format!("/api/v1/nodes/{}", self.config.node)
     }
 
-    async fn get(&mut self, target: &str) -> Result<Value, WriteError> {
+    async fn get(&mut self, target: &str) -> Result<Value, RequestError> {
         let api = self.api().await?;
-        api.get_object(target).await.map_err(|error| WriteError::new(api.describe(target, &error), &error))
+        api.get_object(target).await.map_err(|error| RequestError::new(api.describe(target, &error), &error))
     }
 
     async fn write(
@@ -144,23 +153,23 @@ impl ClusterWriter {
         target: &str,
         media_type: &'static str,
         body: &Value,
-    ) -> Result<Value, WriteError> {
+    ) -> Result<Value, RequestError> {
         let api = self.api().await?;
         let answer = api.write(method, target, media_type, body).await;
-        answer.map_err(|error| WriteError::new(api.describe(target, &error), &error))
+        answer.map_err(|error| RequestError::new(api.describe(target, &error), &error))
     }
 
-    async fn api(&mut self) -> Result<Api, WriteError> {
+    async fn api(&mut self) -> Result<Api, RequestError> {
         if let Some(api) = &self.api {
             return Ok(api.clone());
         }
         let api = Api::new(&self.config.access, &self.config.node, RESPONSE_TIMEOUT).await;
-        let api = api.map_err(|error| WriteError::new(with_causes(&error), &error))?;
+        let api = api.map_err(|error| RequestError::new(with_causes(&error), &error))?;
         Ok(self.api.insert(api).clone())
     }
 }
 
-impl WriteError {
+impl RequestError {
     fn new(text: String, error: &ApiError) -> Self {
         Self { text, retry_after: error.retry_after(), code: error.code() }
     }

@@ -1,0 +1,303 @@
+//! `[[node_pool]]`: settings of a part of the cluster's nodes.
+
+use std::collections::BTreeMap;
+
+use imds_ebpf_common::Mode;
+use serde::{Deserialize, de::IgnoredAny};
+use toml::Spanned;
+
+use super::{
+    Config,
+    file::File,
+    names,
+    selector::{Selector, SelectorTable},
+    source::Diagnostics,
+};
+use crate::checksum::fnv1a;
+
+/// Largest number of pools. Each is read together with the whole file.
+const MAX_POOLS: usize = 32;
+/// Longest name of a pool in characters.
+const MAX_NAME: usize = 63;
+/// First line of the effective configuration of a pool, before its name.
+const HEADER: &str = "# node_pool ";
+
+/// Keys that a pool can set instead of the rest of the file.
+pub(super) const OVERRIDES: [&str; 5] = ["mode", "on_deny", "on_deny_errno", "provider", "hooks"];
+
+/// Labels by key.
+pub type Labels = BTreeMap<String, String>;
+
+/// Pool of nodes with a configuration of their own. The first pool that matches a node decides.
+#[derive(Clone, Debug)]
+pub struct NodePool {
+    name: String,
+    /// Selector of the nodes by their labels; `None` for nodes with any labels.
+    selector: Option<Selector>,
+    /// Percentage of the selected nodes.
+    percent: u8,
+    /// Configuration of the nodes of the pool.
+    config: Config,
+}
+
+/// Node for which a configuration is chosen.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct NodeIdentity {
+    /// Name of the node in the cluster.
+    pub name: String,
+    /// Labels of the node; `None` while they are unknown.
+    pub labels: Option<Labels>,
+    /// Effective configuration of an earlier agent on this node, as TOML. It decides while the labels are unknown.
+    pub effective: Option<String>,
+}
+
+/// Match of a pool with a node.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Match {
+    Yes,
+    No,
+    /// The labels of the node decide, and are unknown.
+    Unknown,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NodePoolTable {
+    name: Spanned<String>,
+    node_selector: Option<Spanned<SelectorTable>>,
+    percent: Option<Spanned<u8>>,
+    // The values are read together with the rest of the file.
+    #[serde(rename = "mode")]
+    _mode: Option<IgnoredAny>,
+    #[serde(rename = "on_deny")]
+    _on_deny: Option<IgnoredAny>,
+    #[serde(rename = "on_deny_errno")]
+    _on_deny_errno: Option<IgnoredAny>,
+    #[serde(rename = "provider")]
+    _provider: Option<IgnoredAny>,
+    #[serde(rename = "hooks")]
+    _hooks: Option<IgnoredAny>,
+}
+
+impl NodePool {
+    /// Parses the pools of `file`, and records their errors. Each pool is checked together with the rest of the file.
+    pub(super) fn parse(file: &File, diagnostics: &mut Diagnostics<'_>) -> Vec<Self> {
+        if let Some(table) = file.node_pool.get(MAX_POOLS) {
+            let message = format!("node_pool: more than {MAX_POOLS} pools");
+            diagnostics.error(table.name.span(), message);
+            return Vec::new();
+        }
+        let mut pools = Vec::<Self>::new();
+        for (index, table) in file.node_pool.iter().enumerate() {
+            let name = diagnostics.plain_name(&table.name, "node_pool.name", MAX_NAME);
+            if pools.iter().any(|pool| Some(&pool.name) == name.as_ref()) {
+                let message = format!("node_pool.name: {:?} is the name of two pools", table.name.get_ref());
+                diagnostics.error(table.name.span(), message);
+            }
+            let selector = table.node_selector.as_ref().map(|table| Selector::parse(table, diagnostics));
+            let percent = table.percent.as_ref().map_or(100, |percent| *percent.get_ref());
+            if let Some(span) =
+                table.percent.as_ref().filter(|_| !(1..=100).contains(&percent)).map(Spanned::span)
+            {
+                diagnostics.error(span, format!("node_pool.percent: {percent} is not 1 to 100"));
+            }
+            let Some(file) = File::read_pool(index, diagnostics) else { continue };
+            let mut config = Config::check(&file, diagnostics);
+            if let (Some(name), selector) = (name, selector) {
+                config.text.insert_str(0, &format!("{HEADER}{name}\n"));
+                // `Some(None)` stands for an invalid selector, whose error makes the file unusable.
+                pools.push(Self { name, selector: selector.flatten(), percent, config });
+            }
+        }
+        pools
+    }
+
+    fn matches(&self, node: &NodeIdentity) -> Match {
+        if fnv1a(&node.name) % 100 >= self.percent.into() {
+            return Match::No;
+        }
+        let Some(selector) = &self.selector else { return Match::Yes };
+        let Some(labels) = &node.labels else { return Match::Unknown };
+        let is_selected = selector.matches(|key| labels.get(key).map(String::as_str));
+        if is_selected { Match::Yes } else { Match::No }
+    }
+}
+
+impl Config {
+    /// Reports whether the labels of the node decide between configurations.
+    pub fn needs_node_labels(&self) -> bool {
+        self.pools.iter().any(|pool| pool.selector.is_some())
+    }
+
+    /// Returns the names of all pools, with the configuration of the pool's nodes.
+    pub fn node_pools(&self) -> impl Iterator<Item = (&str, &Self)> {
+        self.pools.iter().map(|pool| (pool.name.as_str(), &pool.config))
+    }
+
+    /// Returns the configuration for a node: that of the first pool that matches, or the one without a pool.
+    ///
+    /// While labels are unknown, several pools may match. The pool that was effective before stays effective then. Without it,
+    /// the strictest mode of these pools is chosen, so that a missing answer of the API server weakens nothing.
+    #[must_use]
+    pub fn for_node(mut self, node: &NodeIdentity) -> Self {
+        let mut candidates = Vec::new();
+        let mut is_decided = false;
+        for pool in std::mem::take(&mut self.pools) {
+            match pool.matches(node) {
+                Match::No => {}
+                Match::Unknown => candidates.push(pool.config),
+                Match::Yes => {
+                    candidates.push(pool.config);
+                    is_decided = true;
+                    break;
+                }
+            }
+        }
+        if !is_decided {
+            candidates.push(self);
+        }
+        let before = node.effective.as_deref().map(pool_of);
+        let is_kept = |config: &Config| before == Some(config.pool());
+        let kept = candidates.iter().position(is_kept);
+        let strictest = candidates.iter().enumerate().min_by_key(|(_, config)| strictness(config.mode));
+        let chosen = kept.filter(|_| candidates.len() > 1).or(strictest.map(|(index, _)| index));
+        // The list has at least one entry.
+        candidates.swap_remove(chosen.unwrap_or_default())
+    }
+
+    /// Returns the name of the pool whose settings this configuration has.
+    pub fn pool(&self) -> Option<&str> {
+        pool_of(&self.text)
+    }
+}
+
+/// Returns the name of the pool in the text of an effective configuration.
+pub fn pool_of(text: &str) -> Option<&str> {
+    text.lines().next()?.strip_prefix(HEADER)
+}
+
+/// Returns a number that is lowest for the strictest mode.
+const fn strictness(mode: Mode) -> u8 {
+    match mode {
+        Mode::Enforce => 0,
+        Mode::Audit => 1,
+        Mode::Off => 2,
+    }
+}
+
+/// Parses labels as in `a=1,b=2`, the value of a command line option.
+pub fn parse_labels(text: &str) -> Result<Labels, String> {
+    let label = |text: &str| {
+        let (key, value) = text.split_once('=').ok_or_else(|| format!("{text:?} is not KEY=VALUE"))?;
+        let is_valid = names::is_label_key(key) && names::is_label_value(value);
+        is_valid
+            .then(|| (key.to_owned(), value.to_owned()))
+            .ok_or_else(|| format!("{text:?} is not a valid label"))
+    };
+    text.split(',').filter(|text| !text.is_empty()).map(label).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    const POOLS: &str = "
+        mode = 'audit'
+        [[node_pool]]
+        name = 'canary'
+        percent = 10
+        mode = 'enforce'
+        [[node_pool]]
+        name = 'gpu'
+        node_selector = { match_labels = { pool = 'gpu' } }
+        provider = 'azure'
+        mode = 'off'
+        [node_pool.hooks]
+        host_network = true
+        [hooks]
+        socket = false";
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("imds.toml")).map_err(|error| error.to_string())
+    }
+
+    fn node(name: &str, labels: Option<&[(&str, &str)]>) -> NodeIdentity {
+        let labels = labels.map(|labels| {
+            labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+        });
+        NodeIdentity { name: name.to_owned(), labels, effective: None }
+    }
+
+    fn chosen(node: &NodeIdentity) -> (Option<String>, Mode) {
+        let config = parse(POOLS).unwrap().for_node(node);
+        (config.pool().map(str::to_owned), config.mode)
+    }
+
+    /// Returns the name of a node that is, or is not, among the first ten percent.
+    fn name(is_canary: bool) -> String {
+        let mut names = (0..).map(|number| format!("node-{number}"));
+        names.find(|name| (fnv1a(name) % 100 < 10) == is_canary).unwrap()
+    }
+
+    #[test]
+    fn first_matching_pool_decides() {
+        let (canary, other) = (name(true), name(false));
+        let gpu: &[_] = &[("pool", "gpu")];
+        let canary_mode = (Some("canary".to_owned()), Mode::Enforce);
+        assert_eq!(chosen(&node(&canary, Some(gpu))), canary_mode);
+        assert_eq!(chosen(&node(&other, Some(gpu))), (Some("gpu".to_owned()), Mode::Off));
+        assert_eq!(chosen(&node(&other, Some(&[]))), (None, Mode::Audit));
+        // A pool without a selector needs no labels.
+        assert_eq!(chosen(&node(&canary, None)), canary_mode);
+    }
+
+    #[test]
+    fn unknown_labels_do_not_weaken() {
+        let mut unlabelled = node(&name(false), None);
+        assert_eq!(chosen(&unlabelled), (None, Mode::Audit));
+        unlabelled.effective = Some("# node_pool gpu\nmode = 'off'".to_owned());
+        assert_eq!(chosen(&unlabelled), (Some("gpu".to_owned()), Mode::Off));
+        unlabelled.effective = Some("# node_pool deleted\n".to_owned());
+        assert_eq!(chosen(&unlabelled), (None, Mode::Audit));
+        // Known labels decide against an earlier configuration.
+        unlabelled.labels = Some(BTreeMap::new());
+        unlabelled.effective = Some("# node_pool gpu\n".to_owned());
+        assert_eq!(chosen(&unlabelled), (None, Mode::Audit));
+    }
+
+    #[test]
+    fn pool_overrides_single_keys() {
+        use imds_ebpf_common::Hook;
+        let config = parse(POOLS).unwrap();
+        let gpu = config.for_node(&node(&name(false), Some(&[("pool", "gpu")])));
+        assert!(gpu.hooks.contains(Hook::HostNetwork) && !gpu.hooks.contains(Hook::Socket));
+        assert!(gpu.to_toml().contains("provider = \"azure\""), "{}", gpu.to_toml());
+        let again = parse(gpu.to_toml()).unwrap();
+        assert_eq!((again.mode, again.hooks), (Mode::Off, gpu.hooks));
+    }
+
+    #[test]
+    fn canary_is_about_its_percentage() {
+        let canaries = (0..5000).filter(|number| fnv1a(&format!("aks-pool-{number:06}")) % 100 < 10).count();
+        assert!((400..600).contains(&canaries), "{canaries}");
+    }
+
+    #[test]
+    fn errors_name_the_pool_key() {
+        for (text, position, part) in [
+            ("[[node_pool]]\nname = 'a b'", "2:8", "node_pool.name"),
+            ("[[node_pool]]\nname = 'a'\npercent = 0", "3:11", "node_pool.percent"),
+            ("[[node_pool]]\nname = 'a'\nmode = 'audti'", "3:8", "audti"),
+            ("[[node_pool]]\nname = 'a'\nexempt = []", "3:1", "exempt"),
+            ("[[node_pool]]\nname = 'a'\n[node_pool.hooks]\nsockets = true", "4:1", "sockets"),
+            ("[[node_pool]]\nname = 'a'\n[[node_pool]]\nname = 'a'", "4:8", "two pools"),
+            ("[[node_pool]]\nname = 'a'\nprovider = 'none'", "3:12", "protects nothing"),
+            ("[[node_pool]]\nname = 'a'\nnode_selector = {}", "3:17", "empty"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.starts_with(&format!("imds.toml:{position}: ")) && error.contains(part), "{error}");
+        }
+    }
+}
