@@ -14,6 +14,7 @@ pub mod cgroup;
 pub mod cni;
 pub mod daemon_set;
 pub mod doctor;
+pub mod executable;
 pub mod flood;
 pub mod foreign_bpf;
 pub mod hook;

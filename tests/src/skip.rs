@@ -2,7 +2,7 @@
 
 use std::{env, net::UdpSocket, os::fd::AsRawFd as _, process::Stdio};
 
-use crate::{Netns, foreign_bpf::ForeignProgram, hook};
+use crate::{Netns, executable::find_program, foreign_bpf::ForeignProgram, hook};
 
 /// Prefix of a line that reports a skipped test or part of one, with the reason. `cargo xtask vm` reads these lines.
 pub const SKIPPED: &str = "skipped: ";
@@ -115,9 +115,7 @@ pub fn lacks_device(left_out: &str, kind: &str, options: &str) -> bool {
 /// then.
 #[must_use]
 pub fn lacks_program(left_out: &str, programs: &[&str]) -> bool {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let is_installed = |program: &&&str| env::split_paths(&path).any(|dir| dir.join(program).is_file());
-    let missing = programs.iter().find(|program| !is_installed(program));
+    let missing = programs.iter().find(|program| find_program(program).is_none());
     if let Some(program) = missing {
         skip(left_out, &format!("there is no {program} on this machine"));
     }

@@ -11,7 +11,11 @@ use std::{
     thread,
 };
 
-use imds_tests::{WHOLE_TEST, lacks_program};
+use imds_tests::{
+    WHOLE_TEST,
+    executable::{find_program, write_executable},
+    lacks_program,
+};
 use tempfile::TempDir;
 
 const SCRIPT: &str = include_str!("../../deploy/install.sh");
@@ -78,16 +82,13 @@ impl Release {
 
     /// Lets the machine have a program of this one.
     fn add_program(&self, name: &str) {
-        let path = std::env::var_os("PATH").unwrap();
-        let mut found = std::env::split_paths(&path).map(|dir| dir.join(name));
-        let program = found.find(|path| path.is_file()).unwrap_or_else(|| panic!("no {name}"));
+        let program = find_program(name).unwrap_or_else(|| panic!("no {name}"));
         symlink(program, self.path("bin").join(name)).unwrap();
     }
 
     fn write_program(&self, name: &str, text: &str) {
         let path = self.path("bin").join(name);
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        write_executable(&path, text);
     }
 
     /// Writes the tarball with a stand-in for the binary, as `cargo xtask dist` lays it out.

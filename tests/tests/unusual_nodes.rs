@@ -1,15 +1,14 @@
 //! Nodes on which /proc, /sys, cgroups or user namespaces differ from those of a usual machine.
 
 use std::{
-    env,
-    fs::{self, Permissions},
-    os::unix::fs::PermissionsExt as _,
+    fs,
     path::PathBuf,
     process::{Child, Command, Stdio},
 };
 
 use imds_tests::{
     METADATA, Netns, Pod, PodLink, TestEnv,
+    executable::{find_program, write_executable},
     kubelet::{Driver, Kubelet, PodCgroup, new_uid},
     probe::reachable,
     skip_without_netns_cookie,
@@ -22,12 +21,10 @@ fn agent_after(test_env: &TestEnv, options: &str, prepare: &str) -> PathBuf {
     let (inner, outer) = (test_env.scratch_dir().join("inner"), test_env.scratch_dir().join("outer"));
     let agent = test_env.imds_agent(&[]).command().get_program().to_str().unwrap().to_owned();
     // busybox's shell, in the virtual machines, would prefer its own `unshare`.
-    let path = env::var_os("PATH").unwrap();
-    let unshare = env::split_paths(&path).map(|dir| dir.join("unshare")).find(|path| path.is_file()).unwrap();
+    let unshare = find_program("unshare").unwrap();
     let unshare = format!("exec {} --mount {options} {} \"$@\"", unshare.display(), inner.display());
     for (path, script) in [(&inner, format!("set -e\n{prepare}\nexec {agent} \"$@\"")), (&outer, unshare)] {
-        fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
+        write_executable(path, &format!("#!/bin/sh\n{script}\n"));
     }
     outer
 }

@@ -1,13 +1,8 @@
 //! The user data of cloud-init on a machine that boots with it.
 
-use std::{
-    env, fs,
-    os::unix::fs::{PermissionsExt as _, symlink},
-    process::Command,
-    time::Duration,
-};
+use std::{env, fs, os::unix::fs::symlink, process::Command, time::Duration};
 
-use imds_tests::{Machine, PodLink, TestEnv, poll::poll_until};
+use imds_tests::{Machine, PodLink, TestEnv, executable::write_executable, poll::poll_until};
 use tempfile::TempDir;
 
 use crate::deb_package::package_name;
@@ -46,8 +41,7 @@ fn boot(env: &TestEnv, name: &str) -> (Machine, TempDir) {
     let write = |path: &str, text: &str| {
         let path = layer.path().join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        write_executable(&path, text);
     };
     write("srv/bootcmd", &block("bootcmd:\n  - |\n"));
     write("srv/imds.toml", &block("    content: |\n"));

@@ -4,13 +4,11 @@ mod apparmor;
 mod selinux;
 
 use std::{
-    fs::{self, Permissions},
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use imds_tests::{Pod, PodLink, TestEnv, hook, output};
+use imds_tests::{Pod, PodLink, TestEnv, executable::write_executable, hook, output};
 
 /// An environment with a pod, and a wrapper that starts the agent with another security label.
 struct Confined {
@@ -28,8 +26,7 @@ impl Confined {
         // The kernel takes each write as a label, and `echo` may write the end of the line separately.
         let set = format!("printf %s '{label}' > /proc/self/attr/{attribute}");
         let script = format!("#!/tools/sh\n{set}\nexec /imds-agent \"$@\"\n");
-        fs::write(&wrapper, script).unwrap();
-        fs::set_permissions(&wrapper, Permissions::from_mode(0o755)).unwrap();
+        write_executable(&wrapper, &script);
         Self { env, pod, wrapper }
     }
 

@@ -1,0 +1,21 @@
+//! Executable files of a test, and programs of the machine.
+
+use std::{
+    env,
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
+
+/// Writes an executable file, such as a script with its `#!` line.
+pub fn write_executable(path: &Path, text: &str) {
+    fs::write(path, text).unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+    fs::set_permissions(path, Permissions::from_mode(0o755)).expect("make a file executable");
+}
+
+/// Returns the path of a program in `PATH`.
+#[must_use]
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).map(|dir| dir.join(name)).find(|path| path.is_file())
+}
