@@ -2,6 +2,7 @@
 
 mod endpoint;
 pub mod endpoint_set;
+mod event_sinks;
 mod exemption;
 mod file;
 mod hooks;
@@ -32,6 +33,7 @@ use thiserror::Error;
 
 pub use self::{
     endpoint::Endpoints,
+    event_sinks::{Events, HostPort, LogFile, Otlp, Sink, SyslogAddress},
     exemption::{EndpointSelector, Exempt, Exemptions, NameGlob, PodSelector, RuleSubject},
     hooks::{Hooks, Sendmsg},
     interfaces::Interfaces,
@@ -76,6 +78,8 @@ pub struct Config {
     pub listen: Vec<Listen>,
     /// True if the kernel should collect run times of BPF programs.
     pub program_run_time: bool,
+    /// Sinks for records of denied requests.
+    pub events: Events,
     /// Settings of the pod watch.
     pub kubernetes: Kubernetes,
     text: String,
@@ -210,6 +214,7 @@ impl Config {
             exempt: Exemptions::parse(&file.exempt, diagnostics),
             listen: Listen::parse(&file.metrics, diagnostics),
             program_run_time: file.metrics.program_run_time,
+            events: Events::parse(&file.events, diagnostics),
             kubernetes: Kubernetes::parse(&file.kubernetes, diagnostics),
             text: file.to_toml(),
         }
