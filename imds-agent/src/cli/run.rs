@@ -16,7 +16,7 @@ use crate::{
     datapath::{Datapath, pin::dir::PinDir, sys::bpf},
     diagnose::preflight,
     node::{cgroup, netlink::Netlink, sender_resolver::SenderResolver},
-    telemetry::Telemetry,
+    telemetry::{Telemetry, sinks::SinkSettings},
 };
 
 #[derive(Args, Debug)]
@@ -122,7 +122,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         Reconciler::new(datapath, netlink, resolved, senders).with_clsact_delay(clsact_delay);
     if !args.once {
         let period = Duration::from_secs(args.resync);
-        let telemetry = Telemetry::start(pins.clone(), period)?;
+        let sinks = SinkSettings::new(&start.config, &resolved.endpoint_set, &resolved.exempt);
+        let telemetry = Telemetry::start(pins.clone(), period, sinks)?;
         let taint_removal = match args.startup_taint {
             Some(key) if resolved.cluster.is_none() && start.rejected.is_some() => {
                 log::warn!(

@@ -35,6 +35,7 @@ use crate::{
         agent_stats::{AgentStats, Reloads},
         logging,
         metrics::RunTimeStats,
+        sinks::SinkSettings,
         systemd::Systemd,
     },
 };
@@ -178,6 +179,10 @@ impl Agent {
                     reload_due = None;
                     self.reload().await;
                 }
+                () = self.telemetry.sinks_changed() => {
+                    let failing = self.telemetry.failing_sinks();
+                    log_error(self.reconciler.datapath.record_failing_sinks(&failing));
+                }
                 error = self.telemetry.ended() => return Err(error),
                 () = self.systemd.watchdog() => {}
                 _ = self.hangup.recv() => {
@@ -307,6 +312,11 @@ impl Agent {
         }
         self.resolved = resolved;
         self.telemetry.listen(&config.listen);
+        self.telemetry.configure_sinks(SinkSettings::new(
+            &config,
+            &self.resolved.endpoint_set,
+            &self.resolved.exempt,
+        ));
         self.run_time_stats.set(config.program_run_time);
         self.update_pod_watch().await;
         let generation = self.reconciler.datapath.record_config(self.loader.path(), config.to_toml())?;
