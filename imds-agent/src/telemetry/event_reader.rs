@@ -121,7 +121,7 @@ impl EventReader {
         }
     }
 
-    /// Hands over denials. Those of unknown pods wait a moment for their pod.
+    /// Hands over denials. A denial of an unknown pod waits a moment for the pod.
     fn deliver(&mut self, denials: Vec<Denial>) {
         let now = Instant::now();
         for denial in denials {

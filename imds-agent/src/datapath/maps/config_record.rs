@@ -39,7 +39,7 @@ pub struct EffectiveConfig {
     /// Exemptions that cannot be applied completely, each as `NAME: REASON`. Errors beyond the size of the record are missing.
     #[serde(skip)]
     pub exemption_errors: Vec<String>,
-    /// Names and errors of failing sinks. Those beyond the size of the record are missing.
+    /// Names and errors of failing sinks. Sinks beyond the size of the record are missing.
     #[serde(skip)]
     pub failing_sinks: Vec<(String, String)>,
     /// The configuration as TOML, including all defaults.
@@ -77,7 +77,7 @@ impl EffectiveConfig {
             return None;
         }
         let path = field_text(&record.path);
-        let lines = error_lines(record);
+        let lines = error_lines(&record.exemption_errors);
         let rejected = (record.failed_at != 0)
             .then(|| RejectedConfig { at: timestamp(record.failed_at), error: field_text(&record.error) });
         Some(Self {
@@ -123,7 +123,7 @@ impl Datapath {
     /// Records the exemptions that cannot be applied completely, one line each.
     pub fn record_exemption_errors(&mut self, errors: &str) -> Result<(), DatapathError> {
         let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
-        let of_sinks = error_lines(&before).into_iter().filter(|line| is_of_sink(line));
+        let of_sinks = error_lines(&before.exemption_errors).into_iter().filter(|line| is_of_sink(line));
         let lines: Vec<_> = errors.lines().chain(of_sinks).collect();
         self.record_errors(&before, &lines)
     }
@@ -133,7 +133,8 @@ impl Datapath {
         let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
         let of_sinks: Vec<_> =
             failing.iter().map(|(name, error)| format!("{SINK_MARK}{name}\t{error}")).collect();
-        let of_exemptions = error_lines(&before).into_iter().filter(|line| !is_of_sink(line));
+        let of_exemptions =
+            error_lines(&before.exemption_errors).into_iter().filter(|line| !is_of_sink(line));
         let lines: Vec<_> = of_exemptions.chain(of_sinks.iter().map(String::as_str)).collect();
         self.record_errors(&before, &lines)
     }
@@ -163,8 +164,8 @@ fn read_consistent(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, M
     Ok(last)
 }
 
-fn error_lines(record: &ConfigRecord) -> Vec<&str> {
-    raw_field_text(&record.exemption_errors).unwrap_or_default().lines().collect()
+fn error_lines(field: &[u8]) -> Vec<&str> {
+    raw_field_text(field).unwrap_or_default().lines().collect()
 }
 
 fn is_of_sink(line: &str) -> bool {
@@ -178,4 +179,19 @@ fn parse_sink_line(line: &str) -> Option<(String, String)> {
 
 fn now() -> u64 {
     nanoseconds(Timestamp::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_exemptions_and_sinks_share_a_field() {
+        // The field ends within the last line.
+        let lines = error_lines(b"backup: no such cgroup\n>file:/a: b\tdisk: full\n>otlp:http");
+        let of_exemptions: Vec<_> = lines.iter().filter(|line| !is_of_sink(line)).collect();
+        assert_eq!(of_exemptions, [&"backup: no such cgroup"]);
+        let of_sinks: Vec<_> = lines.iter().filter_map(|line| parse_sink_line(line)).collect();
+        assert_eq!(of_sinks, [("file:/a: b".to_owned(), "disk: full".to_owned())]);
+    }
 }

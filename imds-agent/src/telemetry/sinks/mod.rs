@@ -1,6 +1,6 @@
 //! Sinks: receivers of a record of each denied or audited request.
 //!
-//! Each sink has a thread, because files, sockets and name servers can block. Its queue is bounded, so that a slow sink neither
+//! Each sink has a thread, because files, sockets and name servers can block. Queues are bounded, so that a slow sink neither
 //! delays the telemetry thread nor takes memory without a limit. The CPU time of the threads counts against the budget of
 //! events.
 
