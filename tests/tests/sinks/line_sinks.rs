@@ -52,7 +52,7 @@ fn unread_standard_output_delays_nothing() {
     let path = env.scratch_dir().join("denials.jsonl");
     let config = sinks(&["type = 'stdout'".to_owned(), file_sink(&path)]);
     let (reader, mut writer) = std::io::pipe().unwrap();
-    // Nobody reads the pipe, which is full.
+    // The pipe is full, and no process reads it.
     nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
     writer.write_all(&[b'\n'; 4096]).unwrap();
     let mut command = env.agent().config(&config).command();

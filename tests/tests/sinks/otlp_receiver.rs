@@ -26,7 +26,7 @@ pub(crate) struct Received {
     pub(crate) body: Value,
 }
 
-/// A running receiver. Its threads end with the process.
+/// A running receiver. The threads end with the process.
 pub(crate) struct OtlpReceiver {
     pub(crate) address: SocketAddr,
     requests: mpsc::Receiver<Received>,

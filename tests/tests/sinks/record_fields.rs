@@ -1,12 +1,14 @@
 //! Contents of the records: sender, pod, process, rule and verdict.
 
+use std::fs;
+
 use imds_tests::{
-    METADATA, PodLink, TestCluster, TestEnv,
+    METADATA, PodLink, TestCluster, TestEnv, WHOLE_TEST,
     api_server::pod,
     kubelet::{Driver, new_uid},
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
-    skip_without_netns_cookie,
+    skip, skip_without_netns_cookie,
 };
 use nix::sys::prctl;
 use serde_json::{Value, json};
@@ -33,6 +35,44 @@ fn packet_record_names_sender_and_endpoint() {
     assert_eq!((&record["pod"], &record["rule"]), (&Value::Null, &Value::Null));
     assert_eq!(record["bytes"], env.status().total.denied.bytes);
     assert!(record["node"].as_str().is_some_and(|node| !node.is_empty()), "{record}");
+    drop(agent);
+    env.unload();
+}
+
+/// Adds the paths of all fields of an object, such as `pod.name`.
+fn add_paths(prefix: &str, object: &Value, paths: &mut Vec<String>) {
+    for (name, value) in object.as_object().into_iter().flatten() {
+        paths.push(format!("{prefix}{name}"));
+        add_paths(&format!("{prefix}{name}."), value, paths);
+    }
+}
+
+#[test]
+fn document_shows_every_field() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/siem.md");
+    let Ok(document) = fs::read_to_string(path) else {
+        skip(WHOLE_TEST, "there is no repository on this machine");
+        return;
+    };
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let path = env.scratch_dir().join("denials.jsonl");
+    let agent = env.agent().config(&sinks(&[file_sink(&path)])).spawn_ready();
+    send(&pod, [40_000]);
+    let record = wait_records(&path, 1).remove(0);
+    let example = document.split("```json\n").nth(1).unwrap().split("```").next().unwrap();
+    let example: Value = serde_json::from_str(example).unwrap();
+    let [mut sent, mut shown] = [Vec::new(), Vec::new()];
+    add_paths("", &record, &mut sent);
+    add_paths("", &example, &mut shown);
+    // The sender of the packet has no known pod.
+    shown.retain(|path| !path.starts_with("pod."));
+    assert_eq!(sent, shown);
+    let is_described = |path: &String| {
+        document.contains(&format!("`{path}`"))
+            || ["src_endpoint", "dst_endpoint", "actor"].contains(&path.as_str())
+    };
+    assert!(sent.iter().all(is_described), "{sent:?}");
     drop(agent);
     env.unload();
 }

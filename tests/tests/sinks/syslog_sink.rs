@@ -5,11 +5,13 @@ use std::{
     io::{BufRead as _, BufReader, Read as _},
     net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
     os::unix::net::UnixDatagram,
+    process::Child,
     time::Duration,
 };
 
 use imds_tests::{
-    METADATA, PodLink, TestEnv,
+    METADATA, PodLink, TestEnv, WHOLE_TEST, lacks_program,
+    poll::poll_until,
     probe::{LONG, SHORT, http_get},
     skip_without_netns_cookie,
 };
@@ -127,6 +129,53 @@ fn tcp_receiver_that_closes_the_connection() {
         drop(stream);
         std::thread::sleep(Duration::from_millis(50));
     }
+    drop(agent);
+    env.unload();
+}
+
+/// Ends a process when it is dropped.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn rsyslog_parses_the_structured_data() {
+    if skip_without_netns_cookie() || lacks_program(WHOLE_TEST, &["rsyslogd"]) {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let [config, output, pid] =
+        ["rsyslog.conf", "denials.jsonl", "pid"].map(|name| env.scratch_dir().join(name));
+    let text = format!(
+        "module(load=\"imtcp\")\nmodule(load=\"mmpstrucdata\")\n\
+         input(type=\"imtcp\" address=\"127.0.0.1\" port=\"601\" ruleset=\"denials\")\n\
+         template(name=\"denial\" type=\"list\") {{\n  property(name=\"$!rfc5424-sd!denial@32473\")\n  constant(value=\"\\n\")\n}}\n\
+         ruleset(name=\"denials\") {{\n  action(type=\"mmpstrucdata\")\n\
+         action(type=\"omfile\" file=\"{}\" template=\"denial\")\n}}\n",
+        output.display()
+    );
+    fs::write(&config, text).unwrap();
+    let mut command = env.node.command("rsyslogd");
+    let _rsyslog = Process(
+        command.arg("-n").arg("-f").arg(&config).arg("-i").arg(&pid).spawn().expect("start rsyslogd"),
+    );
+    let config = sinks(&[sink("syslog", "address", "tcp://127.0.0.1:601")]);
+    let agent = env.agent().config(&config).hooks(&["socket"]).spawn_ready();
+    env.in_cgroup(|| {
+        prctl::set_name(c"\"] <0>1\n\\x").unwrap();
+        assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
+    });
+    let records = poll_until(LONG * 3, "a record", || {
+        Some(crate::records(&output)).filter(|records| !records.is_empty())
+    });
+    assert_eq!((&records[0]["verdict"], &records[0]["dst_name"]), (&"denied".into(), &"imds".into()));
+    assert_eq!(records[0]["process"], r#""] <0>1\n\x"#);
     drop(agent);
     env.unload();
 }
