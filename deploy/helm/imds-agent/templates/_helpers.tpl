@@ -46,6 +46,15 @@ httpGet:
 {{- end }}
 {{- end }}
 
+{{/* Inline table of TOML with the members of a map, whose values are strings. */}}
+{{- define "imds-agent.inlineTable" -}}
+{{- $members := list }}
+{{- range $key, $value := . }}
+{{- $members = append $members (printf "%s = %s" (toJson $key) (toJson $value)) }}
+{{- end -}}
+{ {{ join ", " $members }} }
+{{- end }}
+
 {{/* Configuration file. */}}
 {{- define "imds-agent.config" -}}
 mode = {{ .Values.config.mode | quote }}
@@ -67,6 +76,20 @@ allow = {{ toJson .Values.config.nodeAllow }}
 [metrics]
 listen = [{{ include "imds-agent.listen" . | quote }}]
 program_run_time = {{ .Values.metrics.programRunTime | default false }}
+{{- with .Values.config.events }}
+{{- if .sinks }}
+
+[events]
+verdicts = {{ toJson .verdicts }}
+{{- range .sinks }}
+
+[[events.sinks]]
+{{- range $key, $value := . }}
+{{ $key }} = {{ if kindIs "map" $value }}{{ include "imds-agent.inlineTable" $value }}{{ else }}{{ toJson $value }}{{ end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
 
 [kubernetes]
 enabled = {{ ternary "yes" "no" .Values.kubernetes.enabled | quote }}
