@@ -119,6 +119,7 @@ fn show_prints_effective_config() {
         "hooks": { "from_pod": true, "node_egress": false, "socket": false, "host_network": false, "sendmsg": "auto", "local_service": false, "mark_bit": 12 },
         "interfaces": { "include": [], "exclude": ["lxc*"] },
         "metrics": { "listen": ["127.0.0.1:9254"], "program_run_time": false },
+        "events": { "verdicts": ["denied", "audited"], "sinks": [] },
         "preset": {},
         "kubernetes": { "enabled": "auto", "kubeconfig": "", "node_name": "", "events": false, "node_condition": false },
         "endpoint": [{ "name": "vault", "address": "10.0.0.9", "allow_ports": [] }],

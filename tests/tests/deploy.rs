@@ -102,6 +102,7 @@ fn broken_config_does_not_stop_the_start() {
         "ExecReload=/usr/bin/imds-agent config check /etc/imds-agent/imds.toml",
         "StateDirectory=imds-agent",
         "StateDirectoryMode=0700",
+        "LogsDirectory=imds-agent",
     ] {
         assert!(lines.contains(&line), "{line}");
     }

@@ -50,6 +50,9 @@ pub(super) fn summary(
     add("exempt", &exempt.iter().map(|rule| exemption(rule, endpoint_set)).collect::<Vec<_>>());
     let listen = config.listen.iter().map(ToString::to_string).collect();
     add("metrics", &or_text(listen, NO_METRICS));
+    if !config.events.sinks.is_empty() {
+        add("sinks", &config.events.sinks.iter().map(ToString::to_string).collect::<Vec<_>>());
+    }
     add("kubernetes", &[kubernetes(config)]);
     text
 }

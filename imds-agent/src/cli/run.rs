@@ -22,7 +22,7 @@ use crate::{
     diagnose::preflight,
     kube::NodeLabels,
     node::{cgroup, netlink::Netlink, sender_resolver::SenderResolver},
-    telemetry::Telemetry,
+    telemetry::{Telemetry, sinks::SinkSettings},
 };
 
 /// Longest time for which the start waits for the labels of the node.
@@ -157,7 +157,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         Reconciler::new(datapath, netlink, resolved, senders).with_clsact_delay(clsact_delay);
     if !args.once {
         let period = Duration::from_secs(args.resync);
-        let telemetry = Telemetry::start(pins.clone(), period)?;
+        let sinks = SinkSettings::new(&start.config, &resolved.endpoint_set, &resolved.exempt);
+        let telemetry = Telemetry::start(pins.clone(), period, sinks)?;
         let taint_removal = match args.startup_taint {
             Some(key) if resolved.cluster.is_none() && start.rejected.is_some() => {
                 log::warn!(

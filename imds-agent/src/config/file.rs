@@ -11,6 +11,7 @@ use toml::{
 
 use super::{
     endpoint::{EndpointTable, Presets},
+    event_sinks::EventsTable,
     exemption::ExemptTable,
     hooks::{Hooks, HooksTable},
     interfaces::InterfacesTable,
@@ -42,6 +43,7 @@ pub(super) struct File {
     pub(super) node: NodeTable,
     pub(super) interfaces: InterfacesTable,
     pub(super) metrics: MetricsTable,
+    pub(super) events: EventsTable,
     pub(super) kubernetes: KubernetesTable,
     pub(super) preset: Presets,
     pub(super) endpoint: Vec<EndpointTable>,
@@ -63,6 +65,7 @@ impl Default for File {
             node: NodeTable::default(),
             interfaces: InterfacesTable::default(),
             metrics: MetricsTable::default(),
+            events: EventsTable::default(),
             kubernetes: KubernetesTable::default(),
             preset: Presets::new(),
             endpoint: Vec::new(),

@@ -2,6 +2,7 @@
 
 mod endpoint;
 pub mod endpoint_set;
+mod event_sinks;
 mod exemption;
 mod file;
 mod hooks;
@@ -33,6 +34,7 @@ use thiserror::Error;
 
 pub use self::{
     endpoint::Endpoints,
+    event_sinks::{Events, HostPort, LogFile, Otlp, Sink, SyslogAddress},
     exemption::{EndpointSelector, Exempt, Exemptions, NameGlob, PodSelector, RuleSubject},
     hooks::{Hooks, Sendmsg},
     interfaces::Interfaces,
@@ -78,6 +80,8 @@ pub struct Config {
     pub listen: Vec<Listen>,
     /// True if the kernel should collect run times of BPF programs.
     pub program_run_time: bool,
+    /// Sinks for records of denied requests.
+    pub events: Events,
     /// Settings of the pod watch.
     pub kubernetes: Kubernetes,
     /// Pools of nodes with other settings. Empty for the configuration of one node.
@@ -224,6 +228,7 @@ impl Config {
             exempt: Exemptions::parse(&file.exempt, diagnostics),
             listen: Listen::parse(&file.metrics, diagnostics),
             program_run_time: file.metrics.program_run_time,
+            events: Events::parse(&file.events, diagnostics),
             kubernetes: Kubernetes::parse(&file.kubernetes, diagnostics),
             pools: Vec::new(),
             text: file.to_toml(),

@@ -36,6 +36,7 @@ use crate::{
         agent_stats::{AgentStats, Reloads},
         logging,
         metrics::RunTimeStats,
+        sinks::SinkSettings,
         systemd::Systemd,
     },
 };
@@ -186,6 +187,10 @@ impl Agent {
                 () = wait_for(reload_due) => {
                     reload_due = None;
                     self.reload().await;
+                }
+                () = self.telemetry.sinks_changed() => {
+                    let failing = self.telemetry.failing_sinks();
+                    log_error(self.reconciler.datapath.record_failing_sinks(&failing));
                 }
                 error = self.telemetry.ended() => return Err(error),
                 () = self.systemd.watchdog() => {}
@@ -342,6 +347,11 @@ impl Agent {
         }
         self.resolved = resolved;
         self.telemetry.listen(&config.listen);
+        self.telemetry.configure_sinks(SinkSettings::new(
+            &config,
+            &self.resolved.endpoint_set,
+            &self.resolved.exempt,
+        ));
         self.run_time_stats.set(config.program_run_time);
         self.update_pod_watch().await;
         let generation = self.reconciler.datapath.record_config(self.loader.path(), config.to_toml())?;

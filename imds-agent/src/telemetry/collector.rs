@@ -9,6 +9,7 @@ use std::{
     ffi::OsStr,
     fs::File,
     hash::{DefaultHasher, Hash as _, Hasher as _},
+    mem,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
         unix::ffi::OsStrExt as _,
@@ -28,7 +29,9 @@ use nix::fcntl::Flock;
 use thiserror::Error;
 
 use super::{
+    audit_rules::AuditRules,
     cgroup_units::CgroupUnits,
+    denial::Denial,
     totals::Totals,
     unresolved::{Sharing, Unresolved},
 };
@@ -83,6 +86,9 @@ pub(crate) struct Collector {
     unresolved: Unresolved,
     collected: Collected,
     has_more: bool,
+    /// Denials since the last [`Collector::take_denials`]; `None` if no process takes them.
+    denials_to_take: Option<Vec<Denial>>,
+    rules: AuditRules,
     _lock: Flock<File>,
 }
 
@@ -102,6 +108,8 @@ impl Collector {
             unresolved: Unresolved::default(),
             collected: Collected::default(),
             has_more: false,
+            denials_to_take: None,
+            rules: AuditRules::open(pins)?,
             _lock: lock,
         }))
     }
@@ -119,6 +127,23 @@ impl Collector {
 
     pub(crate) fn recorded(&self) -> Result<Denied, CollectorError> {
         Ok(metrics::sum(self.denials.iter())?)
+    }
+
+    /// Keeps denials for [`Collector::take_denials`], or stops that.
+    pub(super) fn keep_denials(&mut self, keeps: bool) {
+        self.denials_to_take = keeps.then(|| self.denials_to_take.take().unwrap_or_default());
+    }
+
+    /// Returns the denials that were collected since the last call, if they are kept.
+    pub(super) fn take_denials(&mut self) -> Vec<Denial> {
+        self.denials_to_take.as_mut().map(mem::take).unwrap_or_default()
+    }
+
+    /// Returns the pod of a denial's sender, if it is known now.
+    pub(super) fn find_pod(&self, denial: &Denial) -> Option<PodRef> {
+        event_record::senders(&denial.event)
+            .filter(|sender| !is_reused(*sender, &denial.interface))
+            .find_map(|sender| self.names.get(sender))
     }
 
     pub(crate) fn collected(&self) -> Collected {
@@ -164,8 +189,23 @@ impl Collector {
         }
         let pod = event_record::senders(event).find_map(|sender| self.names.get(sender));
         self.notify(event, pod.as_ref(), booted);
+        let of_sender = if pod.is_none() || self.denials_to_take.is_some() {
+            self.units.unit(event.cgroup)
+        } else {
+            Rc::default()
+        };
+        if let Some(denials) = &mut self.denials_to_take {
+            denials.push(Denial {
+                event: *event,
+                time: wall_time(event, booted),
+                interface: interface.to_owned(),
+                pod: pod.clone(),
+                unit: Rc::clone(&of_sender),
+                rule: self.rules.find(event),
+            });
+        }
         let pod = pod.as_ref();
-        let unit = if pod.is_none() { self.units.unit(event.cgroup) } else { Rc::default() };
+        let unit = if pod.is_none() { of_sender } else { Rc::default() };
         let key = DenialKey {
             address: Address::from_ipv6(event.destination),
             sender: sender_id(pod, interface, &unit),
@@ -246,7 +286,7 @@ impl Collector {
         self.denied_pods.resolve(|subject| self.names.get(subject));
         for (key, identity, pod) in self.unresolved.take_resolved(|subject| self.names.get(subject)) {
             let Some(earlier) = self.denials.get(&key)? else { continue };
-            if is_reused(identity, &earlier) {
+            if is_reused(identity, &field_text(&earlier.interface)) {
                 continue;
             }
             let of_pod = DenialKey { sender: sender_id(Some(&pod), "", &[]), ..key };
@@ -293,11 +333,11 @@ fn interface_name(index: u32) -> String {
     if index == 0 { String::new() } else { link::name_of(index).unwrap_or_default() }
 }
 
-/// Reports whether the index of the interface in a record now belongs to another interface.
-fn is_reused(identity: Subject, record: &DenialRecord) -> bool {
+/// Reports whether the index of the interface with this name now belongs to another interface.
+fn is_reused(identity: Subject, interface: &str) -> bool {
     let is_interface = SubjectKind::from_u64(identity.kind) == Some(SubjectKind::Interface);
     let name = u32::try_from(identity.id).map(interface_name).unwrap_or_default();
-    is_interface && name != field_text(&record.interface)
+    is_interface && name != interface
 }
 
 /// Returns the number under which the denials of a sender are counted together.

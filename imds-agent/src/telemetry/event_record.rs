@@ -145,7 +145,7 @@ fn interface(name: Option<&str>, index: u32) -> String {
     name.map_or_else(|| format!("interface {index}"), |name| format!("{name} ({index})"))
 }
 
-fn endpoint(address: &str, port: Option<u16>) -> String {
+pub(super) fn endpoint(address: &str, port: Option<u16>) -> String {
     match port {
         Some(port) if address.contains(':') => format!("[{address}]:{port}"),
         Some(port) => format!("{address}:{port}"),
@@ -153,13 +153,13 @@ fn endpoint(address: &str, port: Option<u16>) -> String {
     }
 }
 
-fn verdict(number: u8) -> &'static str {
+pub(super) fn verdict(number: u8) -> &'static str {
     let counted = Verdict::COUNTED.into_iter().find(|&verdict| verdict as u8 == number);
     counted.map_or("unknown", Verdict::name)
 }
 
 /// Returns the name of a common IP protocol (IANA), otherwise its number.
-fn protocol(number: u8) -> Option<String> {
+pub(super) fn protocol(number: u8) -> Option<String> {
     Some(match number {
         1 => "icmp".to_owned(),
         6 => "tcp".to_owned(),

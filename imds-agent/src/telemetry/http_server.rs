@@ -334,7 +334,8 @@ impl AppState {
         let stats = self.progress().stats.clone();
         let collected = self.events.collected.get();
         let exemptions_hash = metrics::exemptions_hash(&self.pins);
-        let snapshot = Snapshot { report, denials, stats, collected, exemptions_hash };
+        let sinks = self.events.sinks.queues();
+        let snapshot = Snapshot { report, denials, stats, collected, exemptions_hash, sinks };
         let metrics = metrics::encode(&snapshot, &self.pins, format);
         let mut response = respond(StatusCode::OK, format.content_type(), metrics);
         response.headers_mut().insert(VARY, HeaderValue::from_static("accept"));

@@ -190,6 +190,10 @@ fn check_data(env: &TestEnv, document: &Document, block: &Block) -> Result<(), S
         ("docs/maps.md", "Pins and maps", None) => Ok(()),
         ("docs/kubernetes-events.md", "Kubernetes Events", None) => check_event_reasons(document, &text),
         ("docs/metrics.md", "Run times of the programs", None) => check_expression(document, &text),
+        // Receivers of the sinks. The test `sinks` runs rsyslog with this configuration.
+        ("docs/siem.md", "Kubernetes" | "Receivers", Some("yaml" | "rsyslog")) => {
+            check_receiver(document, &text)
+        }
         ("docs/install-vm.md", "Rights of the service", None) => check_drop_in(&text),
         _ => Err("no rule checks a block of this kind in this section".to_owned()),
     }
@@ -247,6 +251,18 @@ fn check_event_reasons(document: &Document, example: &str) -> Result<(), String>
     tools::ensure(written == documented && message, || {
         format!("the agent writes {written:?}, documented are {documented:?}")
     })
+}
+
+/// Checks that the configuration of a receiver reads the file or the port of a documented sink.
+fn check_receiver(document: &Document, text: &str) -> Result<(), String> {
+    let targets = ["/var/log/imds-agent/denials.jsonl", ":4318", "\"601\""];
+    let target = targets.into_iter().find(|target| text.contains(target));
+    let target = target.ok_or("no sink of the document has its target here")?.trim_matches([':', '"']);
+    let is_documented = document.blocks.iter().any(|block| {
+        block.language.as_deref() == Some("toml") && block.lines.iter().any(|line| line.contains(target))
+    });
+    let is_described = document.spans.iter().any(|span| span.text.contains(target));
+    if is_documented || is_described { Ok(()) } else { Err(format!("no sink of the document has {target}")) }
 }
 
 /// Checks that a drop-in of the unit changes a setting that the unit has, and adds no capability.

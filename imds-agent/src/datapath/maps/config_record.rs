@@ -21,6 +21,10 @@ use crate::{
 /// Largest number of reads until two consecutive ones are equal. A read during an update can return a mix of both values.
 const READINGS: usize = 20;
 
+/// First character of a line about a sink: `>NAME`, a tab and the error. These lines follow those of the exemptions in the same
+/// field of the record. Names of exemptions consist of other characters.
+const SINK_MARK: char = '>';
+
 /// Effective configuration, as recorded in the map. The JSON form is a part of the status report.
 #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
 pub struct EffectiveConfig {
@@ -38,6 +42,9 @@ pub struct EffectiveConfig {
     /// Exemptions that cannot be applied completely, each as `NAME: REASON`. Errors beyond the size of the record are missing.
     #[serde(skip)]
     pub exemption_errors: Vec<String>,
+    /// Names and errors of failing sinks. Sinks beyond the size of the record are missing.
+    #[serde(skip)]
+    pub failing_sinks: Vec<(String, String)>,
     /// The configuration as TOML, including all defaults.
     #[serde(skip)]
     pub text: String,
@@ -73,7 +80,7 @@ impl EffectiveConfig {
             return None;
         }
         let path = field_text(&record.path);
-        let exemption_errors = raw_field_text(&record.exemption_errors).unwrap_or_default();
+        let lines = error_lines(&record.exemption_errors);
         let rejected = (record.failed_at != 0)
             .then(|| RejectedConfig { at: timestamp(record.failed_at), error: field_text(&record.error) });
         let text = raw_field_text(&record.text).unwrap_or_default();
@@ -83,7 +90,12 @@ impl EffectiveConfig {
             path: (!path.is_empty()).then(|| path.into()),
             loaded_at: timestamp(record.loaded_at),
             rejected,
-            exemption_errors: exemption_errors.lines().map(str::to_owned).collect(),
+            exemption_errors: lines
+                .iter()
+                .filter(|line| !is_of_sink(line))
+                .map(|&line| line.to_owned())
+                .collect(),
+            failing_sinks: lines.iter().filter_map(|line| parse_sink_line(line)).collect(),
             text: text.to_owned(),
         })
     }
@@ -116,7 +128,24 @@ impl Datapath {
     /// Records the exemptions that cannot be applied completely, one line each.
     pub fn record_exemption_errors(&mut self, errors: &str) -> Result<(), DatapathError> {
         let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
-        let record = ConfigRecord { exemption_errors: text_field(errors), ..before };
+        let of_sinks = error_lines(&before.exemption_errors).into_iter().filter(|line| is_of_sink(line));
+        let lines: Vec<_> = errors.lines().chain(of_sinks).collect();
+        self.record_errors(&before, &lines)
+    }
+
+    /// Records the names and errors of the failing sinks.
+    pub fn record_failing_sinks(&mut self, failing: &[(String, String)]) -> Result<(), DatapathError> {
+        let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
+        let of_sinks: Vec<_> =
+            failing.iter().map(|(name, error)| format!("{SINK_MARK}{name}\t{error}")).collect();
+        let of_exemptions =
+            error_lines(&before.exemption_errors).into_iter().filter(|line| !is_of_sink(line));
+        let lines: Vec<_> = of_exemptions.chain(of_sinks.iter().map(String::as_str)).collect();
+        self.record_errors(&before, &lines)
+    }
+
+    fn record_errors(&mut self, before: &ConfigRecord, lines: &[&str]) -> Result<(), DatapathError> {
+        let record = ConfigRecord { exemption_errors: text_field(&lines.join("\n")), ..*before };
         self.maps.config.set(0, record, 0).map_err(map_error(MAP_CONFIG))
     }
 
@@ -140,6 +169,34 @@ fn read_consistent(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, M
     Ok(last)
 }
 
+fn error_lines(field: &[u8]) -> Vec<&str> {
+    raw_field_text(field).unwrap_or_default().lines().collect()
+}
+
+fn is_of_sink(line: &str) -> bool {
+    line.starts_with(SINK_MARK)
+}
+
+fn parse_sink_line(line: &str) -> Option<(String, String)> {
+    let (name, error) = line.strip_prefix(SINK_MARK)?.split_once('\t')?;
+    Some((name.to_owned(), error.to_owned()))
+}
+
 fn now() -> u64 {
     nanoseconds(Timestamp::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_exemptions_and_sinks_share_a_field() {
+        // The field ends within the last line.
+        let lines = error_lines(b"backup: no such cgroup\n>file:/a: b\tdisk: full\n>otlp:http");
+        let of_exemptions: Vec<_> = lines.iter().filter(|line| !is_of_sink(line)).collect();
+        assert_eq!(of_exemptions, [&"backup: no such cgroup"]);
+        let of_sinks: Vec<_> = lines.iter().filter_map(|line| parse_sink_line(line)).collect();
+        assert_eq!(of_sinks, [("file:/a: b".to_owned(), "disk: full".to_owned())]);
+    }
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    sync::Arc,
 };
 
 use imds_ebpf_common::{AttachMode, Mode, Verdict};
@@ -14,7 +15,13 @@ use super::{
 use crate::{
     datapath::maps::counters::{Count, Counts},
     encode::{hook_name, ip_address},
-    telemetry::{Collected, agent_stats::AgentStats, pod_events::EventWrites, status::StatusReport},
+    telemetry::{
+        Collected,
+        agent_stats::AgentStats,
+        pod_events::EventWrites,
+        sinks::{SinkCounts, SinkQueue},
+        status::StatusReport,
+    },
     version::COMMIT,
 };
 
@@ -31,6 +38,7 @@ pub(crate) struct Snapshot {
     pub collected: Option<Collected>,
     /// Hash of the exemptions of the effective configuration; `None` if nothing is loaded.
     pub exemptions_hash: Option<u64>,
+    pub sinks: Vec<Arc<SinkQueue>>,
 }
 
 impl Snapshot {
@@ -45,6 +53,7 @@ impl Snapshot {
         self.add_event_writes(to);
         self.add_corrections(to);
         self.add_events(to);
+        self.add_sinks(to);
     }
 
     fn add_agent(&self, to: &mut Exposition) {
@@ -264,6 +273,18 @@ impl Snapshot {
             "Log lines that were dropped, because standard error was not read",
             self.stats.log_lines_dropped,
         );
+    }
+
+    fn add_sinks(&self, to: &mut Exposition) {
+        let records = self.sinks.iter().flat_map(|sink| {
+            let SinkCounts { written, dropped, failed } = sink.counts();
+            [("written", written), ("dropped", dropped), ("failed", failed)]
+                .map(|(result, count)| ([("sink", sink.name()), ("result", result)], count))
+        });
+        to.counters("imds_agent_sink_records", "Records of denied requests, by sink and result", records);
+        let failing =
+            self.sinks.iter().map(|sink| ([("sink", sink.name())], u8::from(sink.error().is_some())));
+        to.gauges("imds_agent_sink_failing", "1 while a sink fails to write records, otherwise 0", failing);
     }
 }
 

@@ -3,6 +3,7 @@
 mod cgroup_status;
 mod exemption_status;
 mod interface_status;
+mod sink_status;
 mod status_report;
 mod status_table;
 
@@ -22,7 +23,8 @@ use toml::Table;
 use self::status_report::NOT_ATTACHED;
 pub(crate) use self::status_report::{
     Agent, ExemptSender, HookAttachment, HostNetworkReport, Interface, LocalServiceReport, NodeAllowEntry,
-    NodeAllowReport, PartReport, Problem, Provider, RejectedProgram, SocketReport, State, StatusReport,
+    NodeAllowReport, PartReport, Problem, Provider, RejectedProgram, SinkStatus, SocketReport, State,
+    StatusReport,
 };
 pub(crate) use self::{
     cgroup_status::node_allow_entries,
@@ -124,6 +126,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
         );
     }
 
+    report.add_sinks(&maps)?;
     report.pending_events = counters::pending_events(&maps).map_err(unreadable(MAP_COUNTERS))?;
     let mut counts = counters::read(&maps).map_err(unreadable(MAP_COUNTERS))?;
     for ((_, number), of_one) in &counts {

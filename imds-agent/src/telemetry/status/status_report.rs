@@ -40,6 +40,7 @@ pub(crate) struct StatusReport {
     pub total: Counts,
     pub by_hook: BTreeMap<&'static str, Counts>,
     pub pending_events: u64,
+    pub sinks: Vec<SinkStatus>,
     pub problems: Vec<Problem>,
 }
 
@@ -245,6 +246,13 @@ pub(crate) struct HostNetworkReport {
     pub programs: Vec<ProgramState>,
     #[serde(flatten)]
     pub counts: Counts,
+}
+
+/// A configured sink of denial records, and why it fails.
+#[derive(Debug, Serialize)]
+pub(crate) struct SinkStatus {
+    pub sink: String,
+    pub error: Option<String>,
 }
 
 #[derive(Debug, Serialize)]

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{HookAttachment, NodeAllowReport, PartReport, Provider, State, StatusReport};
+use super::{HookAttachment, NodeAllowReport, PartReport, Provider, SinkStatus, State, StatusReport};
 use crate::{
     datapath::{
         attach::cgroup_programs::ProgramState,
@@ -51,6 +51,11 @@ impl StatusReport {
             writeln!(text, "sendmsg    {state}{reason}")?;
         }
         self.write_node_allow(text)?;
+        for (index, SinkStatus { sink, error }) in self.sinks.iter().enumerate() {
+            let title = if index == 0 { "sinks" } else { "" };
+            let error = error.as_ref().map(|error| format!(" (failing: {error})")).unwrap_or_default();
+            writeln!(text, "{title:<10} {sink}{error}")?;
+        }
         writeln!(text, "agent      {agent}")?;
         writeln!(text, "pins       {}", self.pin_dir.display())?;
         writeln!(text)?;
