@@ -16,7 +16,6 @@ use std::{
     },
     path::Path,
     rc::Rc,
-    sync::Arc,
 };
 
 use aya::maps::{MapData, MapError, RingBuf};
@@ -41,7 +40,7 @@ use crate::{
         object::{self, ObjectError},
         pin::dir::{PinDir, PinError},
     },
-    encode::{bytes_field, field_text, hook_name, ip_address, nanoseconds, nonempty_text, text_field},
+    encode::{bytes_field, field_text, nanoseconds, text_field},
     kube::pod_ref::PodRef,
     node::{
         link::{self, VERIFY_PREFIX},
@@ -50,7 +49,6 @@ use crate::{
     telemetry::{
         event_record::{self, boot_time, wall_time},
         metrics::{self, Denied},
-        pod_events::{DenialNotice, DeniedPods, DeniedRequest},
     },
 };
 
@@ -82,7 +80,6 @@ pub(crate) struct Collector {
     names: Names,
     units: CgroupUnits,
     totals: Rc<RefCell<Totals>>,
-    denied_pods: Arc<DeniedPods>,
     unresolved: Unresolved,
     collected: Collected,
     has_more: bool,
@@ -104,7 +101,6 @@ impl Collector {
             names: Names::open(pins)?,
             units: CgroupUnits::new(),
             totals: Rc::default(),
-            denied_pods: Arc::default(),
             unresolved: Unresolved::default(),
             collected: Collected::default(),
             has_more: false,
@@ -117,12 +113,6 @@ impl Collector {
     #[must_use]
     pub(crate) fn with_totals(self, totals: Rc<RefCell<Totals>>) -> Self {
         Self { totals, ..self }
-    }
-
-    /// Sets the recipient of the denials of pods.
-    #[must_use]
-    pub(super) fn with_denied_pods(self, denied_pods: Arc<DeniedPods>) -> Self {
-        Self { denied_pods, ..self }
     }
 
     pub(crate) fn recorded(&self) -> Result<Denied, CollectorError> {
@@ -188,7 +178,6 @@ impl Collector {
             return Ok(());
         }
         let pod = event_record::senders(event).find_map(|sender| self.names.get(sender));
-        self.notify(event, pod.as_ref(), booted);
         let of_sender = if pod.is_none() || self.denials_to_take.is_some() {
             self.units.unit(event.cgroup)
         } else {
@@ -245,25 +234,6 @@ impl Collector {
         Ok(())
     }
 
-    /// Records the packets or calls of an event for the Kubernetes Events about its pod.
-    fn notify(&self, event: &Event, pod: Option<&PodRef>, booted: Timestamp) {
-        if !self.denied_pods.is_enabled() {
-            return;
-        }
-        let request = DeniedRequest {
-            hook: hook_name(event.hook.into()),
-            is_audited: event.verdict == Verdict::Audited as u8,
-            address: ip_address(Address::from_ipv6(event.destination)),
-        };
-        let notice = DenialNotice {
-            request,
-            comm: nonempty_text(&event.comm),
-            count: event.suppressed.saturating_add(1),
-            time: wall_time(event, booted),
-        };
-        self.denied_pods.record(pod.cloned(), event_record::senders(event).collect(), notice);
-    }
-
     fn record_unresolved(&mut self, key: DenialKey, event: &Event, unit: &[u8], is_new: bool) {
         if self.unresolved.is_full() {
             // The map of records has the same limit: some of these records were evicted or cleared.
@@ -283,7 +253,6 @@ impl Collector {
     /// Merges each record whose pod became known after the event into the record of the pod. The sums of [`Totals`] do not
     /// change, because they must not decrease.
     pub(crate) fn merge_resolved(&mut self) -> Result<(), CollectorError> {
-        self.denied_pods.resolve(|subject| self.names.get(subject));
         for (key, identity, pod) in self.unresolved.take_resolved(|subject| self.names.get(subject)) {
             let Some(earlier) = self.denials.get(&key)? else { continue };
             if is_reused(identity, &field_text(&earlier.interface)) {

@@ -1,47 +1,26 @@
 //! Denials of pods, shared between the telemetry thread and the writer of Events.
 
 use std::{
-    collections::VecDeque,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use imds_ebpf_common::Subject;
 use tokio::sync::Notify;
 
 use super::event_queue::{DenialNotice, EventQueue, PendingWrite};
-use crate::kube::pod_ref::PodRef;
-
-/// Time for which a denial waits until its sender is known as a pod. The sandbox of a new pod is found within seconds.
-const MAX_WAIT: Duration = Duration::from_secs(30);
-/// Largest number of waiting denials. Most senders that are unknown for longer are no pods.
-const MAX_WAITING: usize = 64;
+use crate::telemetry::denial::Denial;
 
 /// Denials that become Events. All methods are cheap, and record nothing while no writer runs.
 #[derive(Debug, Default)]
 pub struct DeniedPods {
     is_enabled: AtomicBool,
-    state: Mutex<State>,
+    queue: Mutex<EventQueue>,
     changed: Notify,
     written: AtomicU64,
     failed: AtomicU64,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    queue: EventQueue,
-    unnamed: VecDeque<UnnamedDenial>,
-}
-
-/// Denial of a sender that is not known as a pod yet.
-#[derive(Debug)]
-struct UnnamedDenial {
-    senders: Vec<Subject>,
-    notice: DenialNotice,
-    since: Instant,
 }
 
 /// Counters of the writes to the API server.
@@ -60,7 +39,7 @@ impl DeniedPods {
     pub(crate) fn set_enabled(&self, is_enabled: bool) {
         self.is_enabled.store(is_enabled, Relaxed);
         if !is_enabled {
-            *self.lock() = State::default();
+            *self.lock() = EventQueue::default();
         }
     }
 
@@ -69,31 +48,14 @@ impl DeniedPods {
     }
 
     pub(crate) fn writes(&self) -> EventWrites {
-        let dropped = self.lock().queue.dropped;
+        let dropped = self.lock().dropped;
         EventWrites { written: self.written.load(Relaxed), failed: self.failed.load(Relaxed), dropped }
     }
 
-    /// Records denied requests of `pod`. If the pod is unknown, keeps them until one of `senders` is known as a pod.
-    pub(crate) fn record(&self, pod: Option<PodRef>, senders: Vec<Subject>, notice: DenialNotice) {
-        let now = Instant::now();
-        let mut state = self.lock();
-        let Some(pod) = pod else { return state.keep_unnamed(senders, notice, now) };
-        state.queue.record(pod, notice, now);
-        drop(state);
-        self.changed.notify_one();
-    }
-
-    /// Moves the denials whose sender is known as a pod now to the queue.
-    pub(crate) fn resolve(&self, pod: impl Fn(Subject) -> Option<PodRef>) {
-        let now = Instant::now();
-        let mut state = self.lock();
-        for unnamed in std::mem::take(&mut state.unnamed) {
-            match unnamed.senders.iter().find_map(|&sender| pod(sender)) {
-                Some(pod) => state.queue.record(pod, unnamed.notice, now),
-                None => state.unnamed.push_back(unnamed),
-            }
-        }
-        drop(state);
+    /// Records a denied request of a known pod.
+    pub(crate) fn record(&self, denial: &Denial) {
+        let Some(pod) = denial.pod.clone().filter(|_| self.is_enabled()) else { return };
+        self.lock().record(pod, DenialNotice::new(denial), Instant::now());
         self.changed.notify_one();
     }
 
@@ -103,24 +65,24 @@ impl DeniedPods {
     }
 
     pub(super) fn next_due(&self) -> Option<Instant> {
-        self.lock().queue.next_due()
+        self.lock().next_due()
     }
 
     pub(super) fn take_due(&self) -> Option<PendingWrite> {
-        self.lock().queue.take_due(Instant::now())
+        self.lock().take_due(Instant::now())
     }
 
     /// Records that the API server has stored `write` as the Event `name`.
     pub(super) fn on_written(&self, write: &PendingWrite, name: String) {
         self.written.fetch_add(1, Relaxed);
-        self.lock().queue.on_written(write, name, Instant::now());
+        self.lock().on_written(write, name, Instant::now());
     }
 
     /// Records a failed write. `code` is the status code of the API server's answer. A write that a later attempt can
     /// complete stays in the queue.
     pub(super) fn on_failed(&self, write: &PendingWrite, code: Option<u16>) {
         self.failed.fetch_add(1, Relaxed);
-        let queue = &mut self.lock().queue;
+        let mut queue = self.lock();
         match code {
             Some(404) if write.name.is_some() => queue.on_expired(write),
             // Missing role, deleted namespace, or an object that the server does not accept.
@@ -129,20 +91,7 @@ impl DeniedPods {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    fn keep_unnamed(&mut self, senders: Vec<Subject>, notice: DenialNotice, now: Instant) {
-        while self.unnamed.pop_front_if(|unnamed| unnamed.since + MAX_WAIT < now).is_some() {}
-        let is_equal =
-            |other: &&mut UnnamedDenial| other.senders == senders && other.notice.request == notice.request;
-        if let Some(known) = self.unnamed.iter_mut().find(is_equal) {
-            known.notice.count = known.notice.count.saturating_add(notice.count);
-        } else if self.unnamed.len() < MAX_WAITING {
-            self.unnamed.push_back(UnnamedDenial { senders, notice, since: now });
-        }
+    fn lock(&self) -> MutexGuard<'_, EventQueue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

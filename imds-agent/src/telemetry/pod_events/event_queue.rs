@@ -6,9 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use imds_ebpf_common::{Address, Verdict};
 use jiff::Timestamp;
 
-use crate::kube::{EventSeries, pod_ref::PodRef};
+use crate::{
+    encode::{hook_name, ip_address, nonempty_text},
+    kube::{EventSeries, pod_ref::PodRef},
+    telemetry::denial::Denial,
+};
 
 /// Largest number of series in memory. Denials of further series are dropped.
 const MAX_SERIES: usize = 512;
@@ -35,6 +40,20 @@ pub(crate) struct DenialNotice {
     /// Number of packets or calls.
     pub count: u64,
     pub time: Timestamp,
+}
+
+impl DenialNotice {
+    /// Returns the parts of a denial that an Event tells.
+    pub(super) fn new(denial: &Denial) -> Self {
+        let event = &denial.event;
+        let request = DeniedRequest {
+            hook: hook_name(event.hook.into()),
+            is_audited: event.verdict == Verdict::Audited as u8,
+            address: ip_address(Address::from_ipv6(event.destination)),
+        };
+        let count = event.suppressed.saturating_add(1);
+        Self { request, comm: nonempty_text(&event.comm), count, time: denial.time }
+    }
 }
 
 /// Requests that count together.

@@ -7,8 +7,7 @@ mod denied_pods;
 mod event_queue;
 mod writer;
 
-pub(crate) use self::denied_pods::{DeniedPods, EventWrites};
 pub(crate) use self::{
-    event_queue::{DenialNotice, DeniedRequest},
+    denied_pods::{DeniedPods, EventWrites},
     writer::{EndpointNames, write_events},
 };
