@@ -21,9 +21,9 @@ const CONFIG: &str = "
     enabled = 'yes'";
 
 pub(crate) fn run(bytes: &[u8]) {
-    let mut index = Index::default();
+    let (mut index, node) = (Index::default(), NODE.to_owned());
     for line in bytes.split(|&byte| byte == b'\n') {
-        let (from_line, from_list) = (PodEvent::from_line(line, NODE), PodEvent::from_list(line, NODE));
+        let (from_line, from_list) = (PodEvent::from_line(line, &node), PodEvent::from_list(line, &node));
         for event in [from_line.ok().flatten(), from_list.ok()].into_iter().flatten() {
             index.handle(event);
             for rule in &*RULES {

@@ -49,7 +49,7 @@ impl Cluster {
             return;
         }
         self.watched = desired.map(|desired| {
-            let watch = PodWatcher::start(desired.access.clone(), Options::new(desired.node.clone()));
+            let watch = PodWatcher::start(desired.access.clone(), desired.node.clone(), Options::default());
             let mut state = watch.state();
             state.mark_changed();
             log::info!("watching the pods of node {}", desired.node);

@@ -10,10 +10,11 @@ pub mod cluster;
 mod cluster_client;
 mod event_object;
 mod node_labels;
+mod object_list;
 pub mod pod;
-mod pod_list;
 pub mod pod_ref;
 pub mod reflector;
+mod resource;
 pub mod store;
 mod taint;
 mod watch_state;
@@ -24,9 +25,10 @@ pub use self::{
     cluster_client::{ClusterClient, Condition, RequestError},
     event_object::{EventSeries, NewEvent, Regarding},
     node_labels::NodeLabels,
-    pod::{Pod, StringMap},
-    pod_list::PodEvent,
-    reflector::{Options, PodWatcher},
+    object_list::ObjectEvent,
+    pod::{Pod, PodEvent, StringMap},
+    reflector::{Options, PodWatcher, Watcher},
+    resource::Resource,
     store::Index,
     watch_state::{Failure, WatchState},
 };

@@ -8,7 +8,7 @@ use std::{
     fmt,
 };
 
-use super::{pod::Pod, pod_list::PodEvent};
+use super::pod::{Pod, PodEvent};
 use crate::config::PodSelector;
 
 /// Upper bound of known pods, far above what a node runs. Further pods are ignored, so no rule matches them.
@@ -62,7 +62,7 @@ impl Index {
         match event {
             PodEvent::Relist(pods) => self.relist(pods),
             PodEvent::Apply(pod) => self.apply(pod).into_iter().collect(),
-            PodEvent::Delete { uid } => self.delete(&uid).into_iter().collect(),
+            PodEvent::Delete { key } => self.delete(&key).into_iter().collect(),
         }
     }
 
