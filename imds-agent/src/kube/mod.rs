@@ -1,4 +1,4 @@
-//! Pods of this node, from the API server.
+//! Pods of this node and namespaces of the cluster, from the API server.
 //!
 //! [`reflector`] lists and watches them until it is dropped. The [`store`] holds the result, and matches pods with the
 //! operator's rules without any I/O. A pod that is not in the index is not exempt.
@@ -9,6 +9,7 @@ mod backoff;
 pub mod cluster;
 mod cluster_client;
 mod event_object;
+mod namespace;
 mod node_labels;
 mod object_list;
 pub mod pod;
@@ -24,6 +25,7 @@ pub use self::{
     backoff::Backoff,
     cluster_client::{ClusterClient, Condition, RequestError},
     event_object::{EventSeries, NewEvent, Regarding},
+    namespace::{Namespace, NamespaceEvent, NamespaceIndex},
     node_labels::NodeLabels,
     object_list::ObjectEvent,
     pod::{Pod, PodEvent, StringMap},

@@ -3,7 +3,10 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{Config, RuleSubject, provider::Dmi};
+use crate::{
+    config::{Config, RuleSubject, provider::Dmi},
+    kube::Namespace,
+};
 
 fn rule(lines: &str) -> PodSelector {
     let config = Config::parse(&format!("[[exempt]]\nname = 'a'\n{lines}"), Path::new("imds.toml")).unwrap();
@@ -76,6 +79,31 @@ fn rule_matches_its_namespace_only() {
     ] {
         assert_eq!(matching(&index, &rule(lines)), expected, "{lines}");
     }
+}
+
+#[test]
+fn namespace_labels_exempt_pods() {
+    let with = |labels: &[(&str, &str)]| {
+        let labels = labels.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+        NamespaceEvent::Apply(Namespace { name: "a".to_owned(), labels })
+    };
+    let rule = rule("namespace_selector.match_labels = { team = 'x' }\nservice_account = 's'");
+    let mut index = index([pod("0", "a", "s", "x"), pod("1", "a", "t", "x"), pod("2", "b", "s", "x")]);
+    let keys = BTreeSet::from(["team".to_owned()]);
+    let mut handle = |event| (index.handle_namespaces(event, &keys), matching(&index, &rule));
+    // Nothing is known before the first list.
+    assert_eq!(handle(with(&[("team", "x")])), (true, Vec::new()));
+    assert_eq!(handle(NamespaceEvent::Relist(Vec::new())), (true, Vec::new()));
+    assert_eq!(handle(with(&[("team", "x")])), (true, vec!["0".to_owned()]));
+    assert_eq!(handle(NamespaceEvent::Delete { key: "c".to_owned() }), (false, vec!["0".to_owned()]));
+    let unused = Namespace { name: "c".to_owned(), ..Namespace::default() };
+    assert_eq!(handle(NamespaceEvent::Apply(unused)), (false, vec!["0".to_owned()]));
+    assert_eq!(handle(with(&[])), (true, Vec::new()));
+    assert_eq!(handle(with(&[("team", "x")])), (true, vec!["0".to_owned()]));
+    assert_eq!(handle(NamespaceEvent::Delete { key: "a".to_owned() }), (true, Vec::new()));
+    assert_eq!(handle(with(&[("team", "x")])), (true, vec!["0".to_owned()]));
+    index.clear_namespaces();
+    assert!(matching(&index, &rule).is_empty() && index.get("0").is_some());
 }
 
 #[test]
