@@ -3,7 +3,6 @@
 Arguments: the workspace, the agent's binary, the packed chart, and `--write` to write the chart's README. `cargo xtask manifests` runs the script with its libraries in PYTHONPATH.
 """
 
-import ipaddress
 import json
 import pathlib
 import shutil
@@ -15,8 +14,11 @@ import tomllib
 import helm_python
 import kubernetes_validate
 import yaml
-from cel_expr_python import cel
-from cel_expr_python.ext import ext_optional
+
+# No bytecode in the workspace.
+sys.dont_write_bytecode = True
+sys.path.append(f"{sys.argv[1]}/xtask")
+from policies import check_policies, failures  # noqa: E402
 
 ROOT, AGENT, PACKAGE = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 WRITE = "--write" in sys.argv
@@ -25,7 +27,6 @@ KUBERNETES, CHART = ROOT / "deploy/kubernetes", ROOT / "deploy/helm/imds-agent"
 VERSIONS = ["1.31", kubernetes_validate.latest_version()]
 # Kinds of the Prometheus operator, which have no schema in Kubernetes.
 FOREIGN = {"PodMonitor", "PrometheusRule", "SecurityContextConstraints", "ServiceMonitor"}
-failures = []
 
 
 def check(what, text, kinds):
@@ -154,94 +155,9 @@ def kustomize(path):
     return subprocess.run(["kubectl", "kustomize", path], check=True, capture_output=True, text=True).stdout
 
 
-def is_ip(text):
-    """Implements isIP of Kubernetes' CEL library, which accepts neither zones nor IPv4-mapped addresses."""
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return "%" not in text and getattr(address, "ipv4_mapped", None) is None
-
-
-def function(name, overload, result, implementation):
-    overloads = [cel.Overload(overload, result, [cel.Type.STRING], False, implementation)]
-    return cel.FunctionDecl(name, overloads)
-
-
-# Represents addresses as canonical text, so that equal addresses compare equal.
-IP_LIBRARY = cel.CelExtension(
-    "ip",
-    [
-        function("isIP", "is_ip_string", cel.Type.BOOL, is_ip),
-        function("ip", "string_to_ip", cel.Type.STRING, lambda text: str(ipaddress.ip_address(text))),
-    ],
-)
-
-
-def admits(policy, thing):
-    """Returns whether a policy admits an object. The CEL implementation is another one than Kubernetes'."""
-    types = {"object": cel.Type.DYN, "variables": cel.Type.DYN}
-    env = cel.NewEnv(variables=types, extensions=[IP_LIBRARY, ext_optional.ExtOptional()])
-
-    def evaluate(expression):
-        value = env.compile(expression).eval(data={"object": thing, "variables": variables})
-        if value.type() == cel.Type.ERROR:
-            raise ValueError(f"{expression}: {value.value()}")
-        return value.plain_value()
-
-    variables = {}
-    for variable in policy["spec"]["variables"]:
-        variables[variable["name"]] = evaluate(variable["expression"])
-    return all(evaluate(validation["expression"]) for validation in policy["spec"]["validations"])
-
-
-def check_policy(what, policy):
-    """Evaluates the policy on Services, EndpointSlices and Endpoints with pod and metadata addresses."""
-
-    def service(**spec):
-        return {"kind": "Service", "spec": {"type": "ClusterIP", "clusterIP": "10.0.0.1", **spec}}
-
-    def of_slice(kind, *addresses):
-        return {"kind": "EndpointSlice", "addressType": kind, "endpoints": [{"addresses": list(addresses)}]}
-
-    def of_endpoints(state, *addresses):
-        return {"kind": "Endpoints", "subsets": [{state: [{"ip": address} for address in addresses]}]}
-
-    def with_status(*ingress):
-        return service(type="LoadBalancer") | {"status": {"loadBalancer": {"ingress": list(ingress)}}}
-
-    matched = {name for rule in policy["spec"]["matchConstraints"]["resourceRules"] for name in rule["resources"]}
-    if missing := {"services", "services/status", "endpoints", "endpointslices"} - matched:
-        failures.append(f"{what}: the policy does not see {missing}")
-    cases = [
-        (True, service()),
-        (True, service() | {"status": {"loadBalancer": {}}}),
-        (True, with_status({"ip": "192.0.2.3", "ipMode": "VIP"}, {"hostname": "lb.example.com"})),
-        (False, with_status({"hostname": "lb.example.com"}, {"ip": "168.63.129.16"})),
-        (False, with_status({"ip": "169.254.169.254"})),
-        (True, service(externalIPs=["192.0.2.1"], loadBalancerIP="192.0.2.2")),
-        (True, service(type="ExternalName", externalName="example.com")),
-        (True, of_slice("IPv4", "10.244.0.7", "10.244.0.8")),
-        (True, of_slice("FQDN", "example.com")),
-        (True, {"kind": "EndpointSlice", "addressType": "IPv4", "endpoints": []}),
-        (True, {"kind": "EndpointSlice", "addressType": "IPv4"}),
-        (True, of_endpoints("addresses", "10.244.0.7")),
-        (True, {"kind": "Endpoints"}),
-        (False, service(externalIPs=["192.0.2.1", "169.254.169.254"])),
-        (False, service(loadBalancerIP="168.63.129.16")),
-        (False, of_slice("IPv4", "10.244.0.7", "169.254.169.254")),
-        (False, of_slice("IPv6", "fd00:0ec2:0::254")),
-        (False, of_slice("IPv6", "::ffff:169.254.169.254")),
-        (False, of_endpoints("addresses", "100.100.100.200")),
-        (False, of_endpoints("notReadyAddresses", "169.254.169.254")),
-    ]
-    for expected, thing in cases:
-        try:
-            if admits(policy, thing) != expected:
-                failures.append(f"{what}: the policy {'refuses' if expected else 'admits'} {thing}")
-        except Exception as error:
-            failures.append(f"{what}: the policy fails on {thing}: {error}")
-    print(f"{what}: the policy admits and refuses {len(cases)} objects as expected")
+def rights(documents, resource):
+    rules = one(documents, "ClusterRole")["rules"]
+    return [rule["verbs"] for rule in rules if resource in rule["resources"]]
 
 
 def check_checks(document):
@@ -318,10 +234,22 @@ with tempfile.TemporaryDirectory(dir=KUBERNETES) as directory:
     (pathlib.Path(directory) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     kinds = BASE | {"PodMonitor", "PrometheusRule", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
     everything = check(f"components {', '.join(components)}", kustomize(directory), kinds)
-    check_policy("kustomize", one(everything, "ValidatingAdmissionPolicy"))
+    check_policies(
+        "kustomize",
+        everything,
+        "imds-agent/exempt",
+        lambda user: [user("kubernetes-admin"), user("a", "system:masters"), user("a", "kubeadm:cluster-admins")],
+    )
+    if rights(everything, "namespaces") != [["list", "watch"]]:
+        failures.append("kustomize: the role has other rights to namespaces than the agent uses")
 
 check_image_edit()
 
+# Further values of the chart.
+VARIANTS = {
+    "no check": {"configCheck": {"enabled": False}},
+    "namespaces watched": {"kubernetes": {"watchNamespaces": True}},
+}
 CHART_KINDS = {"ServiceAccount", "ConfigMap", "DaemonSet"}
 with helm_python.Chart.load(str(CHART)) as chart:
 
@@ -331,15 +259,27 @@ with helm_python.Chart.load(str(CHART)) as chart:
 
     examples = {path.name: yaml.safe_load(path.read_text()) for path in sorted((CHART / "ci").glob("*-values.yaml"))}
     default = None
-    for name, values in {"its defaults": {}, **examples, "no check": {"configCheck": {"enabled": False}}}.items():
+    for name, values in {"its defaults": {}, **examples, **VARIANTS}.items():
         what = f"chart with {name}"
         has_account = values.get("serviceAccount", {}).get("create", True)
         documents = check(what, render(values), CHART_KINDS - (set() if has_account else {"ServiceAccount"}))
         default = default or documents
         check_values(what, values, documents)
         check_job(what, values, documents)
-        if any(document["kind"] == "ValidatingAdmissionPolicy" for document in documents):
-            check_policy(what, one(documents, "ValidatingAdmissionPolicy"))
+        if values.get("admissionPolicy", {}).get("enabled", False):
+            labels = {"keys": ["imds-agent/exempt"], "users": [], "groups": ["system:masters", "kubeadm:cluster-admins"]}
+            labels |= values["admissionPolicy"].get("namespaceLabels", {})
+
+            def administrators(user, labels=labels):
+                return [user(name) for name in labels["users"]] + [user("a", name) for name in labels["groups"]]
+
+            for label in labels["keys"]:
+                check_policies(what, documents, label, administrators)
+        if any(document["kind"] == "ClusterRole" for document in documents):
+            watches = "namespace_selector" in configuration(documents)
+            watches = watches or values.get("kubernetes", {}).get("watchNamespaces", False)
+            if rights(documents, "namespaces") != ([["list", "watch"]] if watches else []):
+                failures.append(f"{what}: the role has other rights to namespaces than the agent uses")
     broken = [document for document in yaml.safe_load_all(render({"extraConfig": "typo = true"})) if document]
     if not config_errors(configuration(broken)):
         failures.append("chart: the hook accepts an unknown key")
@@ -356,6 +296,7 @@ with helm_python.Chart.load(str(CHART)) as chart:
         {"confg": {}},
         {"podMonitor": {"enabled": True}},
         {"metrics": {"programRunTime": "yes"}},
+        {"admissionPolicy": {"namespaceLabels": {"keys": ["a b"]}}},
         {"serviceAccount": {"create": False}},
         {"appArmorProfile": {"type": "Localhost"}},
     ]:

@@ -4,8 +4,8 @@
 use std::{collections::BTreeMap, net::IpAddr, path::Path};
 
 use imds_agent::config::{
-    Config, ConfigError, ConfigErrors, Enabled, EndpointSelector, Exempt, Hooks, NodeIdentity, RuleSubject,
-    endpoint_set::EndpointSet, provider::Dmi,
+    Config, ConfigError, ConfigErrors, Enabled, EndpointSelector, Exempt, Hooks, NamespaceSelector,
+    NodeIdentity, RuleSubject, endpoint_set::EndpointSet, provider::Dmi,
 };
 use imds_ebpf_common::{DenyAction, Hook, Mode};
 use toml::{Table, Value};
@@ -144,7 +144,12 @@ fn assert_exempts(endpoints: &EndpointSet, exempt: &[Exempt], table: &Table) {
         assert_eq!(exempt.is_audited, rule.get("audit").and_then(Value::as_bool).unwrap_or_default());
         match &exempt.sender {
             RuleSubject::Pods(pods) => {
-                assert_eq!(Some(&*pods.namespace), word("namespace"));
+                match &pods.namespace {
+                    NamespaceSelector::Name(name) => assert_eq!(Some(&**name), word("namespace")),
+                    NamespaceSelector::Labels(labels) => {
+                        assert!(rule.contains_key("namespace_selector") && labels.keys().next().is_some());
+                    }
+                }
                 assert_eq!(pods.service_account.as_deref(), word("service_account"));
                 assert_eq!(pods.selector.is_some(), rule.contains_key("pod_selector"));
             }

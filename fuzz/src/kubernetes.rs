@@ -1,10 +1,10 @@
 //! Kubernetes API decoder: any response of an API server exempts only pods that a rule selects.
 
-use std::{path::Path, sync::LazyLock};
+use std::{collections::BTreeSet, path::Path, sync::LazyLock};
 
 use imds_agent::{
-    config::{Config, Exempt, PodSelector, RuleSubject, provider::Dmi},
-    kube::{Index, Pod, PodEvent},
+    config::{Config, Exempt, NamespaceSelector, PodSelector, RuleSubject, provider::Dmi},
+    kube::{Index, NamespaceEvent, Pod, PodEvent},
 };
 
 const NODE: &str = "node-0";
@@ -17,13 +17,21 @@ const CONFIG: &str = "
     [[exempt]]
     name = 'all'
     namespace = 'monitoring'
+    [[exempt]]
+    name = 'team'
+    namespace_selector = { match_labels = { team = 'a' } }
+    service_account = 'agent'
     [kubernetes]
     enabled = 'yes'";
 
 pub(crate) fn run(bytes: &[u8]) {
-    let mut index = Index::default();
+    let (mut index, node, keys) = (Index::default(), NODE.to_owned(), BTreeSet::from(["team".to_owned()]));
     for line in bytes.split(|&byte| byte == b'\n') {
-        let (from_line, from_list) = (PodEvent::from_line(line, NODE), PodEvent::from_list(line, NODE));
+        let namespaces = [NamespaceEvent::from_line(line, &keys).ok().flatten(), namespace_list(line, &keys)];
+        for event in namespaces.into_iter().flatten() {
+            index.handle_namespaces(event, &keys);
+        }
+        let (from_line, from_list) = (PodEvent::from_line(line, &node), PodEvent::from_list(line, &node));
         for event in [from_line.ok().flatten(), from_list.ok()].into_iter().flatten() {
             index.handle(event);
             for rule in &*RULES {
@@ -33,6 +41,10 @@ pub(crate) fn run(bytes: &[u8]) {
             }
         }
     }
+}
+
+fn namespace_list(line: &[u8], keys: &BTreeSet<String>) -> Option<NamespaceEvent> {
+    NamespaceEvent::from_list(line, keys).ok()
 }
 
 /// Parsed once, because parsing rules takes longer than decoding a response.
@@ -47,7 +59,13 @@ static RULES: LazyLock<Vec<PodSelector>> = LazyLock::new(|| {
 });
 
 fn assert_meant(pod: &Pod, rule: &PodSelector, index: &Index) {
-    assert!(pod.namespace == rule.namespace && !pod.is_terminated, "{pod:?}");
+    assert!(!pod.is_terminated, "{pod:?}");
+    match &rule.namespace {
+        NamespaceSelector::Name(name) => assert_eq!(pod.namespace, *name, "{pod:?}"),
+        NamespaceSelector::Labels(labels) => {
+            assert!(index.namespaces().matches(&pod.namespace, labels), "{pod:?}");
+        }
+    }
     let label = |key: &str| pod.labels.get(key);
     if rule.selector.is_some() {
         assert!(pod.service_account == "agent" && label("app") == Some("agent"), "{pod:?}");

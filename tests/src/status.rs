@@ -48,6 +48,18 @@ pub struct Kubernetes {
     /// Missing in the output of earlier versions.
     #[serde(default)]
     pub disputed: u32,
+    /// Missing in the output of earlier versions.
+    #[serde(default)]
+    pub namespaces: Option<Namespaces>,
+}
+
+/// Status of the namespace watch.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Namespaces {
+    pub connected: bool,
+    pub known: u32,
+    pub error: Option<String>,
 }
 
 /// Kubernetes metadata of a pod.

@@ -51,6 +51,22 @@ fn policies_cover_service_status() {
     }
 }
 
+#[test]
+fn label_policies_are_equal() {
+    let validations = |policy: &'static str| {
+        let (_, rest) = policy.split_once("    - name: before\n").unwrap();
+        rest.split_once("\n---\n").unwrap().0
+    };
+    let policies = [
+        deploy!("kubernetes/components/namespace-selector/policy.yaml"),
+        deploy!("helm/imds-agent/templates/admission-namespaces.yaml"),
+    ];
+    assert_eq!(validations(policies[0]), validations(policies[1]));
+    for policy in policies {
+        assert!(policy.contains("resources: [namespaces, namespaces/status, namespaces/finalize]"));
+    }
+}
+
 /// Nodes that run no daemons of the cluster would keep a pod pending, which blocks each rollout.
 #[test]
 fn agents_avoid_virtual_nodes() {

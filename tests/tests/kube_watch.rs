@@ -37,15 +37,14 @@ impl Follower {
         let directory = TempDir::new().unwrap();
         let kubeconfig = directory.path().join("kubeconfig");
         server.write_kubeconfig(&kubeconfig);
-        let mut options = Options::new(NODE.to_owned());
-        options.backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(200));
+        let mut options = fast_retries();
         change(&mut options);
         let config = Config::parse(RULES, Path::new("imds.toml")).unwrap();
         let RuleSubject::Pods(rule) = config.resolve(&Dmi::default()).unwrap().1.remove(0).sender else {
             panic!("a rule for pods")
         };
         Self {
-            watch: PodWatcher::start(Access::Kubeconfig(kubeconfig), options),
+            watch: PodWatcher::start(Access::Kubeconfig(kubeconfig), NODE.to_owned(), options),
             index: Index::default(),
             rule,
             relists: Vec::new(),
@@ -80,6 +79,11 @@ impl Follower {
     fn errors(&self, kind: ErrorKind) -> u64 {
         self.watch.state().borrow().errors.get(&kind).copied().unwrap_or_default()
     }
+}
+
+fn fast_retries() -> Options {
+    let backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(200));
+    Options { backoff, ..Options::default() }
 }
 
 fn trusted(uid: &str) -> serde_json::Value {
@@ -354,9 +358,8 @@ async fn later_and_changed_kubeconfig_is_read() {
     server.apply(trusted("a"));
     let mut follower = Follower::new(&server);
     let kubeconfig = follower.directory.path().join("other");
-    let mut options = Options::new(NODE.to_owned());
-    options.backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(200));
-    follower.watch = PodWatcher::start(Access::Kubeconfig(kubeconfig.clone()), options);
+    follower.watch =
+        PodWatcher::start(Access::Kubeconfig(kubeconfig.clone()), NODE.to_owned(), fast_retries());
     follower.until_state("the missing file", |state| state.errors.contains_key(&ErrorKind::Config)).await;
     // The server does not support TLS.
     write_kubeconfig(&kubeconfig, &server.url().replace("http:", "https:"));

@@ -77,12 +77,7 @@ fn exemption(rule: &Exempt, endpoint_set: &EndpointSet) -> String {
         RuleSubject::Pods(pods) => {
             let account = pods.service_account.as_ref().map(|name| format!(", service account {name}"));
             let labels = pods.selector.as_ref().map(|_| ", pod selector");
-            format!(
-                "namespace {}{}{}",
-                pods.namespace,
-                account.unwrap_or_default(),
-                labels.unwrap_or_default()
-            )
+            format!("{}{}{}", pods.namespace, account.unwrap_or_default(), labels.unwrap_or_default())
         }
     };
     let endpoints = match &rule.scope {

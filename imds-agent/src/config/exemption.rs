@@ -17,7 +17,7 @@ use toml::Spanned;
 
 use super::{
     ConfigError, ConfigErrors, names,
-    selector::{Selector, SelectorTable},
+    selector::{NAMESPACE_SELECTOR, POD_SELECTOR, Selector, SelectorTable},
     source::{Diagnostics, Location},
     suggest::did_you_mean,
 };
@@ -71,12 +71,40 @@ pub enum RuleSubject {
 /// Selector of Kubernetes pods by namespace, service account and labels.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct PodSelector {
-    /// Namespace of the selected pods.
-    pub namespace: String,
+    /// Namespaces of the selected pods.
+    pub namespace: NamespaceSelector,
     /// Service account of the pods; `None` matches any.
     pub service_account: Option<String>,
     /// Labels of the pods; `None` matches any.
     pub selector: Option<Selector>,
+}
+
+/// Selector of the namespaces of pods.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum NamespaceSelector {
+    /// The namespace with this name.
+    Name(String),
+    /// All namespaces whose labels match.
+    Labels(Selector),
+}
+
+impl NamespaceSelector {
+    /// Returns the selector of labels, if it is one.
+    pub fn labels(&self) -> Option<&Selector> {
+        match self {
+            Self::Name(_) => None,
+            Self::Labels(selector) => Some(selector),
+        }
+    }
+}
+
+impl fmt::Display for NamespaceSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => write!(f, "namespace {name}"),
+            Self::Labels(_) => f.write_str("namespace selector"),
+        }
+    }
 }
 
 /// Glob that matches interface names.
@@ -121,6 +149,7 @@ pub(super) struct ExemptTable {
     netns: Option<Spanned<PathBuf>>,
     cgroup: Option<Spanned<PathBuf>>,
     namespace: Option<Spanned<String>>,
+    namespace_selector: Option<Spanned<SelectorTable>>,
     service_account: Option<Spanned<String>>,
     endpoints: Option<Spanned<Vec<Spanned<String>>>>,
     #[serde(default)]
@@ -139,11 +168,13 @@ impl Exemptions {
         Self { rules }
     }
 
-    /// Returns the name of the first rule for Kubernetes pods, if the file has one.
-    pub(super) fn first_pod_rule<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
+    /// Returns the location of the first rule for Kubernetes pods, if the file has one, and the key that makes it one.
+    pub(super) fn first_pod_rule(&self, tables: &[ExemptTable]) -> Option<(Range<usize>, &'static str)> {
         let of_pods = |rule: &&UnresolvedRule| matches!(rule.sender, RuleSubject::Pods(_));
         let name = &self.rules.iter().find(of_pods)?.name;
-        tables.iter().map(|table| &table.name).find(|other| other.get_ref() == name)
+        let table = tables.iter().find(|table| table.name.get_ref() == name)?;
+        let key = if table.namespace.is_some() { "exempt.namespace" } else { NAMESPACE_SELECTOR };
+        Some((table.name.span(), key))
     }
 
     /// Returns the rules with their endpoint names resolved to addresses of `endpoint_set`.
@@ -210,46 +241,52 @@ fn parse_rule(table: &ExemptTable, diagnostics: &mut Diagnostics<'_>) -> Option<
 }
 
 fn parse_sender(table: &ExemptTable, diagnostics: &mut Diagnostics<'_>) -> Option<RuleSubject> {
-    let ExemptTable { name, interface, netns, cgroup, namespace, .. } = table;
+    let ExemptTable { name, interface, netns, cgroup, namespace, namespace_selector, .. } = table;
     if namespace.is_none()
+        && namespace_selector.is_none()
         && let Some(beside) = first_pod_key(table)
     {
-        diagnostics.error(beside, "exempt: service_account and pod_selector need a namespace");
+        let message = "exempt: service_account and pod_selector need a namespace or namespace_selector";
+        diagnostics.error(beside, message);
         return None;
     }
-    match (interface, netns, cgroup, namespace) {
-        (Some(glob), None, None, None) => {
+    match (interface, netns, cgroup, namespace, namespace_selector) {
+        (Some(glob), None, None, None, None) => {
             diagnostics.ok(glob.span(), parse_interface(glob.get_ref())).map(RuleSubject::Interface)
         }
-        (None, Some(path), None, None) => parse_path(path, "netns", diagnostics).map(RuleSubject::Netns),
-        (None, None, Some(path), None) => parse_path(path, "cgroup", diagnostics).map(RuleSubject::Cgroup),
-        (None, None, None, Some(namespace)) => {
-            parse_pods(namespace, table, diagnostics).map(RuleSubject::Pods)
+        (None, Some(path), None, None, None) => {
+            parse_path(path, "netns", diagnostics).map(RuleSubject::Netns)
         }
-        (None, None, None, None) => {
-            let message = "exempt: missing selector: set one of `interface`, `netns`, `cgroup`, `namespace`";
+        (None, None, Some(path), None, None) => {
+            parse_path(path, "cgroup", diagnostics).map(RuleSubject::Cgroup)
+        }
+        (None, None, None, Some(_), None) | (None, None, None, None, Some(_)) => {
+            parse_pods(table, diagnostics).map(RuleSubject::Pods)
+        }
+        (None, None, None, None, None) => {
+            let message = "exempt: missing selector: set one of `interface`, `netns`, `cgroup`, `namespace`, `namespace_selector`";
             diagnostics.error(name.span(), message);
             None
         }
-        (_, _, _, _) => {
-            let message = "exempt: set only one of `interface`, `netns`, `cgroup`, `namespace`";
+        (_, _, _, _, _) => {
+            let message =
+                "exempt: set only one of `interface`, `netns`, `cgroup`, `namespace`, `namespace_selector`";
             diagnostics.error(name.span(), message);
             None
         }
     }
 }
 
-/// Returns the location of a key that is only allowed together with `namespace`.
+/// Returns the location of a key that is only allowed in a rule for Kubernetes pods.
 fn first_pod_key(table: &ExemptTable) -> Option<Range<usize>> {
     let service_account = table.service_account.as_ref().map(Spanned::span);
     service_account.or_else(|| table.pod_selector.as_ref().map(Spanned::span))
 }
 
-/// Parses the selector of Kubernetes pods, and records the errors of all its keys. The namespace is required, because the
-/// author of a pod can choose labels freely.
+/// Parses the selector of Kubernetes pods, and records the errors of all its keys. A selector of namespaces is required,
+/// because the author of a pod can choose labels freely.
 fn parse_pods(
-    namespace: &Spanned<String>,
-    ExemptTable { service_account, pod_selector, .. }: &ExemptTable,
+    ExemptTable { namespace, namespace_selector, service_account, pod_selector, .. }: &ExemptTable,
     diagnostics: &mut Diagnostics<'_>,
 ) -> Option<PodSelector> {
     let mut checked = |name: &Spanned<String>, key: &str, is_name: fn(&str) -> bool| {
@@ -258,10 +295,13 @@ fn parse_pods(
         let message = || format!("exempt.{key}: {:?} is not a valid name", name.get_ref());
         diagnostics.ok(name.span(), is_valid.then_some(text).ok_or_else(message))
     };
-    let namespace = checked(namespace, "namespace", names::is_dns_label);
+    let name = namespace.as_ref().and_then(|name| checked(name, "namespace", names::is_dns_label));
     let account =
         service_account.as_ref().map(|name| checked(name, "service_account", names::is_dns_subdomain));
-    let selector = pod_selector.as_ref().map(|table| Selector::parse(table, diagnostics));
+    let labels = namespace_selector.as_ref();
+    let labels = labels.and_then(|table| Selector::parse(table, NAMESPACE_SELECTOR, diagnostics));
+    let namespace = name.map(NamespaceSelector::Name).or_else(|| labels.map(NamespaceSelector::Labels));
+    let selector = pod_selector.as_ref().map(|table| Selector::parse(table, POD_SELECTOR, diagnostics));
     // `None` stands for a key that is not set, `Some(None)` for an invalid one.
     let service_account = account.map_or(Some(None), |account| account.map(Some));
     let selector = selector.map_or(Some(None), |selector| selector.map(Some));

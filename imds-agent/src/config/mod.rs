@@ -35,13 +35,16 @@ use thiserror::Error;
 pub use self::{
     endpoint::Endpoints,
     event_sinks::{Events, HostPort, LogFile, Otlp, Sink, SyslogAddress},
-    exemption::{EndpointSelector, Exempt, Exemptions, NameGlob, PodSelector, RuleSubject},
+    exemption::{
+        EndpointSelector, Exempt, Exemptions, NameGlob, NamespaceSelector, PodSelector, RuleSubject,
+    },
     hooks::{Hooks, Sendmsg},
     interfaces::Interfaces,
     kubernetes::{Access, Enabled, Environment, Kubernetes},
     listen::Listen,
     node_pool::{NodeIdentity, NodePool},
     node_table::NodeProcess,
+    selector::Selector,
 };
 use self::{
     file::File,
@@ -193,10 +196,10 @@ impl Config {
     fn check(file: &File, diagnostics: &mut Diagnostics<'_>) -> Self {
         let config = Self::from_file(file, diagnostics);
         if config.kubernetes.enabled == Enabled::No
-            && let Some(name) = config.exempt.first_pod_rule(&file.exempt)
+            && let Some((span, key)) = config.exempt.first_pod_rule(&file.exempt)
         {
-            let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
-            diagnostics.error(name.span(), message);
+            let message = format!("{key}: needs the pod watch, but kubernetes.enabled = \"no\"");
+            diagnostics.error(span, message);
         }
         // Later checks could report wrong errors if only a part of the file was read.
         if diagnostics.is_empty() {

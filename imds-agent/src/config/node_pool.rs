@@ -10,7 +10,7 @@ use super::{
     Config,
     file::File,
     names,
-    selector::{Selector, SelectorTable},
+    selector::{NODE_SELECTOR, Selector, SelectorTable},
     source::Diagnostics,
 };
 use crate::checksum::fnv1a;
@@ -94,7 +94,8 @@ impl NodePool {
                 let message = format!("node_pool.name: {:?} is the name of two pools", table.name.get_ref());
                 diagnostics.error(table.name.span(), message);
             }
-            let selector = table.node_selector.as_ref().map(|table| Selector::parse(table, diagnostics));
+            let selector =
+                table.node_selector.as_ref().map(|table| Selector::parse(table, NODE_SELECTOR, diagnostics));
             let percent = table.percent.as_ref().map_or(100, |percent| *percent.get_ref());
             if let Some(span) =
                 table.percent.as_ref().filter(|_| !(1..=100).contains(&percent)).map(Spanned::span)
@@ -294,7 +295,11 @@ mod tests {
             ("[[node_pool]]\nname = 'a'\n[node_pool.hooks]\nsockets = true", "4:1", "sockets"),
             ("[[node_pool]]\nname = 'a'\n[[node_pool]]\nname = 'a'", "4:8", "two pools"),
             ("[[node_pool]]\nname = 'a'\nprovider = 'none'", "3:12", "protects nothing"),
-            ("[[node_pool]]\nname = 'a'\nnode_selector = {}", "3:17", "empty"),
+            (
+                "[[node_pool]]\nname = 'a'\nnode_selector = {}",
+                "3:17",
+                "node_pool.node_selector: is empty; remove",
+            ),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.starts_with(&format!("imds.toml:{position}: ")) && error.contains(part), "{error}");

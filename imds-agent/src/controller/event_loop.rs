@@ -22,11 +22,12 @@ use crate::{
     controller::{
         Reconciler,
         cluster_report::ClusterReport,
+        exemption_rules,
         resolved_config::{ResolvedConfig, RunOptions},
         start_config::StartConfig,
     },
     kube::{
-        NodeLabels, PodEvent,
+        NamespaceEvent, NodeLabels, PodEvent,
         cluster::{Cluster, ClusterEvent},
     },
     memory::{self, TrimSchedule},
@@ -256,7 +257,8 @@ impl Agent {
     }
 
     async fn update_pod_watch(&mut self) {
-        self.cluster.set_api(self.resolved.cluster.as_ref());
+        let label_keys = exemption_rules::namespace_label_keys(&self.resolved.exempt);
+        self.cluster.set_api(self.resolved.cluster.as_ref(), label_keys);
         self.cluster_report.set(&self.resolved);
         let api = self.resolved.cluster.as_ref().filter(|_| self.loader.needs_node_labels());
         if self.node_labels.as_ref().map(NodeLabels::api) != api {
@@ -264,6 +266,8 @@ impl Agent {
         }
         if self.cluster.node().is_none() {
             log_error(self.reconciler.clear_pods().await);
+        } else if self.cluster.namespace_state().is_none() {
+            log_error(self.reconciler.clear_namespaces());
         }
     }
 
@@ -290,6 +294,16 @@ impl Agent {
                 let node = self.cluster.node().unwrap_or_default();
                 log_error(self.reconciler.on_watch_status(node, &state).await);
             }
+            ClusterEvent::Namespaces(event) => {
+                let is_relist = matches!(event, NamespaceEvent::Relist(_));
+                log_error(self.reconciler.on_namespace_event(event, self.cluster.label_keys()).await);
+                if is_relist {
+                    memory::trim();
+                }
+            }
+            ClusterEvent::NamespaceState(state) => {
+                log_error(self.reconciler.on_namespace_watch_status(state).await);
+            }
         }
     }
 
@@ -300,6 +314,7 @@ impl Agent {
             map_updates: self.reconciler.map_updates,
             watch: self.cluster.state(),
             event_writes: self.cluster_report.event_writes(),
+            namespace_watch: self.cluster.namespace_state(),
             log_lines_dropped: logging::dropped(),
         }
     }

@@ -9,7 +9,7 @@ use std::{
 use imds_ebpf_common::{Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict};
 
 use crate::{
-    config::{self, EndpointSelector, Exempt, RuleSubject},
+    config::{self, EndpointSelector, Exempt, RuleSubject, Selector},
     controller::pod_tracker::PodTracker,
     datapath::exemption_set::ExemptionSet,
     encode::address_key,
@@ -38,16 +38,13 @@ impl ExemptionRules {
 
     /// Returns the selectors of the rules for Kubernetes pods.
     pub fn pod_selectors(&self) -> impl Iterator<Item = &config::PodSelector> {
-        self.exempt.iter().filter_map(|rule| match &rule.sender {
-            RuleSubject::Pods(pods) => Some(pods),
-            RuleSubject::Interface(_) | RuleSubject::Netns(_) | RuleSubject::Cgroup(_) => None,
-        })
+        self.exempt.iter().filter_map(|rule| rule.sender.pod_selector())
     }
 
-    /// Reports whether the rule with this number, counted from 1, is for Kubernetes pods.
-    pub fn selects_pods(&self, rule: u32) -> bool {
+    /// Returns the selector of the rule with this number, counted from 1, if it is for Kubernetes pods.
+    pub fn pod_selector(&self, rule: u32) -> Option<&config::PodSelector> {
         let rule = usize::try_from(rule).ok().and_then(|rule| self.exempt.get(rule.checked_sub(1)?));
-        rule.is_some_and(|rule| matches!(rule.sender, RuleSubject::Pods(_)))
+        rule.and_then(|rule| rule.sender.pod_selector())
     }
 
     /// Replaces all rules, and clears their errors.
@@ -116,7 +113,20 @@ impl ExemptionRules {
     }
 }
 
+/// Returns the keys of the labels of namespaces that decide about the rules.
+pub fn namespace_label_keys(rules: &[Exempt]) -> BTreeSet<String> {
+    let selectors = rules.iter().filter_map(|rule| rule.sender.pod_selector()?.namespace.labels());
+    selectors.flat_map(Selector::keys).map(str::to_owned).collect()
+}
+
 impl RuleSubject {
+    fn pod_selector(&self) -> Option<&config::PodSelector> {
+        match self {
+            Self::Pods(pods) => Some(pods),
+            Self::Interface(_) | Self::Netns(_) | Self::Cgroup(_) => None,
+        }
+    }
+
     fn path(&self) -> Option<&Path> {
         match self {
             Self::Netns(path) | Self::Cgroup(path) => Some(path),

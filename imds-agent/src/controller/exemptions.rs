@@ -16,7 +16,7 @@ use crate::{
     config::{Exempt, Interfaces},
     controller::{exemption_rules::ExemptionRules, pod_tracker::PodTracker},
     datapath::{DatapathError, exemption_set::ExemptionSet},
-    kube::{PodEvent, WatchState},
+    kube::{NamespaceEvent, PodEvent, WatchState},
     node::{
         interface_role::{Uplinks, assign},
         link::Link,
@@ -161,6 +161,29 @@ impl Reconciler {
         self.reconcile_exemptions().await
     }
 
+    /// Handles an event of the namespace watch, which reports the labels with these keys.
+    pub async fn on_namespace_event(
+        &mut self,
+        event: NamespaceEvent,
+        label_keys: &BTreeSet<String>,
+    ) -> Result<(), DatapathError> {
+        let is_changed = self.exemptions.pods.on_namespace_event(event, label_keys);
+        if is_changed { self.reconcile_exemptions().await } else { Ok(()) }
+    }
+
+    /// Handles a state change of the namespace watch.
+    pub async fn on_namespace_watch_status(&mut self, state: WatchState) -> Result<(), DatapathError> {
+        if self.exemptions.pods.on_namespace_watch_status(state) {
+            self.reconcile_exemptions().await?;
+        }
+        self.record_watch_status()
+    }
+
+    /// Forgets all namespaces, after the namespace watch was stopped.
+    pub fn clear_namespaces(&mut self) -> Result<(), DatapathError> {
+        if self.exemptions.pods.clear_namespaces() { self.record_watch_status() } else { Ok(()) }
+    }
+
     /// Handles a state change of the watch of the pods of `node`.
     pub async fn on_watch_status(&mut self, node: &str, state: &WatchState) -> Result<(), DatapathError> {
         if self.exemptions.pods.on_watch_status(state) {
@@ -230,14 +253,18 @@ impl Reconciler {
         if self.exemptions.uses_node_addresses {
             desired.add_node_addresses(self.exemptions.node_addresses.update(netns::addresses()));
         }
-        // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
-        self.exemptions.retain_previous_exemptions &= self.is_resolving() || !self.exemptions.pods.is_synced;
-        if self.exemptions.retain_previous_exemptions {
+        // Once all pods are synced and resolved, and all namespaces are known, the recomputed exemptions replace those of
+        // the previous agent.
+        let is_incomplete = self.is_resolving() || !self.exemptions.pods.is_synced;
+        let ExemptionState { rules, pods, retain_previous_exemptions, .. } = &mut self.exemptions;
+        let is_open = |selector| is_incomplete || !pods.knows_namespaces(selector);
+        *retain_previous_exemptions &= is_incomplete || rules.pod_selectors().any(is_open);
+        if *retain_previous_exemptions {
             // Until then, the exemptions of the previous agent stay. The kernel never reuses a netns cookie or cgroup
             // id, and an interface that reuses the index of a deleted one has lost its exemptions already.
             let previous = self.datapath.exemptions()?;
             for (exemption, record) in previous.entries {
-                if self.exemptions.rules.selects_pods(record.rule) {
+                if rules.pod_selector(record.rule).is_some_and(is_open) {
                     desired.entries.entry(exemption).or_insert(record);
                 }
             }

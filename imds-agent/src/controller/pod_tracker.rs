@@ -11,8 +11,8 @@ use tokio::time::Instant;
 use crate::{
     config,
     kube::{
-        Index, Pod, PodEvent, WatchState,
-        pod_ref::{PodContainer, PodWatchStatus},
+        ErrorKind, Failure, Index, NamespaceEvent, Pod, PodEvent, WatchState,
+        pod_ref::{NamespaceWatchStatus, PodContainer, PodWatchStatus},
     },
     node::{
         link::Link,
@@ -58,6 +58,8 @@ pub struct PodTracker {
     disputes: BTreeSet<String>,
     /// Number of pods that claim the cgroup of another pod.
     pub(super) disputed: u32,
+    /// State of the namespace watch, if a rule needs one.
+    pub(super) namespace_watch: Option<WatchState>,
 }
 
 /// Reason why the set of pods may be incomplete.
@@ -85,6 +87,7 @@ impl PodTracker {
             host_network_pods: BTreeSet::new(),
             disputes: BTreeSet::new(),
             disputed: 0,
+            namespace_watch: None,
         }
     }
 
@@ -105,6 +108,33 @@ impl PodTracker {
             }
         }
         is_changed
+    }
+
+    /// Applies an event of the namespace watch, which reports the labels with these keys. Returns whether
+    /// [`PodTracker::senders`] may change.
+    pub fn on_namespace_event(&mut self, event: NamespaceEvent, label_keys: &BTreeSet<String>) -> bool {
+        // A list may lack namespaces to whose pods the previous agent gave exemptions.
+        let is_relist = matches!(event, NamespaceEvent::Relist(_));
+        self.index.handle_namespaces(event, label_keys) || is_relist
+    }
+
+    /// Applies the state of the namespace watch. Returns whether [`PodTracker::senders`] may change.
+    pub fn on_namespace_watch_status(&mut self, state: WatchState) -> bool {
+        let previous = self.namespace_watch.replace(state);
+        let text =
+            |state: &Option<WatchState>| failure(state.as_ref()).map(|failure| failure.message.clone());
+        text(&previous) != text(&self.namespace_watch)
+    }
+
+    /// Forgets all namespaces. Returns whether there was a namespace watch.
+    pub fn clear_namespaces(&mut self) -> bool {
+        self.index.clear_namespaces();
+        self.namespace_watch.take().is_some()
+    }
+
+    /// Reports whether the labels of namespaces that decide about a rule are known.
+    pub fn knows_namespaces(&self, rule: &config::PodSelector) -> bool {
+        rule.namespace.labels().is_none_or(|selector| self.index.namespaces().knows(selector))
     }
 
     fn log_disputes(&mut self) {
@@ -139,6 +169,22 @@ impl PodTracker {
             pods: number(self.index.pods().count()),
             unresolved: number(self.unresolved().count()),
             disputed: self.disputed,
+            namespaces: self.namespace_watch.as_ref().map(|state| NamespaceWatchStatus {
+                connected: state.connected,
+                known: number(self.index.namespaces().len()),
+                error: state.last_error.as_ref().map(|failure| failure.message.clone()),
+            }),
+        }
+    }
+
+    /// Returns the reason why the namespaces of a rule may be incomplete.
+    fn namespace_failure(&self, rule: &config::PodSelector) -> Option<&str> {
+        rule.namespace.labels()?;
+        match failure(self.namespace_watch.as_ref())? {
+            // Known labels may be outdated until the operator changes the role.
+            Failure { kind: ErrorKind::Forbidden, message, .. } => Some(message),
+            _ if self.knows_namespaces(rule) => None,
+            _ => Some("the API server has not sent the namespaces yet"),
         }
     }
 
@@ -283,6 +329,9 @@ impl PodTracker {
             Some(SyncState::NotSynced) => senders.fail("the API server has not sent this node's pods yet"),
             None => {}
         }
+        if let Some(failure) = self.namespace_failure(rule) {
+            senders.fail(failure);
+        }
         for pod in self.index.matching(rule) {
             if let Some(sandbox) = self.sandboxes.get(&pod.uid) {
                 senders.extend(&sandbox.senders);
@@ -330,4 +379,9 @@ impl PodTracker {
         let unresolved: Vec<_> = self.unresolved().map(|pod| pod.uid.clone()).collect();
         self.pending.extend(unresolved);
     }
+}
+
+/// Returns the error that interrupts a watch.
+fn failure(state: Option<&WatchState>) -> Option<&Failure> {
+    state.filter(|state| !state.connected)?.last_error.as_ref()
 }

@@ -15,36 +15,29 @@ use tokio::time::timeout;
 
 use super::{
     api_error::{ApiError, Status, with_causes},
-    pod_list::{Page, WatchEvent},
+    resource::Collection,
 };
 use crate::config::Access;
 
-/// Longest answer in bytes. etcd stores no object of more than 1.5 MiB, and a page lists few pods.
+/// Longest answer in bytes. etcd stores no object of more than 1.5 MiB, and a page lists few objects.
 const MAX_ANSWER: usize = 64 << 20;
 /// Longest line of a watch in bytes.
 const MAX_LINE: usize = 8 << 20;
-/// URL path of all pods.
-pub(super) const PODS: &str = "/api/v1/pods";
 /// Name of the agent in the audit log of the API server.
 const USER_AGENT: &str = concat!("imds-agent/", env!("CARGO_PKG_VERSION"));
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Client of the API server for the pods of one node.
+/// Client of the API server.
 #[derive(Clone)]
 pub(super) struct Api {
     client: Client,
     /// URL of the server, without a trailing slash.
     server: String,
-    node: String,
     response_timeout: Duration,
 }
 
 impl Api {
-    pub(super) async fn new(
-        access: &Access,
-        node: &str,
-        response_timeout: Duration,
-    ) -> Result<Self, ApiError> {
+    pub(super) async fn new(access: &Access, response_timeout: Duration) -> Result<Self, ApiError> {
         let mut config = match access {
             Access::InCluster => {
                 ClientConfig::incluster().map_err(|source| ApiError::InCluster { source })?
@@ -59,11 +52,11 @@ impl Api {
         }
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
-        // The pod watch retries with its own backoff, and reports each attempt.
+        // A watch retries with its own backoff, and reports each attempt.
         config.default_retry = false;
         let client =
             Client::try_from(config).map_err(|source| ApiError::Client { source: Box::new(source) })?;
-        Ok(Self { client, server, node: node.to_owned(), response_timeout })
+        Ok(Self { client, server, response_timeout })
     }
 
     /// Returns the text of an error of a request for `path`, with the URL and all causes.
@@ -71,10 +64,16 @@ impl Api {
         format!("{}{path}: {}", self.server, with_causes(error))
     }
 
-    /// Requests a page of the pods of the node: the first one, or the one that starts at `next`. The list is at least as
-    /// new as resource version `version`. As in client-go, "0" accepts any version that the server has cached, which is
-    /// the cheapest, and an empty version requires a consistent read from etcd.
-    pub(super) async fn list(&self, version: &str, limit: u32, next: Option<&str>) -> Result<Page, ApiError> {
+    /// Requests a page of objects as JSON: the first one, or the one that starts at `next`. The list is at least as new as resource
+    /// version `version`. As in client-go, "0" accepts any version that the server has cached, which is the cheapest, and an
+    /// empty version requires a consistent read from etcd.
+    pub(super) async fn list(
+        &self,
+        objects: &Collection,
+        version: &str,
+        limit: u32,
+        next: Option<&str>,
+    ) -> Result<Vec<u8>, ApiError> {
         let limit = limit.to_string();
         let mut query = vec![("limit", limit.as_str())];
         match (next, version) {
@@ -85,12 +84,17 @@ impl Api {
                 query.extend([("resourceVersion", version), ("resourceVersionMatch", "NotOlderThan")]);
             }
         }
-        let page = async { Page::from_json(&read(self.get(&query).await?, MAX_ANSWER).await?) };
+        let page = async { read(self.get(objects, &query).await?, MAX_ANSWER).await };
         self.with_timeout(page).await
     }
 
     /// Starts a watch of changes after resource version `version`. The server ends the watch after `timeout`.
-    pub(super) async fn watch(&self, version: &str, timeout: Duration) -> Result<Lines, ApiError> {
+    pub(super) async fn watch(
+        &self,
+        objects: &Collection,
+        version: &str,
+        timeout: Duration,
+    ) -> Result<Lines, ApiError> {
         let seconds = timeout.as_secs().max(1).to_string();
         let query = [
             ("watch", "true"),
@@ -98,7 +102,7 @@ impl Api {
             ("timeoutSeconds", &seconds),
             ("resourceVersion", version),
         ];
-        let body = self.with_timeout(self.get(&query)).await?;
+        let body = self.with_timeout(self.get(objects, &query)).await?;
         Ok(Lines(Box::pin(body.into_data_stream().map_err(io::Error::other).into_async_read())))
     }
 
@@ -133,8 +137,8 @@ impl Api {
         timeout(after, response).await.unwrap_or(Err(ApiError::Timeout { after }))
     }
 
-    async fn get(&self, query: &[(&str, &str)]) -> Result<Body, ApiError> {
-        self.send(Request::get(self.target(query)), Body::empty()).await
+    async fn get(&self, objects: &Collection, query: &[(&str, &str)]) -> Result<Body, ApiError> {
+        self.send(Request::get(objects.target(query)), Body::empty()).await
     }
 
     async fn send(&self, request: Builder, body: Body) -> Result<Body, ApiError> {
@@ -157,12 +161,14 @@ impl Api {
             head.headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         Err(status.into_error(retry_after))
     }
+}
 
+impl Collection {
     fn target(&self, query: &[(&str, &str)]) -> String {
-        let path = format!("{PODS}?");
+        let path = format!("{}?", self.path);
         let length = path.len();
         form_urlencoded::Serializer::for_suffix(path, length)
-            .append_pair("fieldSelector", &format!("spec.nodeName={}", self.node))
+            .extend_pairs(self.field_selector.iter().map(|selector| ("fieldSelector", selector)))
             .extend_pairs(query)
             .finish()
     }
@@ -180,8 +186,8 @@ async fn from_kubeconfig(path: PathBuf) -> Result<ClientConfig, ApiError> {
 pub(super) struct Lines(Pin<Box<dyn AsyncBufRead + Send>>);
 
 impl Lines {
-    /// Waits for the next event. Returns `None` if the server ended the watch.
-    pub(super) async fn next(&mut self) -> Result<Option<WatchEvent>, ApiError> {
+    /// Waits for the next event and returns its JSON. Returns `None` if the server ended the watch.
+    pub(super) async fn next(&mut self) -> Result<Option<Vec<u8>>, ApiError> {
         loop {
             let mut line = Vec::new();
             self.0
@@ -192,7 +198,7 @@ impl Lines {
                 .map_err(ApiError::closed)?;
             match line.strip_suffix(b"\n") {
                 Some(json) if json.trim_ascii().is_empty() => {}
-                Some(json) => return WatchEvent::from_json(json).map(Some),
+                Some(_) => return Ok(Some(line)),
                 None if line.is_empty() => return Ok(None),
                 None if line.len() == MAX_LINE => return Err(ApiError::TooLong { limit: MAX_LINE }),
                 None => return Err(ApiError::ConnectionClosed { source: None }),
@@ -216,7 +222,10 @@ async fn read(body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
 mod tests {
     use futures_util::io::Cursor;
 
-    use super::{super::api_error::ErrorKind, *};
+    use super::{
+        super::{api_error::ErrorKind, object_list::WatchEvent, pod::Pod},
+        *,
+    };
 
     fn lines(text: &str) -> Lines {
         Lines(Box::pin(Cursor::new(text.as_bytes().to_vec())))
@@ -227,11 +236,14 @@ mod tests {
         let bookmark = r#"{"type":"BOOKMARK","object":{"kind":"Pod","metadata":{"resourceVersion":"7"}}}"#;
         let pod = r#"{"type":"ADDED","object":{"metadata":{"uid":"u","namespace":"n","name":"p"}}}"#;
         let mut two = lines(&format!("{bookmark}\n\n{pod}\n"));
-        assert!(matches!(two.next().await.unwrap(), Some(WatchEvent::Bookmark(_))));
-        assert!(matches!(two.next().await.unwrap(), Some(WatchEvent::Added(_))));
-        assert!(two.next().await.unwrap().is_none());
+        let next = async |lines: &mut Lines| {
+            lines.next().await?.map(|json| WatchEvent::<Pod>::from_json(&json)).transpose()
+        };
+        assert!(matches!(next(&mut two).await.unwrap(), Some(WatchEvent::Bookmark(_))));
+        assert!(matches!(next(&mut two).await.unwrap(), Some(WatchEvent::Added(_))));
+        assert!(next(&mut two).await.unwrap().is_none());
 
-        let kind = async |text: &str| lines(text).next().await.err().unwrap().kind();
+        let kind = async |text: &str| next(&mut lines(text)).await.err().unwrap().kind();
         assert_eq!(kind(&pod[..40]).await, ErrorKind::Closed);
         assert_eq!(kind(&format!("{}\n", &pod[..40])).await, ErrorKind::Malformed);
         assert_eq!(kind("{\"type\":\"MOVED\",\"object\":{}}\n").await, ErrorKind::Malformed);

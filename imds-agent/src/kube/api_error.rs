@@ -39,8 +39,8 @@ pub(super) enum ApiError {
     Incomplete { what: &'static str },
     #[error("the response of the API server is longer than {limit} bytes")]
     TooLong { limit: usize },
-    #[error("the pod list of the API server is too long: {pods} pods of this node in {pages} pages")]
-    ListTooLong { pages: usize, pods: usize },
+    #[error("the {kind} list of the API server is too long: {objects} {all} in {pages} pages")]
+    ListTooLong { kind: &'static str, all: &'static str, pages: usize, objects: usize },
 }
 
 /// Kinds of errors, as metrics count them. Metrics and JSON have the same names.
@@ -60,7 +60,7 @@ pub enum ErrorKind {
     Expired,
     /// The API server asks to retry later (429).
     Throttled,
-    /// The API server does not allow the agent to read pods (401, 403).
+    /// The API server does not allow the agent to read the objects (401, 403).
     Forbidden,
     /// The API server returned another error.
     Server,

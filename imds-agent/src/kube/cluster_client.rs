@@ -163,7 +163,7 @@ impl ClusterClient {
         if let Some(api) = &self.api {
             return Ok(api.clone());
         }
-        let api = Api::new(&self.config.access, &self.config.node, RESPONSE_TIMEOUT).await;
+        let api = Api::new(&self.config.access, RESPONSE_TIMEOUT).await;
         let api = api.map_err(|error| RequestError::new(with_causes(&error), &error))?;
         Ok(self.api.insert(api).clone())
     }

@@ -1,4 +1,4 @@
-//! Pods of this node, from the API server.
+//! Pods of this node and namespaces of the cluster, from the API server.
 //!
 //! [`reflector`] lists and watches them until it is dropped. The [`store`] holds the result, and matches pods with the
 //! operator's rules without any I/O. A pod that is not in the index is not exempt.
@@ -9,11 +9,13 @@ mod backoff;
 pub mod cluster;
 mod cluster_client;
 mod event_object;
+mod namespace;
 mod node_labels;
+mod object_list;
 pub mod pod;
-mod pod_list;
 pub mod pod_ref;
 pub mod reflector;
+mod resource;
 pub mod store;
 mod taint;
 mod watch_state;
@@ -23,10 +25,12 @@ pub use self::{
     backoff::Backoff,
     cluster_client::{ClusterClient, Condition, RequestError},
     event_object::{EventSeries, NewEvent, Regarding},
+    namespace::{Namespace, NamespaceEvent, NamespaceIndex},
     node_labels::NodeLabels,
-    pod::{Pod, StringMap},
-    pod_list::PodEvent,
-    reflector::{Options, PodWatcher},
+    object_list::ObjectEvent,
+    pod::{Pod, PodEvent, StringMap},
+    reflector::{Options, PodWatcher, Watcher},
+    resource::Resource,
     store::Index,
     watch_state::{Failure, WatchState},
 };

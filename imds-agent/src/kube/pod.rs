@@ -5,6 +5,11 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::Deserialize;
 
+use super::{
+    resource::{Parsed, Resource},
+    store::MAX_PODS,
+};
+
 /// Annotation of a mirror pod, which the kubelet creates in the API server for a static pod. The value is the UID of
 /// the static pod on the node.
 const MIRROR: &str = "kubernetes.io/config.mirror";
@@ -36,6 +41,9 @@ pub struct Pod {
     pub is_terminated: bool,
 }
 
+/// Change of the node's pods.
+pub type PodEvent = super::ObjectEvent<Pod>;
+
 /// Map of strings in a sorted slice. The smallest `BTreeMap` of strings takes 544 bytes, and the agent keeps two maps for
 /// each pod.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -57,9 +65,30 @@ impl FromIterator<(String, String)> for StringMap {
     }
 }
 
+impl Resource for Pod {
+    type Object = PodObject;
+    /// Name of the node whose pods are in scope.
+    type Scope = String;
+
+    const PATH: &'static str = "/api/v1/pods";
+    const KIND: &'static str = "pod";
+    const ALL: &'static str = "pods of this node";
+    const MAX: usize = MAX_PODS;
+    const IF_FORBIDDEN: &'static str = "";
+
+    fn field_selector(node: &Self::Scope) -> Option<String> {
+        Some(format!("spec.nodeName={node}"))
+    }
+
+    fn parse(object: Self::Object, node: &Self::Scope) -> Parsed<Self> {
+        let (key, version) = (object.metadata.uid.clone(), object.metadata.resource_version.clone());
+        Parsed { key, version, value: object.is_on(node).then(|| object.into_pod()) }
+    }
+}
+
 /// Pod object of the API. Fields are optional, so that an incomplete object can be parsed.
 #[derive(Debug, Deserialize)]
-pub(super) struct PodObject {
+pub struct PodObject {
     metadata: Metadata,
     spec: Option<Spec>,
     status: Option<Status>,
@@ -111,17 +140,12 @@ struct ContainerStatus {
 }
 
 impl PodObject {
-    /// Returns the resource version of the object.
-    pub(super) fn resource_version(&self) -> Option<String> {
-        self.metadata.resource_version.clone()
-    }
-
     /// Reports whether the pod runs on this node. A server that ignores field selectors sends all pods.
-    pub(super) fn is_on(&self, node: &str) -> bool {
+    fn is_on(&self, node: &str) -> bool {
         self.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node)
     }
 
-    pub(super) fn into_pod(self) -> Pod {
+    fn into_pod(self) -> Pod {
         let Metadata { uid, namespace, name, creation_timestamp, labels, annotations, .. } = self.metadata;
         let cgroup_uid = annotations.and_then(static_uid).unwrap_or_else(|| uid.clone());
         let status = self.status.unwrap_or_default();
@@ -202,7 +226,7 @@ mod tests {
         });
         let read: PodObject = serde_json::from_value(object).unwrap();
         assert!(read.is_on("node-0") && !read.is_on("node-1"));
-        assert_eq!(read.resource_version().as_deref(), Some("7"));
+        assert_eq!(read.metadata.resource_version.as_deref(), Some("7"));
         let expected = Pod {
             uid: "u".into(),
             cgroup_uid: "u".into(),

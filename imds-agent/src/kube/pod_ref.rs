@@ -63,4 +63,17 @@ pub struct PodWatchStatus {
     pub unresolved: u32,
     /// Number of pods that claim the cgroup of another pod.
     pub disputed: u32,
+    /// Status of the namespace watch, if a rule needs one.
+    pub namespaces: Option<NamespaceWatchStatus>,
+}
+
+/// Status of the namespace watch. The JSON form only ever gains fields.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct NamespaceWatchStatus {
+    /// True while the API server answers the watch.
+    pub connected: bool,
+    /// Number of namespaces that the API server listed.
+    pub known: u32,
+    /// Last error of the watch.
+    pub error: Option<String>,
 }

@@ -1,8 +1,8 @@
-//! List and watch of the pods of one node, with retries until it is dropped.
+//! List and watch of API objects, with retries until it is dropped.
 //!
-//! While the server is unreachable, the last known pods stay. Pods that the server has not reported are unknown.
+//! While the server is unreachable, the last known objects stay. Objects that the server has not reported are unknown.
 
-use std::{future::pending, time::Duration};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::{
@@ -12,11 +12,12 @@ use tokio::{
 };
 
 use super::{
-    api::{Api, PODS},
+    api::Api,
     api_error::{ApiError, ErrorKind, with_causes},
     backoff::Backoff,
-    pod_list::{PodEvent, WatchEvent},
-    store::MAX_PODS,
+    object_list::{AddedPage, Decode, Decoder, ObjectEvent},
+    pod::Pod,
+    resource::{Collection, Resource},
     watch_state::WatchState,
 };
 use crate::config::Access;
@@ -24,12 +25,10 @@ use crate::config::Access;
 /// A watch that ends sooner than this without an event counts as a failure.
 const MIN_LIVENESS: Duration = Duration::from_secs(1);
 
-/// Settings of the pod watch.
+/// Settings of a watch.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Name of the node whose pods are watched.
-    pub node: String,
-    /// Number of pods per page of a list.
+    /// Number of objects per page of a list.
     pub page: u32,
     /// Upper bound of the pages of a list. Must suffice for all pods of the largest clusters, because a server may
     /// ignore field selectors.
@@ -43,11 +42,10 @@ pub struct Options {
     pub backoff: Backoff,
 }
 
-impl Options {
+impl Default for Options {
     /// Returns settings that suit clusters of any size.
-    pub fn new(node: String) -> Self {
+    fn default() -> Self {
         Self {
-            node,
             page: 50,
             max_pages: 10_000,
             watch: Duration::from_mins(2),
@@ -57,29 +55,33 @@ impl Options {
     }
 }
 
-/// Pod watch that runs in the background. Dropping it ends the watch.
+/// Watch of objects that runs in the background. Dropping it ends the watch.
 #[derive(Debug)]
-pub struct PodWatcher {
-    events: mpsc::Receiver<PodEvent>,
+pub struct Watcher<T> {
+    events: mpsc::Receiver<ObjectEvent<T>>,
     state: watch::Receiver<WatchState>,
     /// The task of the watch, which ends when this is dropped.
     _task: JoinSet<()>,
 }
 
-impl PodWatcher {
-    /// Starts the watch. Must be called within a tokio runtime.
+/// Watch of the pods of a node.
+pub type PodWatcher = Watcher<Pod>;
+
+impl<T: Resource> Watcher<T> {
+    /// Starts the watch of the objects within `scope`. Must be called within a tokio runtime.
     ///
     /// The watch retries forever, even if the kubeconfig file does not exist yet.
-    pub fn start(access: Access, options: Options) -> Self {
+    pub fn start(access: Access, scope: T::Scope, options: Options) -> Self {
         let (to_events, events) = mpsc::channel(64);
         let (to_state, state) = watch::channel(WatchState::new());
         let reflector = Reflector {
             access,
+            objects: Collection::new::<T>(&scope),
+            decoder: Box::new(Decoder::new(scope, to_events)),
             options,
             api: None,
             version: "0".to_owned(),
             must_list: true,
-            events: to_events,
             state: to_state,
             last_logged: None,
         };
@@ -87,7 +89,7 @@ impl PodWatcher {
     }
 
     /// Waits for the next event. Cancel safe.
-    pub async fn next(&mut self) -> Option<PodEvent> {
+    pub async fn next(&mut self) -> Option<ObjectEvent<T>> {
         self.events.recv().await
     }
 
@@ -99,13 +101,14 @@ impl PodWatcher {
 
 struct Reflector {
     access: Access,
+    objects: Collection,
+    decoder: Box<dyn Decode>,
     options: Options,
     api: Option<Api>,
     /// Resource version after all events so far, for the next request: see [`Api::list`].
     version: String,
     /// True if a watch cannot continue from `version`.
     must_list: bool,
-    events: mpsc::Sender<PodEvent>,
     state: watch::Sender<WatchState>,
     /// Last logged error, so that an error is logged once and not with every attempt.
     last_logged: Option<String>,
@@ -122,27 +125,26 @@ impl Reflector {
         }
     }
 
-    /// Lists all pods if necessary, then watches them until the server ends the watch.
+    /// Lists all objects if necessary, then watches them until the server ends the watch.
     async fn list_and_watch(&mut self) -> Result<(), ApiError> {
-        let Options { node, watch, response_timeout, .. } = &self.options;
-        let (watch, response_timeout) = (*watch, *response_timeout);
+        let Options { watch, response_timeout, .. } = self.options;
         let api = match &self.api {
             Some(api) => api.clone(),
-            None => self.api.insert(Api::new(&self.access, node, response_timeout).await?).clone(),
+            None => self.api.insert(Api::new(&self.access, response_timeout).await?).clone(),
         };
         if self.must_list {
             self.relist(&api).await?;
         }
         let start = Instant::now();
-        let mut lines = api.watch(&self.version, watch).await?;
+        let mut lines = api.watch(&self.objects, &self.version, watch).await?;
         self.connected();
         let deadline = start + watch + response_timeout;
         let mut is_silent = true;
         loop {
-            let event = timeout_at(deadline, lines.next()).await;
-            let event = event.map_err(|_| ApiError::Timeout { after: start.elapsed() })?;
-            let Some(event) = event? else { break };
-            self.apply_event(event).await?;
+            let line = timeout_at(deadline, lines.next()).await;
+            let line = line.map_err(|_| ApiError::Timeout { after: start.elapsed() })?;
+            let Some(line) = line? else { break };
+            self.apply_line(&line).await?;
             is_silent = false;
             self.options.backoff.reset();
         }
@@ -154,27 +156,29 @@ impl Reflector {
     }
 
     async fn relist(&mut self, api: &Api) -> Result<(), ApiError> {
-        let Options { node, page, max_pages, .. } = &self.options;
-        let (mut pods, mut next, mut pages) = (Vec::new(), None::<String>, 0);
-        let version = loop {
-            let list = api.list(&self.version, *page, next.as_deref()).await;
+        let Options { page, max_pages, .. } = self.options;
+        let (mut next, mut pages) = (None::<String>, 0);
+        self.decoder.begin_list();
+        let (objects, version) = loop {
+            let list = api.list(&self.objects, &self.version, page, next.as_deref()).await;
             if let Err(ApiError::Expired { .. }) = list {
                 self.version.clear();
             }
-            let (listed, version, token) = list?.into_parts(node)?;
+            let AddedPage { objects, version, next: token } = self.decoder.add_page(&list?)?;
             pages += 1;
-            pods.extend(listed);
             next = token;
             if next.is_none() {
-                break version;
+                break (objects, version);
             }
-            if pods.len() > MAX_PODS || pages >= *max_pages {
-                return Err(ApiError::ListTooLong { pages, pods: pods.len() });
+            if objects > self.objects.max || pages >= max_pages {
+                let Collection { kind, all, .. } = self.objects;
+                return Err(ApiError::ListTooLong { kind, all, pages, objects });
             }
         };
-        log::debug!("{} pods on this node at resource version {version}", pods.len());
+        log::debug!("{objects} {} at resource version {version}", self.objects.all);
         (self.version, self.must_list) = (version, false);
-        self.send(PodEvent::Relist(pods)).await;
+        self.decoder.finish_list();
+        self.decoder.send().await;
         self.state.send_modify(|state| {
             state.relists += 1;
             state.last_sync = Some(Timestamp::now());
@@ -182,37 +186,30 @@ impl Reflector {
         Ok(())
     }
 
-    async fn apply_event(&mut self, event: WatchEvent) -> Result<(), ApiError> {
-        let (event, version) = event.into_event(&self.options.node)?;
-        let is_of_pod = event.is_some();
-        if let Some(event) = event {
-            self.send(event).await;
-        }
+    async fn apply_line(&mut self, line: &[u8]) -> Result<(), ApiError> {
+        let (is_of_object, version) = self.decoder.add_line(line)?;
+        self.decoder.send().await;
         self.version = version;
         self.state.send_modify(|state| {
-            state.events += u64::from(is_of_pod);
+            state.events += u64::from(is_of_object);
             state.last_sync = Some(Timestamp::now());
         });
         Ok(())
     }
 
-    async fn send(&self, event: PodEvent) {
-        if self.events.send(event).await.is_err() {
-            // The watcher was dropped, which ends this task.
-            pending::<()>().await;
-        }
-    }
-
     fn connected(&mut self) {
         if self.last_logged.take().is_some() {
-            log::info!("pod watch re-established");
+            log::info!("{} watch re-established", self.objects.kind);
         }
         self.state.send_modify(WatchState::connect);
     }
 
     fn on_error(&mut self, error: &ApiError, delay: Duration) {
-        let described = self.api.as_ref().map(|api| api.describe(PODS, error));
-        let text = described.unwrap_or_else(|| with_causes(error));
+        let described = self.api.as_ref().map(|api| api.describe(self.objects.path, error));
+        let mut text = described.unwrap_or_else(|| with_causes(error));
+        if error.kind() == ErrorKind::Forbidden {
+            text.push_str(self.objects.if_forbidden);
+        }
         match error.kind() {
             // Only a complete list contains the missed events.
             ErrorKind::Expired | ErrorKind::Malformed => self.must_list = true,
@@ -228,7 +225,7 @@ impl Reflector {
         if is_expected || self.last_logged.as_ref() == Some(&text) {
             log::debug!("{text}");
         } else {
-            log::warn!("pod watch failed, keeping existing exemptions: {text}");
+            log::warn!("{} watch failed, keeping existing exemptions: {text}", self.objects.kind);
             self.last_logged = Some(text);
         }
     }

@@ -1,4 +1,4 @@
-//! Set of known pods, and the pods that a rule matches. Pure, so that unit tests cover it completely.
+//! Set of known pods and namespaces, and the pods that a rule matches. Pure, so that unit tests cover it completely.
 
 #[cfg(test)]
 mod tests;
@@ -8,8 +8,11 @@ use std::{
     fmt,
 };
 
-use super::{pod::Pod, pod_list::PodEvent};
-use crate::config::PodSelector;
+use super::{
+    namespace::{NamespaceEvent, NamespaceIndex},
+    pod::{Pod, PodEvent},
+};
+use crate::config::{NamespaceSelector, PodSelector};
 
 /// Upper bound of known pods, far above what a node runs. Further pods are ignored, so no rule matches them.
 pub const MAX_PODS: usize = 16_384;
@@ -22,6 +25,7 @@ pub struct Index {
     claims: BTreeMap<String, BTreeSet<String>>,
     /// Keys of `claims` with several pods, usually none.
     contested: BTreeSet<String>,
+    namespaces: NamespaceIndex,
 }
 
 /// Names of claimants in a log line. A client of the API server may create any number of them.
@@ -62,8 +66,25 @@ impl Index {
         match event {
             PodEvent::Relist(pods) => self.relist(pods),
             PodEvent::Apply(pod) => self.apply(pod).into_iter().collect(),
-            PodEvent::Delete { uid } => self.delete(&uid).into_iter().collect(),
+            PodEvent::Delete { key } => self.delete(&key).into_iter().collect(),
         }
+    }
+
+    /// Applies an event of a watch that reports the labels of namespaces with these `keys`. Returns whether it concerns
+    /// known pods.
+    pub fn handle_namespaces(&mut self, event: NamespaceEvent, keys: &BTreeSet<String>) -> bool {
+        let changed = self.namespaces.handle(event, keys);
+        self.pods.values().any(|pod| changed.contains(&pod.namespace))
+    }
+
+    /// Forgets all namespaces. Returns whether any was known.
+    pub fn clear_namespaces(&mut self) -> bool {
+        !std::mem::take(&mut self.namespaces).is_empty()
+    }
+
+    /// Returns the known namespaces.
+    pub fn namespaces(&self) -> &NamespaceIndex {
+        &self.namespaces
     }
 
     /// Returns all pods, including terminated ones.
@@ -115,7 +136,7 @@ impl Index {
 
     /// Returns the running pods that a rule matches.
     pub fn matching<'i>(&'i self, rule: &'i PodSelector) -> impl Iterator<Item = &'i Pod> {
-        self.active().filter(|pod| is_selected(pod, rule))
+        self.active().filter(|pod| self.is_selected(pod, rule))
     }
 
     fn apply(&mut self, pod: Pod) -> Option<String> {
@@ -158,10 +179,18 @@ impl Index {
         changed.extend(pods.into_iter().filter_map(|pod| self.apply(pod)));
         changed
     }
-}
 
-fn is_selected(pod: &Pod, PodSelector { namespace, service_account, selector }: &PodSelector) -> bool {
-    pod.namespace == *namespace
-        && service_account.as_ref().is_none_or(|account| pod.service_account == *account)
-        && selector.as_ref().is_none_or(|selector| selector.matches(|key| pod.labels.get(key)))
+    fn is_selected(
+        &self,
+        pod: &Pod,
+        PodSelector { namespace, service_account, selector }: &PodSelector,
+    ) -> bool {
+        let is_in_namespace = match namespace {
+            NamespaceSelector::Name(name) => pod.namespace == *name,
+            NamespaceSelector::Labels(labels) => self.namespaces.matches(&pod.namespace, labels),
+        };
+        is_in_namespace
+            && service_account.as_ref().is_none_or(|account| pod.service_account == *account)
+            && selector.as_ref().is_none_or(|selector| selector.matches(|key| pod.labels.get(key)))
+    }
 }

@@ -1,4 +1,4 @@
-//! State of the pod watch, for status and metrics.
+//! State of a watch, for status and metrics.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,14 +7,14 @@ use serde::Serialize;
 
 use super::api_error::ErrorKind;
 
-/// State of the pod watch. The JSON form only ever gains fields.
+/// State of a watch. The JSON form only ever gains fields.
 #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
 pub struct WatchState {
     /// True while the API server answers the watch.
     pub connected: bool,
     /// Time of the last change of `connected`.
     pub since: Timestamp,
-    /// Time of the last moment at which the set of pods was known to be complete.
+    /// Time of the last moment at which the set of objects was known to be complete.
     pub last_sync: Option<Timestamp>,
     /// Last error of the watch.
     pub last_error: Option<Failure>,
@@ -22,13 +22,13 @@ pub struct WatchState {
     pub next_attempt: Option<Timestamp>,
     /// Number of complete lists, including the first one.
     pub relists: u64,
-    /// Number of events about pods.
+    /// Number of events about objects.
     pub events: u64,
     /// Number of errors by kind.
     pub errors: BTreeMap<ErrorKind, u64>,
 }
 
-/// Error of the pod watch.
+/// Error of a watch.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Failure {
     /// Time at which the error occurred.

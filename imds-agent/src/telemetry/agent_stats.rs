@@ -11,6 +11,8 @@ pub struct AgentStats {
     pub watch: Option<WatchState>,
     /// Writes of Kubernetes Events; `None` if they are off.
     pub event_writes: Option<EventWrites>,
+    /// State of the namespace watch, if a rule needs one.
+    pub namespace_watch: Option<WatchState>,
     /// Log lines that were dropped, because standard error was not read.
     pub log_lines_dropped: u64,
 }

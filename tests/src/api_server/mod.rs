@@ -1,4 +1,5 @@
-//! A small Kubernetes API server: lists and watches pods over HTTP, stores Events and conditions, and fails on request.
+//! A small Kubernetes API server: lists and watches pods and namespaces over HTTP, stores Events and conditions, and fails on
+//! request.
 
 mod requests;
 mod writes;
@@ -35,7 +36,8 @@ struct Store {
     version: u64,
     /// Oldest resource version that a watch can start from.
     oldest: u64,
-    pods: BTreeMap<String, Value>,
+    /// Pods and namespaces by UID.
+    objects: BTreeMap<String, Value>,
     /// Taints of nodes, by node name.
     taints: BTreeMap<String, Value>,
     /// Labels of nodes, by node name.
@@ -130,31 +132,31 @@ impl ApiServer {
         write_kubeconfig(path, &self.url());
     }
 
-    /// Stores a pod, built by [`pod`], and notifies the watches.
-    pub fn apply(&self, mut pod: Value) {
+    /// Stores an object, built by [`pod`] or [`namespace`], and notifies the watches.
+    pub fn apply(&self, mut object: Value) {
         let mut store = self.shared.lock();
         let version = store.next_version();
-        pod["metadata"]["resourceVersion"] = version.to_string().into();
-        let uid = pod["metadata"]["uid"].as_str().expect("a uid").to_owned();
-        let kind = if store.pods.insert(uid, pod.clone()).is_some() { "MODIFIED" } else { "ADDED" };
-        store.history.push((version, kind, pod));
+        object["metadata"]["resourceVersion"] = version.to_string().into();
+        let uid = object["metadata"]["uid"].as_str().expect("a uid").to_owned();
+        let kind = if store.objects.insert(uid, object.clone()).is_some() { "MODIFIED" } else { "ADDED" };
+        store.history.push((version, kind, object));
         self.shared.changed.notify_all();
     }
 
-    /// Deletes the pod and notifies the watches.
+    /// Deletes the object and notifies the watches.
     pub fn delete(&self, uid: &str) {
         let mut store = self.shared.lock();
         let version = store.next_version();
-        let mut pod = store.pods.remove(uid).expect("a pod that was stored");
-        pod["metadata"]["resourceVersion"] = version.to_string().into();
-        store.history.push((version, "DELETED", pod));
+        let mut object = store.objects.remove(uid).expect("an object that was stored");
+        object["metadata"]["resourceVersion"] = version.to_string().into();
+        store.history.push((version, "DELETED", object));
         self.shared.changed.notify_all();
     }
 
-    /// Deletes the pod and its history: only a list shows the deletion.
+    /// Deletes the object and its history: only a list shows the deletion.
     pub fn forget(&self, uid: &str) {
         let mut store = self.shared.lock();
-        store.pods.remove(uid).expect("a pod that was stored");
+        store.objects.remove(uid).expect("an object that was stored");
         store.compact();
     }
 
@@ -246,6 +248,20 @@ pub fn pod(uid: &str, node: &str, namespace: &str, service_account: &str, labels
         "metadata": { "uid": uid, "namespace": namespace, "name": format!("pod-{uid}"), "labels": labels },
         "spec": { "nodeName": node, "serviceAccountName": service_account },
         "status": { "phase": "Running" },
+    })
+}
+
+/// Returns a namespace object of the Kubernetes API. The name is also the UID.
+#[must_use]
+pub fn namespace(name: &str, labels: &[(&str, &str)]) -> Value {
+    let name_label = ("kubernetes.io/metadata.name", name);
+    let labels: BTreeMap<_, _> = labels.iter().copied().chain([name_label]).collect();
+    json!({
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": { "uid": name, "name": name, "labels": labels },
+        "spec": { "finalizers": ["kubernetes"] },
+        "status": { "phase": "Active" },
     })
 }
 

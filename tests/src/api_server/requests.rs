@@ -39,7 +39,7 @@ impl Shared {
             Some(Fault::Silence) => return self.wait_for_stop(),
             Some(Fault::Close) => return None,
             Some(Fault::HalfList) => {
-                let list = self.list(&query).ok()?.to_string();
+                let list = self.list(kind(&target)?, &query).ok()?.to_string();
                 let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", list.len());
                 return stream.write_all((head + &list[..list.len() / 2]).as_bytes()).ok();
             }
@@ -77,13 +77,13 @@ impl Shared {
                 None => self.node(stream, node, &body),
             };
         }
-        if !target.starts_with("/api/v1/pods?") {
+        let Some(kind) = kind(&target) else {
             return respond_status(stream, 404, "the server could not find the requested resource");
-        }
+        };
         if is_watch {
-            return self.watch(stream, &query);
+            return self.watch(stream, kind, &query);
         }
-        match self.list(&query) {
+        match self.list(kind, &query) {
             Ok(list) => respond(stream, 200, "Content-Type: application/json\r\n", &list.to_string()),
             Err(message) => respond_status(stream, 410, message),
         }
@@ -122,27 +122,27 @@ impl Shared {
         Some(())
     }
 
-    fn list(&self, query: &BTreeMap<String, String>) -> Result<Value, &'static str> {
+    fn list(&self, kind: &str, query: &BTreeMap<String, String>) -> Result<Value, &'static str> {
         let store = self.lock();
         let version = query.get("resourceVersion").and_then(|version| version.parse::<u64>().ok());
         if version.is_some_and(|version| version > store.version) {
             return Err("Too large resource version");
         }
-        let pods = store.pods.values().filter(|pod| is_selected(pod, query));
+        let objects = store.objects.values().filter(|object| is_selected(object, kind, query));
         let start: usize = query.get("continue").and_then(|start| start.parse().ok()).unwrap_or_default();
         let limit: usize = query.get("limit").and_then(|limit| limit.parse().ok()).unwrap_or(usize::MAX);
-        let items: Vec<_> = pods.clone().skip(start).take(limit).cloned().collect();
+        let items: Vec<_> = objects.clone().skip(start).take(limit).cloned().collect();
         let end = start + items.len();
-        let next = if end < pods.count() { end.to_string() } else { String::new() };
+        let next = if end < objects.count() { end.to_string() } else { String::new() };
         Ok(json!({
-            "kind": "PodList",
+            "kind": format!("{kind}List"),
             "apiVersion": "v1",
             "metadata": { "resourceVersion": store.version.to_string(), "continue": next },
             "items": items,
         }))
     }
 
-    fn watch(&self, mut stream: &TcpStream, query: &BTreeMap<String, String>) -> Option<()> {
+    fn watch(&self, mut stream: &TcpStream, of: &str, query: &BTreeMap<String, String>) -> Option<()> {
         let mut version: u64 = query.get("resourceVersion")?.parse().ok()?;
         let timeout: u64 = query.get("timeoutSeconds")?.parse().ok()?;
         let end = Instant::now() + Duration::from_secs(timeout);
@@ -172,7 +172,7 @@ impl Shared {
             drop(store);
             for (at, kind, object) in events {
                 version = at;
-                if kind == "BOOKMARK" || is_selected(&object, query) {
+                if kind == "BOOKMARK" || is_selected(&object, of, query) {
                     let line = format!("{}\n", json!({ "type": kind, "object": object }));
                     stream.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).ok()?;
                 }
@@ -181,9 +181,18 @@ impl Shared {
     }
 }
 
-fn is_selected(pod: &Value, query: &BTreeMap<String, String>) -> bool {
+/// Returns the kind of the objects at a target.
+fn kind(target: &str) -> Option<&'static str> {
+    match target.split_once('?')?.0 {
+        "/api/v1/pods" => Some("Pod"),
+        "/api/v1/namespaces" => Some("Namespace"),
+        _ => None,
+    }
+}
+
+fn is_selected(object: &Value, kind: &str, query: &BTreeMap<String, String>) -> bool {
     let node = query.get("fieldSelector").and_then(|selector| selector.strip_prefix("spec.nodeName="));
-    node.is_none_or(|node| pod["spec"]["nodeName"] == node)
+    object["kind"] == kind && node.is_none_or(|node| object["spec"]["nodeName"] == node)
 }
 
 /// Returns the query parameters of a target. Decodes only escapes that occur in names and numbers.

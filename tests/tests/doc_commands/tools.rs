@@ -128,6 +128,7 @@ fn in_container(words: &[String]) -> Result<(), String> {
 
 fn kubectl(arguments: &[String]) -> Result<(), String> {
     const CONFIG_CHECK: &str = "deploy/helm/imds-agent/templates/config-check.yaml";
+    const VALUES: &str = "deploy/helm/imds-agent/values.yaml";
     const NAMESPACE: &str = "deploy/kubernetes/base/namespace.yaml";
     const NODE_REPORT: &str = "imds-agent/src/controller/node_report.rs";
     let own = arguments.iter().position(|word| word == "--").unwrap_or(arguments.len());
@@ -141,7 +142,8 @@ fn kubectl(arguments: &[String]) -> Result<(), String> {
     if verb == ["rollout"] {
         verb.extend(words.next());
     }
-    let known = ["apply", "create", "delete", "describe", "exec", "label", "logs", "rollout", "run", "wait"];
+    let known =
+        ["apply", "create", "delete", "describe", "exec", "get", "label", "logs", "rollout", "run", "wait"];
     ensure(known.contains(&verb[0]), || format!("unknown verb {verb:?}"))?;
     let mut options = Vec::new();
     while let Some(word) = words.next() {
@@ -151,8 +153,12 @@ fn kubectl(arguments: &[String]) -> Result<(), String> {
                 .or_else(|error| {
                     if arguments.last().is_some_and(|last| last == ".") { Ok(()) } else { Err(error) }
                 })?,
+            "--label-columns" => {
+                let keys = format!("keys: [{}]", words.next().unwrap_or_default());
+                ensure(read(VALUES).contains(&keys), || format!("{VALUES} has no {keys}"))?;
+            }
             "POD" | "pod" | "config-check" | "--overwrite" | "--quiet" | "--rm" | "--stdin" | "node"
-            | "--all" | "--timeout=5m" => {}
+            | "namespaces" | "--all" | "--timeout=5m" => {}
             _ if word.starts_with("--for=condition=") => {
                 let condition = word.trim_start_matches("--for=condition=");
                 let is_known = read(NODE_REPORT).contains(&format!("\"{condition}\""));

@@ -76,14 +76,25 @@ fn kubernetes_selectors_match_pods() {
         other => panic!("{other:?}"),
     };
     let pods = of("namespace = 'kube-system'");
-    assert_eq!((pods.namespace.as_str(), pods.service_account, pods.selector), ("kube-system", None, None));
+    assert_eq!(pods.namespace, NamespaceSelector::Name("kube-system".to_owned()));
+    assert_eq!((pods.service_account, pods.selector), (None, None));
     let by_label = of("namespace = 'a'\nservice_account = 's'\npod_selector.match_labels = { app = 'x' }");
     assert_eq!(by_label.service_account.as_deref(), Some("s"));
     let by_expression = of("namespace = 'a'\nservice_account = 's'\n\
         pod_selector.match_expressions = [{ key = 'app', operator = 'In', values = ['x'] }]");
     assert_eq!(by_label, by_expression, "equivalent selectors");
 
+    let by_namespace = of("namespace_selector.match_labels = { team = 'x' }\nservice_account = 's'");
+    let by_expression = of("service_account = 's'\n\
+        namespace_selector.match_expressions = [{ key = 'team', operator = 'In', values = ['x'] }]");
+    assert_eq!(by_namespace, by_expression);
+    let NamespaceSelector::Labels(selector) = &by_namespace.namespace else { panic!("{by_namespace:?}") };
+    assert!(selector.keys().eq(["team"]) && by_namespace.service_account.as_deref() == Some("s"));
+
     let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\n{lines}");
+    let labels = "namespace_selector.match_labels = { a = 'b' }";
+    let namespaces =
+        |rest: &str| rule(&format!("namespace_selector.match_expressions = [{{ key = 'k', {rest} }}]"));
     let expression = |rest: &str| {
         rule(&format!("namespace = 'a'\npod_selector.match_expressions = [{{ key = 'k', {rest} }}]"))
     };
@@ -107,6 +118,43 @@ fn kubernetes_selectors_match_pods() {
         (expression("operator = 'In', values = []"), "4:74", "an empty list"),
         (expression("operator = 'Exists', values = ['v']"), "4:78", "take no values"),
         ("[kubernetes]\nenabled = 'no'\n".to_owned() + &rule("namespace = 'a'"), "4:8", "kubernetes.enabled"),
+        (rule(&format!("namespace = 'a'\n{labels}")), "2:8", "only one"),
+        (rule(&format!("netns = '/n'\n{labels}")), "2:8", "only one"),
+        (rule("namespace_selector = {}"), "3:22", "exempt.namespace_selector: is empty; set match_labels"),
+        (
+            rule("namespace_selector = { match_labels = { a = 'b' }, match_label = {} }"),
+            "3:52",
+            "did you mean \"match_labels\"?",
+        ),
+        (rule("namespace = 'a'\nnamespace_selectors = {}"), "4:1", "did you mean \"namespace_selector\"?"),
+        (
+            rule("namespace_selector.match_labels = { 'a b' = 'c' }"),
+            "3:37",
+            "exempt.namespace_selector: \"a b\"",
+        ),
+        (
+            rule("namespace_selector.match_labels = { a = 'b c' }"),
+            "3:41",
+            "exempt.namespace_selector: \"b c\"",
+        ),
+        (namespaces("operator = 'in'"), "3:65", "exempt.namespace_selector.match_expressions.operator"),
+        (namespaces("operator = 'NotIn'"), "3:65", "exempt.namespace_selector.match_expressions.values"),
+        (
+            namespaces("operator = 'Exists', values = ['v']"),
+            "3:84",
+            "exempt.namespace_selector.match_expressions.values: Exists",
+        ),
+        (
+            namespaces("operator = 'In', values = []"),
+            "3:80",
+            "exempt.namespace_selector.match_expressions.values: an",
+        ),
+        (
+            "[kubernetes]\nenabled = 'no'\n".to_owned() + &rule(labels),
+            "4:8",
+            "exempt.namespace_selector: needs the pod watch, but kubernetes.enabled",
+        ),
+        (format!("{}\n{}", rule(labels), rule(labels).replace("'a'\nn", "'b'\nn")), "5:8", "the same"),
         (
             format!("{}\n{}", rule("namespace = 'a'"), rule("namespace = 'a'").replace("'a'\nn", "'b'\nn")),
             "5:8",

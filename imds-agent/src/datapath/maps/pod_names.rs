@@ -19,12 +19,18 @@ use crate::{
     encode::{field_text, nanoseconds, nonempty_text, text_field, timestamp},
     kube::{
         Pod,
-        pod_ref::{PodContainer, PodRef, PodWatchStatus},
+        pod_ref::{NamespaceWatchStatus, PodContainer, PodRef, PodWatchStatus},
     },
 };
 
 /// Labels that identify the application of a pod, in order of preference.
 const LABELS: [&str; 5] = ["app.kubernetes.io/name", "k8s-app", "app", "component", "name"];
+
+/// Bits of [`KubernetesRecord::enabled`] and [`KubernetesRecord::connected`]: the watches of pods and of namespaces. The upper
+/// half of [`KubernetesRecord::disputed`] is the number of known namespaces, and the second line of the error belongs to their
+/// watch. The programs do not use the record, so that it needs no other layout.
+const OF_PODS: u32 = 1;
+const OF_NAMESPACES: u32 = 2;
 
 /// Keys of the map, each with pod uid and container name, which determine the rest of the entry.
 pub(crate) type WrittenNames = BTreeMap<Subject, (String, String)>;
@@ -93,28 +99,45 @@ impl Datapath {
         Ok(())
     }
 
-    /// Records the status of the pod watch; `None` means that it is off.
+    /// Records the status of the watches; `None` means that they are off.
     pub fn record_watch_status(
         &mut self,
         watch_status: Option<&PodWatchStatus>,
     ) -> Result<(), DatapathError> {
-        let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
-        let error = watch_status.and_then(|watch_status| watch_status.error.as_deref());
-        let record = KubernetesRecord {
-            since: moment(watch_status.map(|watch_status| watch_status.since)),
-            synced_at: moment(watch_status.and_then(|watch_status| watch_status.synced_at)),
-            failed_at: moment(watch_status.and_then(|watch_status| watch_status.failed_at)),
-            enabled: watch_status.is_some().into(),
-            connected: watch_status.is_some_and(|watch_status| watch_status.connected).into(),
-            pods: watch_status.map_or(0, |watch_status| watch_status.pods),
-            unresolved: watch_status.map_or(0, |watch_status| watch_status.unresolved),
-            disputed: watch_status.map_or(0, |watch_status| watch_status.disputed.into()),
-            node: text_field(watch_status.map_or("", |watch_status| &watch_status.node)),
-            error: text_field(error.unwrap_or_default()),
-        };
-        let recorded = self.maps.kubernetes.set(0, record, 0);
+        let recorded = self.maps.kubernetes.set(0, watch_record(watch_status), 0);
         recorded.map_err(map_error(MAP_KUBERNETES))
     }
+}
+
+fn watch_record(watch_status: Option<&PodWatchStatus>) -> KubernetesRecord {
+    let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
+    let namespaces = watch_status.and_then(|watch_status| watch_status.namespaces.as_ref());
+    let disputed = u64::from(watch_status.map_or(0, |watch_status| watch_status.disputed));
+    let known = u64::from(namespaces.map_or(0, |namespaces| namespaces.known));
+    let errors = [
+        watch_status.and_then(|watch_status| watch_status.error.as_deref()),
+        namespaces.and_then(|namespaces| namespaces.error.as_deref()),
+    ];
+    let [error, namespace_error] = errors.map(|error| error.unwrap_or_default().replace('\n', " "));
+    KubernetesRecord {
+        since: moment(watch_status.map(|watch_status| watch_status.since)),
+        synced_at: moment(watch_status.and_then(|watch_status| watch_status.synced_at)),
+        failed_at: moment(watch_status.and_then(|watch_status| watch_status.failed_at)),
+        enabled: bits(watch_status.is_some(), namespaces.is_some()),
+        connected: bits(
+            watch_status.is_some_and(|watch_status| watch_status.connected),
+            namespaces.is_some_and(|namespaces| namespaces.connected),
+        ),
+        pods: watch_status.map_or(0, |watch_status| watch_status.pods),
+        unresolved: watch_status.map_or(0, |watch_status| watch_status.unresolved),
+        disputed: (known << u32::BITS) | disputed,
+        node: text_field(watch_status.map_or("", |watch_status| &watch_status.node)),
+        error: text_field(format!("{error}\n{namespace_error}").trim_end()),
+    }
+}
+
+fn bits(of_pods: bool, of_namespaces: bool) -> u32 {
+    u32::from(of_pods) * OF_PODS + u32::from(of_namespaces) * OF_NAMESPACES
 }
 
 fn record(pod: &Pod, container: &str) -> PodRecord {
@@ -152,16 +175,62 @@ impl PodWatchStatus {
     /// Converts the value of the map. Returns `None` if the pod watch is off.
     pub fn from_record(record: &KubernetesRecord) -> Option<Self> {
         let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
-        (record.enabled == 1).then(|| Self {
+        let mut errors = record.error.splitn(2, |&byte| byte == b'\n');
+        let error = errors.next().unwrap_or_default();
+        let number = |number| u32::try_from(number).unwrap_or(u32::MAX);
+        (record.enabled & OF_PODS != 0).then(|| Self {
             node: field_text(&record.node),
-            connected: record.connected == 1,
+            connected: record.connected & OF_PODS != 0,
             since: timestamp(record.since),
             synced_at: moment(record.synced_at),
             failed_at: moment(record.failed_at),
-            error: moment(record.failed_at).map(|_| field_text(&record.error)),
+            error: moment(record.failed_at).map(|_| field_text(error)),
             pods: record.pods,
             unresolved: record.unresolved,
-            disputed: u32::try_from(record.disputed).unwrap_or(u32::MAX),
+            disputed: number(record.disputed & u64::from(u32::MAX)),
+            namespaces: (record.enabled & OF_NAMESPACES != 0).then(|| NamespaceWatchStatus {
+                connected: record.connected & OF_NAMESPACES != 0,
+                known: number(record.disputed >> u32::BITS),
+                error: errors.next().and_then(nonempty_text),
+            }),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn watch_status_survives_the_record() {
+        let status = PodWatchStatus {
+            node: "node-0".to_owned(),
+            connected: true,
+            since: timestamp(5),
+            synced_at: None,
+            failed_at: None,
+            error: None,
+            pods: 7,
+            unresolved: 1,
+            disputed: u32::MAX,
+            namespaces: None,
+        };
+        let failed =
+            PodWatchStatus { failed_at: Some(timestamp(6)), error: Some("a b".to_owned()), ..status.clone() };
+        let of_namespaces = |connected, error: Option<&str>| {
+            Some(NamespaceWatchStatus { connected, known: 9, error: error.map(str::to_owned) })
+        };
+        for namespaces in [
+            None,
+            of_namespaces(true, None),
+            of_namespaces(false, Some("c d")),
+            of_namespaces(true, Some("c")),
+        ] {
+            for (pods, connected) in [(&status, true), (&status, false), (&failed, true), (&failed, false)] {
+                let expected = PodWatchStatus { connected, namespaces: namespaces.clone(), ..pods.clone() };
+                assert_eq!(PodWatchStatus::from_record(&watch_record(Some(&expected))), Some(expected));
+            }
+        }
+        assert_eq!(PodWatchStatus::from_record(&watch_record(None)), None);
     }
 }

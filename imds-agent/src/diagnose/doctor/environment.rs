@@ -17,7 +17,7 @@ use crate::{
         },
     },
     diagnose::preflight::{self, PreflightError},
-    kube::pod_ref::PodWatchStatus,
+    kube::pod_ref::{NamespaceWatchStatus, PodWatchStatus},
     node::{
         cgroup,
         confinement::{self, Confinement},
@@ -156,6 +156,15 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
         Maps::open(pins).ok().and_then(|maps| pod_names::read_watch_status(&maps).ok().flatten());
     match watch_status {
         None => DoctorCheck::ok(NAME, "processes of pods are visible; no pod watch"),
+        Some(PodWatchStatus {
+            connected: true,
+            namespaces: Some(NamespaceWatchStatus { connected: false, error: Some(error), .. }),
+            ..
+        }) => {
+            let remedy = "rules with namespace_selector go by the last known labels: see that the agent's user may list and watch \
+                          namespaces";
+            DoctorCheck::degraded(NAME, format!("namespace watch: {error}"), remedy)
+        }
         Some(PodWatchStatus { node, connected: true, pods, .. }) => {
             DoctorCheck::ok(NAME, format!("pod watch of node {node} connected, {pods} pods"))
         }

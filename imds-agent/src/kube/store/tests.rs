@@ -3,7 +3,10 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{Config, RuleSubject, provider::Dmi};
+use crate::{
+    config::{Config, RuleSubject, provider::Dmi},
+    kube::Namespace,
+};
 
 fn rule(lines: &str) -> PodSelector {
     let config = Config::parse(&format!("[[exempt]]\nname = 'a'\n{lines}"), Path::new("imds.toml")).unwrap();
@@ -42,7 +45,7 @@ fn pod_limit_makes_the_index_unknown() {
     assert_eq!(index.handle(PodEvent::Apply(pod("new", "a", "s", "x"))), BTreeSet::new());
     assert!(index.get("new").is_none() && index.matching(&rule).count() == MAX_PODS);
     assert_eq!(index.handle(PodEvent::Apply(pod("0", "a", "s", "y"))).len(), 1);
-    index.handle(PodEvent::Delete { uid: "1".to_owned() });
+    index.handle(PodEvent::Delete { key: "1".to_owned() });
     assert_eq!(index.handle(PodEvent::Apply(pod("new", "a", "s", "x"))).len(), 1);
 }
 
@@ -79,10 +82,35 @@ fn rule_matches_its_namespace_only() {
 }
 
 #[test]
+fn namespace_labels_exempt_pods() {
+    let with = |labels: &[(&str, &str)]| {
+        let labels = labels.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+        NamespaceEvent::Apply(Namespace { name: "a".to_owned(), labels })
+    };
+    let rule = rule("namespace_selector.match_labels = { team = 'x' }\nservice_account = 's'");
+    let mut index = index([pod("0", "a", "s", "x"), pod("1", "a", "t", "x"), pod("2", "b", "s", "x")]);
+    let keys = BTreeSet::from(["team".to_owned()]);
+    let mut handle = |event| (index.handle_namespaces(event, &keys), matching(&index, &rule));
+    // Nothing is known before the first list.
+    assert_eq!(handle(with(&[("team", "x")])), (true, Vec::new()));
+    assert_eq!(handle(NamespaceEvent::Relist(Vec::new())), (true, Vec::new()));
+    assert_eq!(handle(with(&[("team", "x")])), (true, vec!["0".to_owned()]));
+    assert_eq!(handle(NamespaceEvent::Delete { key: "c".to_owned() }), (false, vec!["0".to_owned()]));
+    let unused = Namespace { name: "c".to_owned(), ..Namespace::default() };
+    assert_eq!(handle(NamespaceEvent::Apply(unused)), (false, vec!["0".to_owned()]));
+    assert_eq!(handle(with(&[])), (true, Vec::new()));
+    assert_eq!(handle(with(&[("team", "x")])), (true, vec!["0".to_owned()]));
+    assert_eq!(handle(NamespaceEvent::Delete { key: "a".to_owned() }), (true, Vec::new()));
+    assert_eq!(handle(with(&[("team", "x")])), (true, vec!["0".to_owned()]));
+    index.clear_namespaces();
+    assert!(matching(&index, &rule).is_empty() && index.get("0").is_some());
+}
+
+#[test]
 fn repeated_events_change_nothing() {
     let mut index = index([pod("0", "a", "s", "x"), pod("1", "a", "s", "x")]);
     assert!(index.handle(PodEvent::Apply(pod("0", "a", "s", "x"))).is_empty());
-    assert!(index.handle(PodEvent::Delete { uid: "7".to_owned() }).is_empty());
+    assert!(index.handle(PodEvent::Delete { key: "7".to_owned() }).is_empty());
     let all: Vec<_> = index.pods().cloned().collect();
     assert!(index.handle(PodEvent::Relist(all)).is_empty());
     let changed = index.handle(PodEvent::Relist(vec![pod("0", "a", "s", "y"), pod("2", "a", "s", "x")]));
@@ -111,7 +139,7 @@ fn undated_cgroup_claims_have_no_owner() {
     index.handle(PodEvent::Apply(Pod { cgroup_uid: "other".to_owned(), ..second.clone() }));
     assert_eq!(matching(&index, &rule), ["0"]);
     index.handle(PodEvent::Apply(second));
-    index.handle(PodEvent::Delete { uid: "1".to_owned() });
+    index.handle(PodEvent::Delete { key: "1".to_owned() });
     assert_eq!(matching(&index, &rule), ["0"]);
 }
 
@@ -145,7 +173,7 @@ fn oldest_pod_owns_disputed_cgroup() {
         assert_eq!(matching(&index, &rule), exempt, "{text}");
         let disputes: Vec<_> = index.disputes().map(|dispute| dispute.to_string()).collect();
         assert!(matches!(&disputes[..], [dispute] if dispute.starts_with(text)), "{disputes:?}");
-        index.handle(PodEvent::Delete { uid });
+        index.handle(PodEvent::Delete { key: uid });
         assert_eq!((matching(&index, &rule), index.disputes().count()), (vec!["1".to_owned()], 0));
     }
 }
@@ -191,7 +219,7 @@ proptest! {
                 }
                 Step::Delete(uid) => {
                     pods.remove(&uid);
-                    index.handle(PodEvent::Delete { uid })
+                    index.handle(PodEvent::Delete { key: uid })
                 }
                 Step::Relist(list) => {
                     // The later one of two pods with the same UID counts.

@@ -61,7 +61,7 @@ fn hooks_of_one_sender_are_merged() {
     else {
         panic!("{}", report.rules)
     };
-    assert_eq!((namespace.as_str(), service_account.as_deref()), ("a", Some("s")));
+    assert_eq!((namespace.to_string(), service_account.as_deref()), ("namespace a".to_owned(), Some("s")));
     assert!(selector.matches(|key| (key == "app").then_some("x")));
     let table = report.table();
     assert!(

@@ -216,6 +216,25 @@ impl Snapshot {
         to.counter("imds_agent_kubernetes_events", "Received events of pods", watch.events);
         let errors = watch.errors.iter().map(|(kind, count)| (kind.into(), count));
         to.counters("imds_agent_kubernetes_errors", "Errors of the pod watch", by("kind", errors));
+        self.add_namespace_watch(to);
+    }
+
+    fn add_namespace_watch(&self, to: &mut Exposition) {
+        let Some(watch) = &self.stats.namespace_watch else { return };
+        to.gauge(
+            "imds_agent_kubernetes_namespaces_connected",
+            "1 while the watch of the cluster's namespaces is established",
+            u8::from(watch.connected),
+        );
+        let status = self.report.kubernetes.as_ref().and_then(|status| status.namespaces.as_ref());
+        to.gauge(
+            "imds_agent_kubernetes_namespaces",
+            "Known namespaces of the cluster",
+            status.map_or(0, |status| status.known),
+        );
+        let errors = watch.errors.iter().map(|(kind, count)| (kind.into(), count));
+        let help = "Errors of the namespace watch";
+        to.counters("imds_agent_kubernetes_namespace_errors", help, by("kind", errors));
     }
 
     fn add_corrections(&self, to: &mut Exposition) {

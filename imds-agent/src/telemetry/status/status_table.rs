@@ -14,7 +14,7 @@ use crate::{
         },
     },
     escape::escape,
-    kube::pod_ref::PodWatchStatus,
+    kube::pod_ref::{NamespaceWatchStatus, PodWatchStatus},
 };
 
 impl StatusReport {
@@ -117,7 +117,8 @@ impl StatusReport {
     }
 
     fn write_kubernetes(&self, text: &mut String) -> std::fmt::Result {
-        let Some(PodWatchStatus { node, connected, since, error, pods, unresolved, .. }) = &self.kubernetes
+        let Some(PodWatchStatus { node, connected, since, error, pods, unresolved, namespaces, .. }) =
+            &self.kubernetes
         else {
             return Ok(());
         };
@@ -127,13 +128,21 @@ impl StatusReport {
             write!(text, ", {unresolved} of them unresolved (no sandbox found)")?;
         }
         match (connected, error) {
-            (true, _) => writeln!(text),
-            (false, None) => writeln!(text, ", not connected yet"),
+            (true, _) => writeln!(text)?,
+            (false, None) => writeln!(text, ", not connected yet")?,
             (false, Some(error)) => {
                 writeln!(text, ", not connected since {since:.0}: {error}")?;
-                writeln!(text, "{:<10} exempt pods stay exempt, new pods are not exempt", "")
+                writeln!(text, "{:<10} exempt pods stay exempt, new pods are not exempt", "")?;
             }
         }
+        let Some(NamespaceWatchStatus { connected, known, error }) = namespaces else { return Ok(()) };
+        let plural = if *known == 1 { "" } else { "s" };
+        let state = match (connected, error) {
+            (true, _) => String::new(),
+            (false, None) => ", not connected yet".to_owned(),
+            (false, Some(error)) => format!(", not connected: {error}"),
+        };
+        writeln!(text, "{:<10} {known} namespace{plural} known{state}", "")
     }
 
     fn write_node_allow(&self, text: &mut String) -> std::fmt::Result {
