@@ -45,6 +45,8 @@ def admits(policy, thing, before=None, request=None):
         return value.plain_value()
 
     variables = {}
+    if not all(evaluate(condition["expression"]) for condition in policy["spec"].get("matchConditions", [])):
+        return True
     for variable in policy["spec"]["variables"]:
         variables[variable["name"]] = evaluate(variable["expression"])
     return all(evaluate(validation["expression"]) for validation in policy["spec"]["validations"])
@@ -147,6 +149,43 @@ def check_label_policy(what, policy, label, administrators):
     print(f"{what}: the policy allows and forbids {len(cases)} changes of labels as expected")
 
 
+def check_write_policy(what, policy, account):
+    """Evaluates the policy on writes of the agents of two nodes, and of another client."""
+    matched = {name for rule in policy["spec"]["matchConstraints"]["resourceRules"] for name in rule["resources"]}
+    if missing := {"events", "nodes", "nodes/status"} - matched:
+        failures.append(f"{what}: the policy does not see {missing}")
+
+    def agent(node):
+        return {"username": account, "extra": {"authentication.kubernetes.io/node-name": [node]}}
+
+    def event(**fields):
+        fields = {"reportingController": "imds-agent", "reportingInstance": "a", "reason": "MetadataAccessDenied"} | fields
+        return "events", "pod.1", {"kind": "Event", **fields}
+
+    def node(name):
+        return "nodes", name, {"kind": "Node"}
+
+    cases = [
+        (True, agent("a"), node("a")),
+        (False, agent("a"), node("b")),
+        (False, {"username": account}, node("a")),
+        (True, {"username": "system:node:b"}, node("b")),
+        (True, agent("a"), event()),
+        (False, agent("b"), event()),
+        (False, agent("a"), event(reportingController="kubelet")),
+        (False, agent("a"), event(reason="Failed")),
+        (True, {"username": "system:node:b"}, event(reportingController="kubelet", reason="Failed")),
+    ]
+    for expected, by, (resource, name, thing) in cases:
+        request = {"userInfo": by, "resource": {"resource": resource}, "name": name}
+        try:
+            if admits(policy, thing, None, request) != expected:
+                failures.append(f"{what}: the policy {'forbids' if expected else 'allows'} {by} to write {thing}")
+        except Exception as error:
+            failures.append(f"{what}: the policy fails on {by} and {thing}: {error}")
+    print(f"{what}: the policy allows and forbids {len(cases)} writes of agents as expected")
+
+
 def policy(documents, name):
     policies = (document for document in documents if document["kind"] == "ValidatingAdmissionPolicy")
     return next((policy for policy in policies if policy["metadata"]["name"].endswith(f"-{name}")), None)
@@ -155,6 +194,9 @@ def policy(documents, name):
 def check_policies(what, documents, label, administrators):
     check_policy(what, policy(documents, "services"))
     check_label_policy(what, policy(documents, "namespaces"), label, administrators)
+    account = next(document for document in documents if document["kind"] == "DaemonSet")
+    account = account["spec"]["template"]["spec"]["serviceAccountName"]
+    check_write_policy(what, policy(documents, "writes"), f"system:serviceaccount:imds-agent:{account}")
     names = [document["metadata"]["name"] for document in documents if document["kind"] == "ValidatingAdmissionPolicy"]
     bound = [
         document["spec"]["policyName"]
