@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use imds_tests::{
-    Agent, METADATA, Pod, PodLink, TestCluster,
+    Agent, AttachMode, METADATA, Pod, PodLink, TestCluster,
     api_server::pod,
     foreign_bpf::detach_link,
     kubelet::{Driver, PodCgroup, new_uid},
+    output,
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
     skip_without_tcx,
@@ -15,6 +16,8 @@ use serde_json::Value;
 
 const NODE: &str = TestCluster::NODE;
 const CONDITION: &str = "MetadataProtected";
+/// Hooks that work in the network namespace of a test.
+const HOOKS: &str = "[hooks]\nsocket = false\nlocal_service = false";
 
 /// A running pod, which the API server lists.
 struct RunningPod {
@@ -168,6 +171,71 @@ fn condition_follows_enforcement() {
     drop(agent);
     let _agent = start(&cluster, "", "events = true\nnode_condition = true");
     wait_condition(&cluster, "True");
+}
+
+#[test]
+fn condition_ends_with_an_unload_without_agent() {
+    let cluster = TestCluster::new();
+    let agent = start(&cluster, "", "node_condition = true");
+    wait_condition(&cluster, "True");
+    drop(agent);
+    cluster.env.unload();
+    let after = wait_condition(&cluster, "False");
+    assert!(after["message"].as_str().unwrap().contains("unload"), "{after}");
+}
+
+#[test]
+fn condition_is_withdrawn_with_its_key() {
+    let cluster = TestCluster::new();
+    let file = cluster.env.scratch_dir().join("imds.toml");
+    let write = |keys: &str| std::fs::write(&file, cluster.config(HOOKS) + keys).unwrap();
+    write("node_condition = true");
+    let agent = cluster.env.agent().config_file(file.to_str().unwrap()).spawn_ready();
+    wait_condition(&cluster, "True");
+    write("");
+    assert_eq!(wait_condition(&cluster, "False")["reason"], "NotReported");
+    drop(agent);
+}
+
+#[test]
+fn program_before_the_hook_ends_the_condition() {
+    let cluster = TestCluster::new();
+    let pod = cluster.env.add_pod(PodLink::Routed);
+    let tc = |arguments: &str| {
+        let mut tc = cluster.env.node.command("tc");
+        tc.args(arguments.split(' '));
+        let result = output(tc);
+        assert!(result.status.success(), "{arguments}: {result:?}");
+    };
+    // Accepts each packet before the agent's filter, which gets the same priority.
+    let device = &pod.host_ifname;
+    tc(&format!("qdisc add dev {device} clsact"));
+    tc(&format!("filter add dev {device} ingress pref 1 protocol ip u32 match u32 0 0 flowid 1:1"));
+    let file = cluster.env.scratch_dir().join("imds.toml");
+    let hooks = "[hooks]\nsocket = false\nnode_egress = false\nlocal_service = false";
+    std::fs::write(&file, cluster.config(hooks) + "node_condition = true").unwrap();
+    let command = cluster.env.agent().config_file(file.to_str().unwrap()).backend(AttachMode::Clsact);
+    let _agent = command.spawn_degraded("from_pod is not first");
+    let condition = wait_condition(&cluster, "False");
+    assert!(condition["message"].as_str().unwrap().contains("from_pod is not first"), "{condition}");
+    assert!(http_get(&pod.netns, METADATA, LONG).is_answer());
+    tc(&format!("filter del dev {device} ingress pref 1 protocol ip u32"));
+    wait_condition(&cluster, "True");
+    cluster.env.assert_blocked(&pod);
+}
+
+#[test]
+fn renewed_credentials_are_used() {
+    let cluster = TestCluster::new();
+    let _agent = start(&cluster, "", "events = true");
+    let denied = RunningPod::start(&cluster);
+    denied.request();
+    wait_event(&cluster, &denied.name, "MetadataAccessDenied");
+    let another = RunningPod::start(&cluster);
+    cluster.server.set_token("renewed");
+    cluster.server.write_kubeconfig(&cluster.env.scratch_dir().join("kubeconfig"));
+    another.request();
+    wait_event(&cluster, &another.name, "MetadataAccessDenied");
 }
 
 #[test]

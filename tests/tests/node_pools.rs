@@ -4,7 +4,7 @@ use std::process::Command;
 
 use imds_tests::{
     Agent, AgentCommand, METADATA, Pod, PodLink, TestCluster, output,
-    probe::{LONG, SHORT, http_get},
+    probe::{LONG, http_get},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -41,7 +41,7 @@ fn hang_up(agent: &Agent<'_>) {
 }
 
 fn reaches(pod: &Pod) -> bool {
-    http_get(&pod.netns, METADATA, SHORT).is_answer()
+    http_get(&pod.netns, METADATA, LONG).is_answer()
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn unknown_labels_enforce() {
     cluster.server.forbid("/api/v1/nodes/");
     let pod = cluster.env.add_pod(PodLink::Routed);
     let agent = command(&cluster).spawn_ready();
-    wait_pool(&cluster, Some("production"), "enforce");
+    wait_pool(&cluster, None, "enforce");
     cluster.env.assert_blocked(&pod);
     agent.wait_for_log("failed to read the labels of node node-0, which choose its node_pool", LONG);
     // The answer of the API server decides later.
@@ -83,6 +83,28 @@ fn unknown_labels_enforce() {
     drop(agent);
     cluster.server.forbid("/api/v1/nodes/");
     let _agent = command(&cluster).spawn_ready();
+    wait_pool(&cluster, Some("test"), "off");
+}
+
+#[test]
+fn labels_choose_from_the_last_good_file() {
+    let cluster = TestCluster::new();
+    let file = cluster.env.scratch_dir().join("imds.toml");
+    let good = cluster.config(&format!("{POOLS}\n[hooks]\nsocket = false\nlocal_service = false"));
+    std::fs::write(&file, &good).expect("write a configuration");
+    let agent = || cluster.env.agent().config_file(file.to_str().expect("a path in UTF-8"));
+    cluster.server.set_labels(NODE, json!({ "tier": "production" }));
+    drop(agent().spawn_ready());
+    // As after a reboot with a broken file: the pins are gone, the stored file stays.
+    let stored = cluster.env.state_dir().join("last-good.toml");
+    let kept = cluster.env.scratch_dir().join("kept.toml");
+    std::fs::rename(&stored, &kept).expect("keep the last good configuration");
+    cluster.env.unload();
+    std::fs::create_dir_all(cluster.env.state_dir()).expect("create the state directory");
+    std::fs::rename(&kept, &stored).expect("restore the last good configuration");
+    std::fs::write(&file, format!("typo = 1\n{good}")).expect("write a configuration");
+    cluster.server.set_labels(NODE, json!({ "tier": "test" }));
+    let _agent = agent().spawn_degraded("configuration rejected");
     wait_pool(&cluster, Some("test"), "off");
 }
 

@@ -25,7 +25,7 @@ use crate::{
     telemetry::{Telemetry, sinks::SinkSettings},
 };
 
-/// Longest time for which the start waits for the labels of the node.
+/// Longest time for which `run --once` waits for the labels of the node.
 const LABEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Args, Debug)]
@@ -93,25 +93,25 @@ impl TcBackend {
     }
 }
 
-/// Chooses the configuration. Waits for the labels of the node if they decide between pools.
-async fn choose_config(
+/// Chooses the configuration again with the labels of the node, if they decide between pools. A running agent does that once the API
+/// server has sent them.
+async fn with_node_labels(
+    start: StartConfig,
     loader: &mut ConfigLoader,
     options: &RunOptions,
     pins: &PinDir,
 ) -> anyhow::Result<StartConfig> {
-    let start = StartConfig::choose(loader, options, pins)?;
     let Some(api) = start.resolved.cluster.clone().filter(|_| loader.needs_node_labels()) else {
         return Ok(start);
     };
-    if let Some(labels) = NodeLabels::start(api).first(LABEL_TIMEOUT).await {
-        loader.set_node_labels(labels);
-        return StartConfig::choose(loader, options, pins);
-    }
-    let pool = start.config.pool().unwrap_or("none");
-    log::warn!(
-        "starting without the labels of the node, node pool {pool} applies until the API server sends them"
-    );
-    Ok(start)
+    let Some(labels) = NodeLabels::start(api).first(LABEL_TIMEOUT).await else {
+        log::warn!(
+            "attaching without the labels of the node, with the strictest mode of all pools that may match"
+        );
+        return Ok(start);
+    };
+    loader.set_node_labels(labels);
+    StartConfig::choose(loader, options, pins)
 }
 
 pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
@@ -127,11 +127,12 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let effective = config_record::pinned(&pins).map(|record| record.text);
     let mut loader = ConfigLoader::new(args.config, args.listen, args.state.store())
         .with_node(args.node_labels, effective);
-    let mut start = choose_config(&mut loader, &node, &pins).await?;
+    let mut start = StartConfig::choose(&mut loader, &node, &pins)?;
     if let Some(error) = &start.rejected {
         log::error!("failed to load the configuration: {error}");
     }
     if args.once {
+        start = with_node_labels(start, &mut loader, &node, &pins).await?;
         // The process ends before the pod watch could deliver a pod.
         start.resolved.cluster = None;
     }

@@ -8,22 +8,31 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::timeout,
+};
 
 use super::{DEFAULT_PIN_DIR, Failure, PinDirArg, StateDirArg, stop_command::stop_command};
 use crate::{
+    config::{Config, Environment},
+    controller::node_report::report_unloaded,
     datapath::{
         self, DatapathError, Progress, Removed,
+        maps::config_record,
         pin::{
             dir::{PinDir, PinError},
             lock::{self, UNPINNED},
         },
     },
     diagnose::preflight,
+    kube::{ClusterClient, cluster::ApiConfig},
     node::netlink::Netlink,
 };
 
 const PROGRESS: Duration = Duration::from_secs(1);
+/// Longest time for a request to the API server. The unload is complete before it.
+const CONDITION_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Args, Debug)]
 pub(super) struct UnloadArgs {
@@ -59,6 +68,7 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
         }
         Progress::Detached(..) => {}
     };
+    let reported_node = reported_node(&pins);
     let unload_command = if args.pins.pin_dir == Path::new(DEFAULT_PIN_DIR) {
         "imds-agent unload".to_owned()
     } else {
@@ -85,10 +95,34 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
     }
     // A later start must not bring back exemptions of this installation.
     args.state.store().remove()?;
+    if let Some(api) = reported_node {
+        withdraw_protection(api).await;
+    }
     if let Some(terminate) = &mut terminate {
         terminate.recv().await;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Returns the node whose condition the recorded configuration reports.
+fn reported_node(pins: &PinDir) -> Option<ApiConfig> {
+    let record = config_record::pinned(pins)?;
+    let kubernetes = Config::parse(&record.text, Path::new("")).ok()?.kubernetes;
+    let environment = Environment::read();
+    let access = kubernetes.access(&environment).filter(|_| kubernetes.node_condition)?;
+    Some(ApiConfig { access, node: kubernetes.node_name(&environment) })
+}
+
+/// Ends the claim of the node's condition that pods are denied.
+async fn withdraw_protection(api: ApiConfig) {
+    let mut client = ClusterClient::new(api);
+    let result = timeout(CONDITION_TIMEOUT, report_unloaded(&mut client)).await;
+    let error = match result {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("the API server did not answer within {CONDITION_TIMEOUT:?}"),
+    };
+    eprintln!("failed to set the condition MetadataProtected of node {} to False: {error}", client.node());
 }
 
 fn print(pins: &PinDir, removed: &Removed) {

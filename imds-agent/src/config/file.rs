@@ -132,6 +132,14 @@ impl File {
         Hooks::from(self.hooks.get_ref()).union(Hooks::from_bits(node_allow))
     }
 
+    /// Adopts the mode of `other` if it is stricter, and adds its hooks.
+    pub(super) fn strengthen(&mut self, other: &Self) {
+        if strictness(other.mode) < strictness(self.mode) {
+            self.mode = other.mode;
+        }
+        self.hooks.get_mut().add(other.hooks.get_ref());
+    }
+
     /// Returns the file with the `socket` hook off.
     pub(super) fn without_socket(self) -> Self {
         let hooks = self.hooks.into_inner().without_socket();
@@ -142,6 +150,15 @@ impl File {
     pub(super) fn to_toml(&self) -> String {
         // Cannot fail: TOML can represent strings, booleans and lists of them.
         toml::to_string(self).unwrap_or_else(|error| format!("# failed to serialize: {error}\n"))
+    }
+}
+
+/// Returns a number that is lowest for the strictest mode.
+pub(super) const fn strictness(mode: Mode) -> u8 {
+    match mode {
+        Mode::Enforce => 0,
+        Mode::Audit => 1,
+        Mode::Off => 2,
     }
 }
 

@@ -115,6 +115,18 @@ impl HooksTable {
         sendmsg
     }
 
+    /// Adds the hooks that `others` enables.
+    pub(super) fn add(&mut self, others: &Self) {
+        self.from_pod |= others.from_pod;
+        self.node_egress |= others.node_egress;
+        self.socket |= others.socket;
+        self.host_network |= others.host_network;
+        self.local_service |= others.local_service;
+        if others.sendmsg.get_ref() == &Sendmsg::On {
+            self.sendmsg = others.sendmsg.clone();
+        }
+    }
+
     /// Returns the table with the `socket` hook off.
     pub(super) fn without_socket(self) -> Self {
         Self { socket: false, sendmsg: Spanned::new(0..0, Sendmsg::Auto), ..self }

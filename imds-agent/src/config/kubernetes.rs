@@ -115,12 +115,19 @@ impl Kubernetes {
             let message = format!("kubernetes.node_name: {:?} is not a valid node name", name.get_ref());
             diagnostics.error(name.span(), message);
         }
+        for (key, value) in [("events", &table.events), ("node_condition", &table.node_condition)] {
+            if *value.get_ref() && table.enabled == Enabled::No {
+                let message =
+                    format!("kubernetes.{key}: needs the API server, but kubernetes.enabled = \"no\"");
+                diagnostics.error(value.span(), message);
+            }
+        }
         Self {
             enabled: table.enabled,
             kubeconfig: kubeconfig.map(|path| path.into_inner().into()),
             node_name: node_name.map(Spanned::into_inner),
-            events: table.events,
-            node_condition: table.node_condition,
+            events: *table.events.get_ref(),
+            node_condition: *table.node_condition.get_ref(),
         }
     }
 }
@@ -131,8 +138,8 @@ pub(super) struct KubernetesTable {
     enabled: Enabled,
     kubeconfig: Spanned<String>,
     node_name: Spanned<String>,
-    events: bool,
-    node_condition: bool,
+    events: Spanned<bool>,
+    node_condition: Spanned<bool>,
 }
 
 impl Default for KubernetesTable {
@@ -142,8 +149,8 @@ impl Default for KubernetesTable {
             enabled: Enabled::default(),
             kubeconfig: empty(),
             node_name: empty(),
-            events: false,
-            node_condition: false,
+            events: Spanned::new(0..0, false),
+            node_condition: Spanned::new(0..0, false),
         }
     }
 }
@@ -194,6 +201,7 @@ mod tests {
             ("enabled = 'maybe'", "2:11", "maybe"),
             ("kubeconfig = 'k.yaml'", "2:14", "absolute"),
             ("node_name = 'Node 7'", "2:13", "node_name"),
+            ("enabled = 'no'\nevents = true", "3:10", "kubernetes.events: needs the API server"),
             ("kube_config = '/k'", "2:1", "kube_config"),
         ] {
             let error = parse(&format!("[kubernetes]\n{line}")).unwrap_err();

@@ -63,11 +63,7 @@ impl ConfigLoader {
                 let read = config::read(path);
                 self.last_read = Content(read.as_ref().ok().cloned());
                 let config = Config::parse(&read?, path)?;
-                self.needs_node_labels = config.needs_node_labels();
-                let chosen = self.for_node(config);
-                self.log_pool(&chosen);
-                self.node.effective = Some(chosen.to_toml().to_owned());
-                chosen
+                self.for_node(config)
             }
             None => Config::default(),
         };
@@ -102,10 +98,12 @@ impl ConfigLoader {
     }
 
     /// Reads and validates the stored last good configuration of the file, if one exists.
-    pub(crate) fn load_last_good(&self) -> anyhow::Result<Option<Config>> {
+    pub(crate) fn load_last_good(&mut self) -> anyhow::Result<Option<Config>> {
         let Some(path) = &self.path else { return Ok(None) };
         let Some(text) = self.store.read(&absolute(path)?)? else { return Ok(None) };
-        Ok(Some(self.with_listen(self.for_node(Config::parse(&text, &self.store.path())?))))
+        let config = Config::parse(&text, &self.store.path())?;
+        let config = self.for_node(config);
+        Ok(Some(self.with_listen(config)))
     }
 
     /// Validates the text that the pinned map at `map` records, if `from` is the file or its last good configuration. The
@@ -131,9 +129,14 @@ impl ConfigLoader {
         self.with_listen(Config::fallback(text.as_deref().unwrap_or_default(), path))
     }
 
-    fn for_node(&self, config: Config) -> Config {
+    /// Returns the configuration of this node's pool.
+    fn for_node(&mut self, config: Config) -> Config {
+        self.needs_node_labels = config.needs_node_labels();
         let name = config.kubernetes.node_name(&Environment::read());
-        config.for_node(&NodeIdentity { name, ..self.node.clone() })
+        let chosen = config.for_node(&NodeIdentity { name, ..self.node.clone() });
+        self.log_pool(&chosen);
+        self.node.effective = Some(chosen.to_toml().to_owned());
+        chosen
     }
 
     /// Logs the pool of the node if it is another one than before.

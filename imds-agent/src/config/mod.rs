@@ -47,8 +47,9 @@ pub use self::{
     selector::Selector,
 };
 use self::{
-    file::File,
+    file::{File, strictness},
     listen::MetricsTable,
+    node_pool::header_of,
     node_table::NodeTable,
     source::{Diagnostics, SourceFile},
 };
@@ -184,6 +185,10 @@ impl Config {
             return Err(diagnostics.source.error(0..0, message).into());
         }
         let mut config = Self::check(&file, &mut diagnostics);
+        // A recorded configuration names its pool.
+        if let Some(header) = header_of(text).filter(|_| file.node_pool.is_empty()) {
+            config.text.insert_str(0, &format!("{header}\n"));
+        }
         // Errors of the rest of the file would be repeated for each pool.
         if diagnostics.is_empty() {
             config.pools = NodePool::parse(&file, &mut diagnostics);
@@ -239,13 +244,15 @@ impl Config {
     }
 
     /// Returns the built-in defaults for an unusable file, with its `mode` and `metrics` if these are valid, and the valid
-    /// entries of `node.allow`.
+    /// entries of `node.allow`. If the file has pools, the mode is the strictest one.
     ///
     /// Other keys are ignored, because a key that depends on an invalid one could weaken enforcement. The allow list of
     /// the node only restricts, and depends on no other key. The metrics address is used because the probes of a cluster
     /// restart an agent that does not answer there.
     pub fn fallback(text: &str, path: &Path) -> Self {
         let File { mode, metrics, .. } = File::read(&mut Diagnostics::new(text, path));
+        let pools = node_pool::modes(text);
+        let mode = pools.into_iter().chain([mode]).min_by_key(|mode| strictness(*mode)).unwrap_or(mode);
         let mut diagnostics = Diagnostics::new(text, path);
         let _addresses = Listen::parse(&metrics, &mut diagnostics);
         let metrics = if diagnostics.is_empty() { metrics } else { MetricsTable::default() };

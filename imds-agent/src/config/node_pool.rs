@@ -1,10 +1,13 @@
 //! `[[node_pool]]`: settings of a part of the cluster's nodes.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use imds_ebpf_common::Mode;
 use serde::{Deserialize, de::IgnoredAny};
-use toml::Spanned;
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
 
 use super::{
     Config,
@@ -19,8 +22,10 @@ use crate::checksum::fnv1a;
 const MAX_POOLS: usize = 32;
 /// Longest name of a pool in characters.
 const MAX_NAME: usize = 63;
-/// First line of the effective configuration of a pool, before its name.
+/// First line of an effective configuration that was chosen from pools, before the pool's name.
 const HEADER: &str = "# node_pool ";
+/// Stands for the name if no pool matches the node. No pool can have this name.
+const NO_POOL: &str = "(none)";
 
 /// Keys that a pool can set instead of the rest of the file.
 pub(super) const OVERRIDES: [&str; 5] = ["mode", "on_deny", "on_deny_errno", "provider", "hooks"];
@@ -114,7 +119,8 @@ impl NodePool {
     }
 
     fn matches(&self, node: &NodeIdentity) -> Match {
-        if fnv1a(&node.name) % 100 >= self.percent.into() {
+        // The names of both, so that two pools choose their nodes independently.
+        if fnv1a(&format!("{}/{}", self.name, node.name)) % 100 >= self.percent.into() {
             return Match::No;
         }
         let Some(selector) = &self.selector else { return Match::Yes };
@@ -137,33 +143,46 @@ impl Config {
 
     /// Returns the configuration for a node: that of the first pool that matches, or the one without a pool.
     ///
-    /// While labels are unknown, several pools may match. The pool that was effective before stays effective then. Without it,
-    /// the strictest mode of these pools is chosen, so that a missing answer of the API server weakens nothing.
+    /// While labels are unknown, several of them may be the right one. The one that was effective before stays effective then. Without
+    /// it, the result has the strictest mode and all hooks of them, so that a missing answer of the API server weakens nothing.
     #[must_use]
     pub fn for_node(mut self, node: &NodeIdentity) -> Self {
+        if self.pools.is_empty() {
+            return self;
+        }
         let mut candidates = Vec::new();
-        let mut is_decided = false;
+        let mut decided = None;
         for pool in std::mem::take(&mut self.pools) {
             match pool.matches(node) {
                 Match::No => {}
                 Match::Unknown => candidates.push(pool.config),
                 Match::Yes => {
-                    candidates.push(pool.config);
-                    is_decided = true;
+                    decided = Some(pool.config);
                     break;
                 }
             }
         }
-        if !is_decided {
-            candidates.push(self);
+        self.text.insert_str(0, &format!("{HEADER}{NO_POOL}\n"));
+        let last = decided.unwrap_or(self);
+        let before = node.effective.as_deref().and_then(marker_of);
+        if candidates.is_empty() || before.is_some() && marker_of(&last.text) == before {
+            return last;
         }
-        let before = node.effective.as_deref().map(pool_of);
-        let is_kept = |config: &Config| before == Some(config.pool());
-        let kept = candidates.iter().position(is_kept);
-        let strictest = candidates.iter().enumerate().min_by_key(|(_, config)| strictness(config.mode));
-        let chosen = kept.filter(|_| candidates.len() > 1).or(strictest.map(|(index, _)| index));
-        // The list has at least one entry.
-        candidates.swap_remove(chosen.unwrap_or_default())
+        let kept = candidates.iter().position(|config| before.is_some() && marker_of(&config.text) == before);
+        match kept {
+            Some(kept) => candidates.swap_remove(kept),
+            None => last.strengthened(&candidates),
+        }
+    }
+
+    /// Returns the configuration with the strictest mode and all hooks of `others`.
+    fn strengthened(self, others: &[Self]) -> Self {
+        let read = |config: &Self| File::read(&mut Diagnostics::new(&config.text, Path::new("")));
+        let mut file = read(&self);
+        for other in others.iter().map(read) {
+            file.strengthen(&other);
+        }
+        Self::from_file(&file, &mut Diagnostics::new("", Path::new("")))
     }
 
     /// Returns the name of the pool whose settings this configuration has.
@@ -174,16 +193,32 @@ impl Config {
 
 /// Returns the name of the pool in the text of an effective configuration.
 pub fn pool_of(text: &str) -> Option<&str> {
-    text.lines().next()?.strip_prefix(HEADER)
+    marker_of(text).filter(|marker| *marker != NO_POOL)
 }
 
-/// Returns a number that is lowest for the strictest mode.
-const fn strictness(mode: Mode) -> u8 {
-    match mode {
-        Mode::Enforce => 0,
-        Mode::Audit => 1,
-        Mode::Off => 2,
-    }
+/// Returns the first line of the text of a configuration that was chosen from pools.
+pub(super) fn header_of(text: &str) -> Option<&str> {
+    text.lines().next().filter(|line| line.starts_with(HEADER))
+}
+
+/// Returns the modes of the pools in a broken file. A mode that cannot be read is `enforce`.
+pub(super) fn modes(text: &str) -> Vec<Mode> {
+    let (document, _) = DeTable::parse_recoverable(text);
+    let Some(pools) = document.get_ref().get("node_pool") else { return Vec::new() };
+    let Some(pools) = pools.get_ref().as_array() else { return vec![Mode::Enforce] };
+    let mode = |pool: &Spanned<DeValue<'_>>| {
+        let mode = pool.get_ref().get("mode")?.get_ref().as_str();
+        Some(
+            [Mode::Audit, Mode::Off].into_iter().find(|known| mode == Some(known.name())).unwrap_or_default(),
+        )
+    };
+    pools.iter().filter_map(mode).collect()
+}
+
+/// Returns the name of the pool in the text of an effective configuration, or [`NO_POOL`]. Returns `None` if the configuration was
+/// not chosen from pools, or before the labels of the node were known.
+fn marker_of(text: &str) -> Option<&str> {
+    header_of(text)?.strip_prefix(HEADER)
 }
 
 /// Parses labels as in `a=1,b=2`, the value of a command line option.
@@ -200,7 +235,7 @@ pub fn parse_labels(text: &str) -> Result<Labels, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use imds_ebpf_common::{Hook, Mode};
 
     use super::*;
 
@@ -239,7 +274,7 @@ mod tests {
     /// Returns the name of a node that is, or is not, among the first ten percent.
     fn name(is_canary: bool) -> String {
         let mut names = (0..).map(|number| format!("node-{number}"));
-        names.find(|name| (fnv1a(name) % 100 < 10) == is_canary).unwrap()
+        names.find(|name| (fnv1a(&format!("canary/{name}")) % 100 < 10) == is_canary).unwrap()
     }
 
     #[test]
@@ -258,10 +293,20 @@ mod tests {
     fn unknown_labels_do_not_weaken() {
         let mut unlabelled = node(&name(false), None);
         assert_eq!(chosen(&unlabelled), (None, Mode::Audit));
-        unlabelled.effective = Some("# node_pool gpu\nmode = 'off'".to_owned());
-        assert_eq!(chosen(&unlabelled), (Some("gpu".to_owned()), Mode::Off));
-        unlabelled.effective = Some("# node_pool deleted\n".to_owned());
-        assert_eq!(chosen(&unlabelled), (None, Mode::Audit));
+        // Hooks of all pools that may match.
+        let config = parse(POOLS).unwrap().for_node(&unlabelled);
+        assert!(config.hooks.contains(Hook::HostNetwork) && config.hooks.contains(Hook::FromPod));
+        assert_eq!(parse(config.to_toml()).unwrap().to_toml(), config.to_toml());
+        for (before, expected) in [
+            ("# node_pool gpu\nmode = 'off'", (Some("gpu".to_owned()), Mode::Off)),
+            ("# node_pool (none)\nmode = 'audit'", (None, Mode::Audit)),
+            ("# node_pool deleted\n", (None, Mode::Audit)),
+            // An earlier configuration without pools decides nothing.
+            ("mode = 'off'", (None, Mode::Audit)),
+        ] {
+            unlabelled.effective = Some(before.to_owned());
+            assert_eq!(chosen(&unlabelled), expected, "{before}");
+        }
         // Known labels decide against an earlier configuration.
         unlabelled.labels = Some(BTreeMap::new());
         unlabelled.effective = Some("# node_pool gpu\n".to_owned());
@@ -269,8 +314,37 @@ mod tests {
     }
 
     #[test]
+    fn weaker_hooks_of_a_pool_need_its_labels() {
+        let text = "[[node_pool]]\nname = 'gpu'\nnode_selector = { match_labels = { pool = 'gpu' } }\n\
+                    hooks = { from_pod = false, socket = false }";
+        let config = parse(text).unwrap().for_node(&node("a", None));
+        assert!(config.hooks.contains(Hook::FromPod) && config.hooks.contains(Hook::Socket));
+        let gpu = parse(text).unwrap().for_node(&node("a", Some(&[("pool", "gpu")])));
+        assert!(!gpu.hooks.contains(Hook::FromPod));
+    }
+
+    #[test]
+    fn recorded_pool_survives_parsing() {
+        let gpu = parse(POOLS).unwrap().for_node(&node(&name(false), Some(&[("pool", "gpu")])));
+        assert_eq!(parse(gpu.to_toml()).unwrap().pool(), Some("gpu"));
+    }
+
+    #[test]
+    fn broken_file_has_the_strictest_mode() {
+        for (text, mode) in [
+            ("mode = 'audit'\nx = 1\n[[node_pool]]\nname = 'a'\nmode = 'enforce'", Mode::Enforce),
+            ("mode = 'audit'\nx = 1\n[[node_pool]]\nname = 'a'\nmode = 'off'", Mode::Audit),
+            ("mode = 'off'\nx = 1\n[[node_pool]]\nname = 'a'\nmode = 'audit'", Mode::Audit),
+            ("mode = 'audit'\nx = 1\n[[node_pool]]\nname = 'a'\nmode = 1", Mode::Enforce),
+            ("mode = 'audit'\nnode_pool = 1", Mode::Enforce),
+            ("mode = 'audit'\nx = 1", Mode::Audit),
+        ] {
+            assert_eq!(Config::fallback(text, Path::new("f")).mode, mode, "{text}");
+        }
+    }
+
+    #[test]
     fn pool_overrides_single_keys() {
-        use imds_ebpf_common::Hook;
         let config = parse(POOLS).unwrap();
         let gpu = config.for_node(&node(&name(false), Some(&[("pool", "gpu")])));
         assert!(gpu.hooks.contains(Hook::HostNetwork) && !gpu.hooks.contains(Hook::Socket));
@@ -281,7 +355,8 @@ mod tests {
 
     #[test]
     fn canary_is_about_its_percentage() {
-        let canaries = (0..5000).filter(|number| fnv1a(&format!("aks-pool-{number:06}")) % 100 < 10).count();
+        let canaries =
+            (0..5000).filter(|number| fnv1a(&format!("canary/aks-pool-{number:06}")) % 100 < 10).count();
         assert!((400..600).contains(&canaries), "{canaries}");
     }
 

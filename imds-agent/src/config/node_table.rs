@@ -147,7 +147,7 @@ impl NodeTable {
 fn is_similar_to_node(key: &str) -> bool {
     let key = key.to_ascii_lowercase();
     let start: String = key.chars().take(8).collect();
-    key.starts_with("node") || strsim::osa_distance(&start, "node") <= 1
+    key.starts_with("node") && !key.starts_with("node_pool") || strsim::osa_distance(&start, "node") <= 1
 }
 
 fn parse_new(

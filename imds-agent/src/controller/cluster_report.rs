@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::{sync::watch, task::JoinSet};
 
 use super::{
-    node_report::{NodeReporter, NodeView},
+    node_report::{NodeReporter, NodeView, withdraw_condition},
     resolved_config::ResolvedConfig,
 };
 use crate::{
@@ -57,6 +57,11 @@ impl ClusterReport {
             return;
         }
         self.tasks = JoinSet::new();
+        if let Some(before) = self.settings.as_ref().filter(|before| before.writes.node_condition)
+            && !settings.as_ref().is_some_and(|settings| settings.writes.node_condition)
+        {
+            self.tasks.spawn(withdraw_condition(ClusterClient::new(before.api.clone())));
+        }
         self.denied_pods.set_enabled(settings.as_ref().is_some_and(|settings| settings.writes.events));
         if let Some(Settings { api, writes, endpoints }) = &settings {
             let writer = || ClusterClient::new(api.clone());

@@ -1,6 +1,7 @@
 //! Event loop of the running agent: follows the node and its configuration until a signal stops it.
 
 mod debounce;
+mod reload;
 mod unloaded;
 
 use std::{future, sync::Arc, time::Duration};
@@ -37,7 +38,6 @@ use crate::{
         agent_stats::{AgentStats, Reloads},
         logging,
         metrics::RunTimeStats,
-        sinks::SinkSettings,
         systemd::Systemd,
     },
 };
@@ -166,7 +166,7 @@ impl Agent {
                     // twice: at first the file may be half written.
                     let change = self.loader.change();
                     if change.is_some() && change == pending_change {
-                        self.reload().await;
+                        self.reload().await.ok();
                     }
                     pending_change = change;
                 }
@@ -187,7 +187,7 @@ impl Agent {
                 },
                 () = wait_for(reload_due) => {
                     reload_due = None;
-                    self.reload().await;
+                    self.reload().await.ok();
                 }
                 () = self.telemetry.sinks_changed() => {
                     let failing = self.telemetry.failing_sinks();
@@ -199,7 +199,7 @@ impl Agent {
                     reload_due = None;
                     // Starts again with the reload, so that the labels are read now.
                     self.node_labels = None;
-                    self.reload().await;
+                    self.reload().await.ok();
                 }
                 _ = self.terminate.recv() => break,
                 _ = self.interrupt.recv() => break,
@@ -271,14 +271,6 @@ impl Agent {
         }
     }
 
-    /// Loads the configuration of another pool if the labels of the node demand it.
-    async fn on_node_labels(&mut self, labels: Labels) {
-        if self.loader.set_node_labels(labels) {
-            log::info!("loading the configuration again: the labels of the node have changed");
-            self.reload().await;
-        }
-    }
-
     async fn on_cluster_event(&mut self, event: ClusterEvent) {
         match event {
             ClusterEvent::Pods(event) => {
@@ -332,46 +324,6 @@ impl Agent {
             log::warn!("failed to watch for `imds-agent unload`, the resync checks for it: {error}");
         };
         self.reconciler.datapath.pins().watch_unload_request().map_err(failed).ok()
-    }
-
-    /// Reloads the configuration. If that fails, the previous one stays effective.
-    async fn reload(&mut self) {
-        self.systemd.reloading();
-        match self.try_reload().await {
-            Ok(generation) => {
-                self.reloads.succeeded += 1;
-                log::info!("loaded configuration {generation}: {}", self.reconciler.summary(&self.resolved));
-            }
-            Err(error) => {
-                self.reloads.failed += 1;
-                let error = format!("{error:#}");
-                log::error!("failed to reload configuration, keeping the previous one: {error}");
-                log_error(self.reconciler.datapath.record_rejected_config(&error));
-            }
-        }
-        self.systemd.ready(&self.reconciler.state(&self.resolved));
-    }
-
-    async fn try_reload(&mut self) -> anyhow::Result<u64> {
-        let config = self.loader.load()?;
-        let endpoints = self.options.resolve(&config)?;
-        let resolved = self.options.resolve_on_node(&config, endpoints)?;
-        if let Err(error) = self.reconciler.reconfigure(&resolved).await {
-            log_error(self.reconciler.reconfigure(&self.resolved).await);
-            return Err(error.into());
-        }
-        self.resolved = resolved;
-        self.telemetry.listen(&config.listen);
-        self.telemetry.configure_sinks(SinkSettings::new(
-            &config,
-            &self.resolved.endpoint_set,
-            &self.resolved.exempt,
-        ));
-        self.run_time_stats.set(config.program_run_time);
-        self.update_pod_watch().await;
-        let generation = self.reconciler.datapath.record_config(self.loader.path(), config.to_toml())?;
-        self.loader.store_last_good();
-        Ok(generation)
     }
 }
 

@@ -10,7 +10,7 @@ pub mod exemption_rules;
 mod exemptions;
 mod links;
 mod node_allow_sync;
-mod node_report;
+pub mod node_report;
 mod observed_node;
 mod other_agents;
 pub mod plan;

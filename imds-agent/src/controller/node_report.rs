@@ -27,8 +27,12 @@ const UNSETTLED_PERIOD: Duration = Duration::from_secs(1);
 const UNPROTECTED_CHECKS: u32 = 2;
 /// Interval of the heartbeats of the condition. The kubelet updates its own conditions every 5 minutes.
 const HEARTBEAT: Duration = Duration::from_mins(10);
+/// Minimum interval of updates of the condition that change only its message.
+const MESSAGE_PERIOD: Duration = Duration::from_mins(1);
 /// Minimum interval of Events with the same reason.
 const EVENT_PERIOD: Duration = Duration::from_mins(1);
+/// Number of attempts to withdraw the condition. The role may be removed together with the key.
+const WITHDRAW_ATTEMPTS: u32 = 5;
 /// Type of the condition.
 const CONDITION: &str = "MetadataProtected";
 /// Largest length of the text that explains a state, in bytes.
@@ -44,8 +48,8 @@ pub(super) struct NodeView {
 /// Enforcement on the node.
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum NodeState {
-    /// All enabled hooks deny requests to protected endpoints.
-    Protected,
+    /// These hooks, all that are enabled, deny requests to protected endpoints.
+    Protected(Vec<&'static str>),
     /// Mode audit or off: requests pass.
     NotEnforcing(Mode),
     /// Something lacks enforcement, as the text explains.
@@ -64,8 +68,8 @@ pub(super) struct NodeReporter {
     /// State in the last check that settled.
     settled: Option<NodeState>,
     unprotected_checks: u32,
-    /// State and time of the last condition that the API server stored.
-    condition: Option<(NodeState, Instant)>,
+    /// Last condition that the API server stored, and the time.
+    condition: Option<(Condition, Instant)>,
     /// True while an Event says that the node is unprotected.
     is_warned: bool,
     next_state_event: Instant,
@@ -75,15 +79,36 @@ pub(super) struct NodeReporter {
     last_error: Option<String>,
 }
 
+/// Sets the condition of a node on which nothing is enforced any more.
+pub async fn report_unloaded(client: &mut ClusterClient) -> Result<(), RequestError> {
+    client
+        .set_condition(
+            &NodeState::Unprotected("imds-agent unload has removed everything".to_owned()).condition(),
+        )
+        .await
+}
+
+/// Removes the claim of the condition: its key is switched off.
+pub(super) async fn withdraw_condition(mut client: ClusterClient) {
+    let message = "the agent no longer reports this condition (kubernetes.node_condition)".to_owned();
+    let condition = Condition { kind: CONDITION, is_true: false, reason: "NotReported", message };
+    let mut backoff = Backoff::default();
+    for _ in 0..WITHDRAW_ATTEMPTS {
+        let Err(error) = client.set_condition(&condition).await else { return };
+        log::warn!("failed to withdraw the condition {CONDITION} of node {}: {error}", client.node());
+        sleep(backoff.next_delay(error.retry_after)).await;
+    }
+}
+
 impl NodeView {
     async fn state(&self) -> Result<NodeState, DatapathError> {
         let report = status::gather(&self.pins, &self.netlink).await?;
-        let reasons = report.not_enforced();
+        let gaps = report.gaps();
         let modes = [Mode::Audit, Mode::Off].into_iter();
         Ok(match modes.into_iter().find(|mode| report.mode == Some(mode.name())) {
-            _ if !reasons.is_empty() => NodeState::Unprotected(reasons.join("; ")),
+            _ if !gaps.is_empty() => NodeState::Unprotected(gaps.join("; ")),
             Some(mode) => NodeState::NotEnforcing(mode),
-            None => NodeState::Protected,
+            None => NodeState::Protected(report.hooks),
         })
     }
 }
@@ -91,13 +116,15 @@ impl NodeView {
 impl NodeState {
     fn condition(&self) -> Condition {
         let (reason, message) = match self {
-            Self::Protected => ("Enforced", "pods cannot reach the protected metadata endpoints".to_owned()),
+            Self::Protected(hooks) => {
+                ("Enforced", format!("all enabled hooks are enforced: {}", hooks.join(", ")))
+            }
             Self::NotEnforcing(mode) => {
                 ("NotEnforcing", format!("mode {}: pods can reach the metadata endpoints", mode.name()))
             }
             Self::Unprotected(text) => ("NotEnforced", clip(text)),
         };
-        Condition { kind: CONDITION, is_true: *self == Self::Protected, reason, message }
+        Condition { kind: CONDITION, is_true: matches!(self, Self::Protected(_)), reason, message }
     }
 }
 
@@ -161,19 +188,32 @@ impl NodeReporter {
         }
     }
 
-    /// Writes what has changed since the last report.
+    /// Writes what has changed since the last report. Condition and Events need different roles: one is written without the other.
     async fn report(&mut self, now: Instant) -> Result<(), RequestError> {
         let Some(state) = self.settled.clone() else { return Ok(()) };
-        if self.writes.node_condition {
-            let is_current =
-                |(known, written): &(NodeState, Instant)| *known == state && now < *written + HEARTBEAT;
-            if !self.condition.as_ref().is_some_and(is_current) {
-                self.client.set_condition(&state.condition()).await?;
-                self.condition = Some((state.clone(), now));
-            }
+        let condition = self.report_condition(&state, now).await;
+        let events = self.report_events(&state, now).await;
+        condition.and(events)
+    }
+
+    async fn report_condition(&mut self, state: &NodeState, now: Instant) -> Result<(), RequestError> {
+        let condition = state.condition();
+        let is_current = self.condition.as_ref().is_some_and(|(known, written)| {
+            let is_same_state = (known.is_true, known.reason) == (condition.is_true, condition.reason);
+            // The list of interfaces in the message can change with each pod.
+            let validity = if *known == condition { HEARTBEAT } else { MESSAGE_PERIOD };
+            is_same_state && now < *written + validity
+        });
+        if self.writes.node_condition && !is_current {
+            self.client.set_condition(&condition).await?;
+            self.condition = Some((condition, now));
         }
+        Ok(())
+    }
+
+    async fn report_events(&mut self, state: &NodeState, now: Instant) -> Result<(), RequestError> {
         if self.writes.events {
-            self.report_state(&state, now).await?;
+            self.report_state(state, now).await?;
             self.report_corrections(now).await?;
         }
         Ok(())
@@ -189,11 +229,9 @@ impl NodeReporter {
                 "Enforce",
                 format!("Pods may reach the metadata endpoints: {}", clip(text)),
             ),
-            NodeState::Protected if self.is_warned => (
-                "MetadataProtected",
-                "Enforce",
-                "Pods cannot reach the metadata endpoints any more".to_owned(),
-            ),
+            NodeState::Protected(_) if self.is_warned => {
+                ("MetadataProtected", "Enforce", "All enabled hooks are enforced again".to_owned())
+            }
             _ => return Ok(()),
         };
         let is_warning = !self.is_warned;

@@ -46,7 +46,7 @@ impl StartConfig {
     }
 
     fn fall_back(
-        loader: &ConfigLoader,
+        loader: &mut ConfigLoader,
         options: &RunOptions,
         pins: &PinDir,
         errors: &ConfigErrors,

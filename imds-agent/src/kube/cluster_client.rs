@@ -47,7 +47,7 @@ pub struct Condition {
     pub message: String,
 }
 
-/// Client that writes Events, and reads and changes the node. Connects with the first request.
+/// Client that writes Events, and reads and changes the node. Reads the credentials with the first request, and again after errors.
 pub struct ClusterClient {
     config: ApiConfig,
     api: Option<Api>,
@@ -144,7 +144,8 @@ impl ClusterClient {
 
     async fn get(&mut self, target: &str) -> Result<Value, RequestError> {
         let api = self.api().await?;
-        api.get_object(target).await.map_err(|error| RequestError::new(api.describe(target, &error), &error))
+        let answer = api.get_object(target).await;
+        answer.map_err(|error| self.failed(&api, target, &error))
     }
 
     async fn write(
@@ -156,7 +157,17 @@ impl ClusterClient {
     ) -> Result<Value, RequestError> {
         let api = self.api().await?;
         let answer = api.write(method, target, media_type, body).await;
-        answer.map_err(|error| RequestError::new(api.describe(target, &error), &error))
+        answer.map_err(|error| self.failed(&api, target, &error))
+    }
+
+    /// Describes an error. Discards the client unless the API server has accepted its credentials: the files that it was created from may
+    /// have changed.
+    fn failed(&mut self, api: &Api, target: &str, error: &ApiError) -> RequestError {
+        let error = RequestError::new(api.describe(target, error), error);
+        if matches!(error.code, None | Some(401 | 403)) {
+            self.api = None;
+        }
+        error
     }
 
     async fn api(&mut self) -> Result<Api, RequestError> {

@@ -66,8 +66,7 @@ impl EventReader {
         let Some(collector) = Collector::open(&self.pins)? else { return Ok(None) };
         // The process that collected events until now added to the records.
         self.stats.totals.borrow_mut().raise_to(&collector.recorded()?);
-        let mut collector = collector.with_totals(Rc::clone(&self.stats.totals));
-        collector.keep_denials(self.has_consumers());
+        let collector = collector.with_totals(Rc::clone(&self.stats.totals));
         // SAFETY: the descriptor is that of the ring buffer, which the collector owns and never replaces.
         Ok(Some(unsafe { AsyncFd::register(collector) }.map_err(io::Error::from)?))
     }
@@ -80,10 +79,7 @@ impl EventReader {
     }
 
     async fn try_collect(&mut self) -> anyhow::Result<()> {
-        let has_consumers = self.has_consumers();
         let Some(collector) = &mut self.collector else { return future::pending().await };
-        // Another thread switches Kubernetes Events on and off.
-        collector.get_mut().keep_denials(has_consumers);
         let next_due = self.waiting.next_due();
         tokio::select! {
             ready = ready_to_read(collector, self.next.max(self.budget.available_at())) => ready?,
@@ -93,6 +89,9 @@ impl EventReader {
             }
         }
         let spent = thread_cpu_time();
+        // Another thread switches Kubernetes Events on and off, also while this one waits for events.
+        let has_consumers = !self.sinks.is_empty() || self.stats.denied_pods.is_enabled();
+        collector.get_mut().keep_denials(has_consumers);
         collector.get_mut().collect()?;
         let denials = collector.get_mut().take_denials();
         self.deliver(denials);
@@ -119,15 +118,6 @@ impl EventReader {
     /// Replaces the sinks. Denials that wait for a pod get the names of the new configuration.
     pub(super) fn configure_sinks(&mut self, settings: SinkSettings) {
         self.sinks.configure(settings);
-        let has_consumers = self.has_consumers();
-        if let Some(collector) = &mut self.collector {
-            collector.get_mut().keep_denials(has_consumers);
-        }
-    }
-
-    /// Reports whether sinks or Kubernetes Events need single denials.
-    fn has_consumers(&self) -> bool {
-        !self.sinks.is_empty() || self.stats.denied_pods.is_enabled()
     }
 
     /// Hands over denials. A denial of an unknown pod waits a moment for the pod.

@@ -17,6 +17,9 @@ use serde_json::{Value, json};
 
 use crate::Netns;
 
+/// Token that the server accepts at first.
+const TOKEN: &str = "secret";
+
 /// A server that runs until it is dropped.
 #[derive(Debug)]
 pub struct ApiServer {
@@ -48,6 +51,8 @@ struct Store {
     event_writes: Vec<Instant>,
     /// Conditions of nodes by node name and type.
     conditions: BTreeMap<(String, String), Value>,
+    /// Token of the client, if it is not [`TOKEN`].
+    token: Option<&'static str>,
     /// Prefixes of targets that the client may not access.
     forbidden: Vec<&'static str>,
     history: Vec<(u64, &'static str, Value)>,
@@ -129,7 +134,12 @@ impl ApiServer {
 
     /// Writes a kubeconfig that points to the server.
     pub fn write_kubeconfig(&self, path: &Path) {
-        write_kubeconfig(path, &self.url());
+        write_config(path, &self.url(), self.shared.lock().token());
+    }
+
+    /// Accepts only this token from now on.
+    pub fn set_token(&self, token: &'static str) {
+        self.shared.lock().token = Some(token);
     }
 
     /// Stores an object, built by [`pod`] or [`namespace`], and notifies the watches.
@@ -267,11 +277,15 @@ pub fn namespace(name: &str, labels: &[(&str, &str)]) -> Value {
 
 /// Writes a kubeconfig for a cluster at `url`.
 pub fn write_kubeconfig(path: &Path, url: &str) {
+    write_config(path, url, TOKEN);
+}
+
+fn write_config(path: &Path, url: &str, token: &str) {
     let config = json!({
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{ "name": "c", "cluster": { "server": url, "insecure-skip-tls-verify": true } }],
-        "users": [{ "name": "u", "user": { "token": "secret" } }],
+        "users": [{ "name": "u", "user": { "token": token } }],
         "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
         "current-context": "x",
     });
@@ -280,6 +294,10 @@ pub fn write_kubeconfig(path: &Path, url: &str) {
 }
 
 impl Store {
+    fn token(&self) -> &'static str {
+        self.token.unwrap_or(TOKEN)
+    }
+
     fn next_version(&mut self) -> u64 {
         self.version += 1;
         self.version

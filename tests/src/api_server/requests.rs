@@ -19,8 +19,8 @@ impl Shared {
         let request = lines.next()?.ok()?;
         let headers: Vec<_> = lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
         let target = request.split(' ').nth(1)?.to_owned();
-        let is_known =
-            headers.iter().any(|header| header.eq_ignore_ascii_case("authorization: Bearer secret"));
+        let authorization = format!("authorization: Bearer {}", self.lock().token());
+        let is_known = headers.iter().any(|header| header.eq_ignore_ascii_case(&authorization));
         let user_agent = headers.iter().find_map(|header| {
             let (name, value) = header.split_once(": ")?;
             name.eq_ignore_ascii_case("user-agent").then(|| value.to_owned())

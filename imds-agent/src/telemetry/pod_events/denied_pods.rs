@@ -87,7 +87,9 @@ impl DeniedPods {
             Some(404) if write.name.is_some() => queue.on_expired(write),
             // Missing role, deleted namespace, or an object that the server does not accept.
             Some(400 | 403 | 404 | 422) => queue.on_rejected(write),
-            _ => queue.retry(write),
+            // No answer, or no valid credentials: the next write would fail, too.
+            None | Some(401) => queue.retry(write),
+            Some(_) => queue.postpone(write, Instant::now()),
         }
     }
 

@@ -17,6 +17,10 @@ use crate::{
 
 /// Largest number of series in memory. Denials of further series are dropped.
 const MAX_SERIES: usize = 512;
+/// Largest number of series of one pod.
+const MAX_POD_SERIES: usize = 8;
+/// Delay of the next attempt for a series after an error of the API server.
+const RETRY: Duration = Duration::from_secs(30);
 /// Delay of the first Event of a series, which collects the retries of a client.
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 /// Delay of the first update of a series. Doubles with each update.
@@ -49,6 +53,7 @@ impl DenialNotice {
         let request = DeniedRequest {
             hook: hook_name(event.hook.into()),
             is_audited: event.verdict == Verdict::Audited as u8,
+            is_rule_audited: denial.rule.is_some(),
             address: ip_address(Address::from_ipv6(event.destination)),
         };
         let count = event.suppressed.saturating_add(1);
@@ -62,6 +67,8 @@ pub(crate) struct DeniedRequest {
     pub hook: &'static str,
     /// True for requests that audit mode or a rule allowed.
     pub is_audited: bool,
+    /// True if an exemption rule audits the requests, and not the mode.
+    pub is_rule_audited: bool,
     pub address: IpAddr,
 }
 
@@ -119,7 +126,8 @@ impl EventQueue {
             if self.series.len() >= MAX_SERIES {
                 self.expire(now);
             }
-            if self.series.len() >= MAX_SERIES {
+            let of_pod = self.series.keys().filter(|(uid, _)| *uid == key.0).count();
+            if self.series.len() >= MAX_SERIES || of_pod >= MAX_POD_SERIES {
                 self.dropped = self.dropped.saturating_add(count);
                 return;
             }
@@ -192,9 +200,17 @@ impl EventQueue {
         series.written = 0;
     }
 
-    /// Records that a write failed and that another attempt can succeed: the limit for its pod does not count it.
+    /// Records that a write failed and that another attempt can succeed. The limit for its pod does not count it.
     pub(super) fn retry(&mut self, write: &PendingWrite) {
         self.pod_writes.remove(&write.key.0);
+    }
+
+    /// Postpones the next attempt after an error that concerns only this write: other series come first.
+    pub(super) fn postpone(&mut self, write: &PendingWrite, now: Instant) {
+        self.retry(write);
+        if let Some(series) = self.series.get_mut(&write.key) {
+            series.due = now + RETRY;
+        }
     }
 
     /// Ends the series of a write that the API server will never accept.
@@ -235,7 +251,7 @@ mod tests {
             uid: uid.into(),
         };
         let address = Ipv4Addr::new(169, 254, 169, 254).into();
-        let request = DeniedRequest { hook, is_audited: false, address };
+        let request = DeniedRequest { hook, is_audited: false, is_rule_audited: false, address };
         let notice = DenialNotice { request, comm: None, count: 1, time: Timestamp::UNIX_EPOCH };
         queue.record(pod, notice, now);
     }
@@ -337,6 +353,20 @@ mod tests {
         let write = queue.take_due(start + FIRST_DELAY).unwrap();
         queue.on_rejected(&write);
         assert_eq!((queue.next_due(), queue.dropped), (None, 1));
+    }
+
+    #[test]
+    fn failing_series_does_not_stop_others() {
+        let (mut queue, start) = (EventQueue::default(), Instant::now());
+        record(&mut queue, "bad", "socket", start);
+        record(&mut queue, "good", "socket", start + FIRST_DELAY);
+        let now = start + FIRST_DELAY * 2;
+        let write = queue.take_due(now).unwrap();
+        assert_eq!(write.key.0, "bad");
+        queue.postpone(&write, now);
+        assert_eq!(write_all(&mut queue, now), [(None, 1)]);
+        assert_eq!(queue.next_due(), Some(now + RETRY));
+        assert_eq!(write_all(&mut queue, now + RETRY), [(None, 1)]);
     }
 
     #[test]

@@ -38,13 +38,16 @@ pub(crate) async fn write_events(
                 Err(error) => error,
             };
             denied.on_failed(&write, error.code);
-            let (text, delay) = (error.to_string(), backoff.next_delay(error.retry_after));
+            let text = error.to_string();
             if last_error.as_ref() != Some(&text) {
                 let pod = &write.pod;
                 log::warn!("failed to write a Kubernetes Event about pod {pod}: {text}");
                 last_error = Some(text);
             }
-            sleep(delay).await;
+            // An answer about one namespace does not concern the others.
+            if matches!(error.code, None | Some(401)) {
+                sleep(backoff.next_delay(error.retry_after)).await;
+            }
         }
     }
 }
@@ -96,12 +99,14 @@ fn note(
     PendingWrite { key: (_, request), pod, comm, .. }: &PendingWrite,
     endpoints: &EndpointNames,
 ) -> String {
-    let DeniedRequest { hook, is_audited, address } = request;
+    let DeniedRequest { hook, is_audited, is_rule_audited, address } = request;
     let name = endpoints.get(address);
     let endpoint = name.map_or_else(|| address.to_string(), |name| format!("{name} ({address})"));
     let process = comm.as_ref().map(|comm| format!(" by process {comm:?}")).unwrap_or_default();
     let verdict = if *is_audited { "Audited" } else { "Denied" };
-    let consequence = if *is_audited {
+    let consequence = if *is_rule_audited {
+        "An exemption rule with audit = true allows it. The narrowest rule for the pod is"
+    } else if *is_audited {
         "Mode enforce denies it unless an exemption rule matches the pod"
     } else {
         "Needs an exemption rule of the node's operator"
@@ -135,7 +140,10 @@ mod tests {
             uid: "u".into(),
         };
         let mut write = PendingWrite {
-            key: ("u".into(), DeniedRequest { hook: "socket", is_audited: false, address }),
+            key: (
+                "u".into(),
+                DeniedRequest { hook: "socket", is_audited: false, is_rule_audited: false, address },
+            ),
             name: None,
             pod,
             comm: Some("curl".into()),

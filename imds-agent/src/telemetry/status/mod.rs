@@ -185,7 +185,15 @@ impl StatusReport {
         let interface = interface.map(str::to_owned);
         let [problem, remedy] =
             [problem.into(), remedy.into()].map(|text: String| escape(&text).into_owned());
-        self.problems.push(Problem { interface, problem, remedy });
+        self.problems.push(Problem { interface, problem, remedy, is_gap: true });
+    }
+
+    /// Adds a problem that lets no request of a pod pass.
+    fn problem_without_gap(&mut self, problem: impl Into<String>, remedy: impl Into<String>) {
+        self.problem(None, problem, remedy);
+        if let Some(problem) = self.problems.last_mut() {
+            problem.is_gap = false;
+        }
     }
 
     fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
@@ -197,12 +205,15 @@ impl StatusReport {
             );
             let remedy = "correct the file (`imds-agent config check FILE` lists all errors); the agent loads it when it changes, \
                           or on SIGHUP";
-            self.problem(None, format!("configuration rejected, using {from}: {error} ({at:.0})"), remedy);
+            self.problem_without_gap(
+                format!("configuration rejected, using {from}: {error} ({at:.0})"),
+                remedy,
+            );
         }
         // In mode `off` nothing is denied.
         let is_off = self.mode == Some(Mode::Off.name());
         for error in record.iter().filter(|_| !is_off).flat_map(|record| &record.exemption_errors) {
-            self.problem(None, format!("exemption not applied completely: {error}"), EXEMPTION_REMEDY);
+            self.problem_without_gap(format!("exemption not applied completely: {error}"), EXEMPTION_REMEDY);
         }
         self.configuration = record;
         Ok(())
@@ -239,8 +250,7 @@ impl StatusReport {
     fn add_disputes(&mut self) {
         let disputed = self.kubernetes.as_ref().map_or(0, |watch_status| watch_status.disputed);
         if disputed > 0 {
-            self.problem(
-                None,
+            self.problem_without_gap(
                 format!("{disputed} pods claim the cgroup of another pod by the annotation kubernetes.io/config.hash"),
                 "delete the copies: the agent's log names them",
             );

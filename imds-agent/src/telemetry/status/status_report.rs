@@ -88,6 +88,20 @@ impl StatusReport {
         not_enforced
     }
 
+    /// Describes everything that may let requests of pods pass, one line each: [`StatusReport::not_enforced`], and problems such as a program
+    /// of another agent that runs before the hook. Problems of exemptions and of a rejected configuration are left out.
+    pub(crate) fn gaps(&self) -> Vec<String> {
+        let mut gaps = self.not_enforced();
+        for Problem { interface, problem, .. } in self.problems.iter().filter(|problem| problem.is_gap) {
+            let gap = interface.as_ref().map(|name| format!("interface {name}: {problem}"));
+            let gap = gap.unwrap_or_else(|| problem.clone());
+            if !gaps.contains(&gap) {
+                gaps.push(gap);
+            }
+        }
+        gaps
+    }
+
     /// Reports whether no interface and no cgroup should have an enabled hook, for example because all interfaces are excluded.
     /// `from_pod` without `node_egress` can wait for the first pod.
     pub(super) fn lacks_attach_points(&self) -> bool {
@@ -261,4 +275,7 @@ pub(crate) struct Problem {
     pub interface: Option<String>,
     pub problem: String,
     pub remedy: String,
+    /// True if the problem may let requests of pods pass that the configuration denies.
+    #[serde(skip)]
+    pub is_gap: bool,
 }
