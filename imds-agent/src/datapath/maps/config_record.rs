@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use aya::maps::{Array, MapData, MapError};
 use imds_ebpf_common::{ConfigRecord, names::MAP_CONFIG};
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::{
+    checksum::fnv1a,
     datapath::{
         Datapath, DatapathError, map_error,
         object::Maps,
@@ -25,6 +26,9 @@ const READINGS: usize = 20;
 pub struct EffectiveConfig {
     /// Generation of the configuration: increases by one with each change.
     pub generation: u64,
+    /// FNV-1a hash of the configuration as TOML. Unlike the generation, nodes can be compared by it.
+    #[serde(serialize_with = "hexadecimal")]
+    pub hash: u64,
     /// Path of the configuration file; `None` if there is no file.
     #[serde(rename = "file")]
     pub path: Option<PathBuf>,
@@ -73,13 +77,15 @@ impl EffectiveConfig {
         let exemption_errors = raw_field_text(&record.exemption_errors).unwrap_or_default();
         let rejected = (record.failed_at != 0)
             .then(|| RejectedConfig { at: timestamp(record.failed_at), error: field_text(&record.error) });
+        let text = raw_field_text(&record.text).unwrap_or_default().to_owned();
         Some(Self {
+            hash: fnv1a(&text),
             generation: record.generation,
             path: (!path.is_empty()).then(|| path.into()),
             loaded_at: timestamp(record.loaded_at),
             rejected,
             exemption_errors: exemption_errors.lines().map(str::to_owned).collect(),
-            text: raw_field_text(&record.text).unwrap_or_default().to_owned(),
+            text,
         })
     }
 }
@@ -133,6 +139,12 @@ fn read_consistent(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, M
         last = record;
     }
     Ok(last)
+}
+
+/// Serializes a hash as 16 hexadecimal digits: JSON numbers of most programs have 53 bits.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde requires")]
+fn hexadecimal<S: Serializer>(hash: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{hash:016x}"))
 }
 
 fn now() -> u64 {
