@@ -1,5 +1,6 @@
 //! A small Kubernetes API server: lists and watches pods over HTTP, stores Events and conditions, and fails on request.
 
+mod fleet;
 mod requests;
 mod writes;
 
@@ -14,6 +15,7 @@ use std::{
 
 use serde_json::{Value, json};
 
+pub use self::fleet::{Exec, ExecOutput, agent_pod, node};
 use crate::Netns;
 
 /// A server that runs until it is dropped.
@@ -51,6 +53,8 @@ struct Store {
     requests: Vec<String>,
     /// Header `User-Agent` of each request; empty if it has none.
     user_agents: Vec<String>,
+    /// Agents of a cluster.
+    fleet: fleet::Fleet,
     connections: Vec<TcpStream>,
     is_stopped: bool,
 }
