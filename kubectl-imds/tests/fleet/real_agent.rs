@@ -55,7 +55,7 @@ fn real_agent_answers() {
     });
     assert_eq!(report["denials"][0]["verdict"], "denied");
 
-    // What the plugin merges must be a valid part of a configuration.
+    // The merged rules must be a valid part of a configuration.
     let (rules, _) = cluster.run("report --rules", 0);
     assert!(rules.contains("[[exempt]]\nname = ") && rules.contains("backup.scope"), "{rules}");
     let file = env.scratch_dir().join("merged.toml");

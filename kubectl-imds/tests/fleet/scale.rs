@@ -3,16 +3,20 @@
 
 use std::{
     process::{Command, Stdio},
+    sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
-use imds_tests::api_server::{Exec, agent_pod, node};
+use imds_tests::api_server::{Exec, ExecOutput, agent_pod, node};
 use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::{Value, json};
 
 use super::{Cluster, pod, status};
 
 const NODES: usize = 5000;
+/// Time in which a node answers: a kubelet starts a process in a container in about 100 ms.
+const LATENCY: Duration = Duration::from_millis(250);
 const MAX_TIME: Duration = Duration::from_mins(1);
 /// In KiB.
 const MAX_RESIDENT: i64 = 200 << 10;
@@ -43,7 +47,10 @@ fn five_thousand_nodes() {
     cluster.server.set_agent_pods(names.iter().map(|name| agent_pod(&pod(name), name)).collect());
     let text = format!("{:#}", long_status());
     println!("{} bytes per node", text.len());
-    let exec = Exec::table(&[("/imds-agent status", &text, 0)]);
+    let exec = Exec::Answer(Arc::new(move |_| {
+        thread::sleep(LATENCY);
+        ExecOutput { stdout: text.clone(), ..ExecOutput::default() }
+    }));
     for name in &names {
         cluster.server.on_exec(&pod(name), exec.clone());
     }

@@ -88,7 +88,7 @@ impl Exec {
     }
 }
 
-/// Returns a running pod of the agent on a node. Its UID is its name.
+/// Returns a running pod of the agent on a node. The UID is equal to the name.
 #[must_use]
 pub fn agent_pod(name: &str, node: &str) -> Value {
     json!({

@@ -192,7 +192,7 @@ fn check_data(env: &TestEnv, document: &Document, block: &Block) -> Result<(), S
             serde_json::from_str::<serde_json::Value>(&text).map(drop).map_err(|error| error.to_string())
         }
         ("docs/commands.md", section, None) if OUTPUT.contains(&section) => Ok(()),
-        ("docs/fleet.md", "status", None) => Ok(()),
+        ("docs/fleet.md", "status", None) => plugin_cli::check_titles(&text),
         ("docs/fleet.md", "Permissions", None) => plugin_cli::check_permissions(&text),
         ("README.md", "Demo", None) => check_demo(block),
         // The test `maps` looks for these pins.

@@ -35,6 +35,14 @@ pub(crate) fn check_permissions(text: &str) -> Result<(), String> {
     tools::ensure(rules.join("\n").contains(text), || format!("{RBAC} has other rules"))
 }
 
+/// Compares the titles of a table with those in the source of `status`.
+pub(crate) fn check_titles(table: &str) -> Result<(), String> {
+    let source = tools::read("kubectl-imds/src/commands/status.rs");
+    let titles = table.lines().next().unwrap_or_default().split_whitespace();
+    let titles: Vec<_> = titles.map(|title| format!("\"{title}\"")).collect();
+    tools::ensure(source.contains(&titles.join(", ")), || format!("the titles are not {titles:?}"))
+}
+
 /// Reports whether a subcommand of the plugin has this option.
 pub(crate) fn has_option(option: &str) -> bool {
     has_option_in(&Cli::command(), option)
