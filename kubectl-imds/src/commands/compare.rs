@@ -68,6 +68,7 @@ fn properties(status: &NodeStatus) -> Properties {
         ("hooks", Some(list(&status.hooks))),
         ("cgroup_hooks", Some(list(&cgroup_hooks.collect()))),
         ("interfaces_attached", Some(attached.to_owned())),
+        ("node_pool", status.node_pool.clone()),
         ("ready", Some(status.ready.to_string())),
         ("config_hash", Some(status.config_hash.clone().unwrap_or_else(|| "unknown".to_owned()))),
         ("config_rejected", Some(status.config_rejected.to_string())),

@@ -40,6 +40,8 @@ pub(crate) struct NodeStatus {
     pub(crate) cgroup_hooks: BTreeMap<String, bool>,
     pub(crate) config_hash: Option<String>,
     pub(crate) config_generation: Option<u64>,
+    /// Pool of the node whose settings the configuration has.
+    pub(crate) node_pool: Option<String>,
     /// A newer configuration was rejected.
     pub(crate) config_rejected: bool,
     pub(crate) config_error: Option<String>,
@@ -98,6 +100,9 @@ struct Configuration {
     /// Agents of version 0.1.0 and older have none.
     #[serde(default)]
     hash: Option<String>,
+    /// Agents without settings for pools have none.
+    #[serde(default)]
+    node_pool: Option<String>,
     rejected: Option<Rejected>,
 }
 
@@ -187,6 +192,7 @@ fn from_document(document: StatusDocument) -> Result<NodeStatus, AskError> {
         config_rejected: rejected.is_some(),
         config_error: rejected.map(|rejected| rejected.error.clone()),
         config_generation: configuration.as_ref().map(|configuration| configuration.generation),
+        node_pool: configuration.as_ref().and_then(|configuration| configuration.node_pool.clone()),
         config_hash: configuration.and_then(|configuration| fold(&configuration.hash?)),
         problem_count,
         problems: problems.collect(),

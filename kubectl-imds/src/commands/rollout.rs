@@ -141,16 +141,18 @@ fn nodes_waiting(name: &str, statuses: &[&(String, NodeStatus)]) -> Vec<String> 
             waiting.push(format!("{problem} on {}", names(&found)));
         }
     }
-    let mut by_hash = BTreeMap::<&str, Vec<&str>>::new();
+    // The settings of a pool are a part of the effective configuration.
+    let mut by_pool = BTreeMap::<Option<&str>, BTreeMap<&str, Vec<&str>>>::new();
     for (node, status) in statuses {
         if let Some(hash) = &status.config_hash {
-            by_hash.entry(hash).or_default().push(node);
+            by_pool.entry(status.node_pool.as_deref()).or_default().entry(hash).or_default().push(node);
         }
     }
-    if by_hash.len() > 1 {
+    for (pool, by_hash) in by_pool.into_iter().filter(|(_, by_hash)| by_hash.len() > 1) {
         let groups = by_hash.iter().map(|(hash, nodes)| format!("{hash} on {}", names(nodes)));
         let groups = groups.collect::<Vec<_>>().join(", ");
-        waiting.push(format!("DaemonSet {name}: configurations differ: {groups}"));
+        let pool = pool.map(|pool| format!(", pool {pool}")).unwrap_or_default();
+        waiting.push(format!("DaemonSet {name}{pool}: configurations differ: {groups}"));
     }
     waiting
 }
@@ -237,6 +239,12 @@ mod tests {
         assert!(of(&[status(Some("1"), false), status(Some("1"), false)]).is_empty());
         let differ = of(&[status(Some("1"), false), status(Some("2"), false)]);
         assert_eq!(differ, ["DaemonSet a: configurations differ: 1 on n0, 2 on n1"]);
+        let pool =
+            |hash, pool: &str| NodeStatus { node_pool: Some(pool.to_owned()), ..status(Some(hash), false) };
+        assert!(of(&[pool("1", "a"), pool("2", "b")]).is_empty());
+        let differ = of(&[pool("1", "a"), pool("2", "a"), pool("3", "b")]);
+        assert_eq!(differ, ["DaemonSet a, pool a: configurations differ: 1 on n0, 2 on n1"]);
+        assert_eq!(of(&[status(None, true)]).len(), 2);
         assert_eq!(of(&[status(Some("1"), true)]), ["configuration rejected on n0"]);
         assert_eq!(of(&[status(None, false)]), ["no hash of the configuration (earlier version) on n0"]);
         assert_eq!(of(&[NodeStatus { ready: false, ..status(Some("1"), false) }]), ["not ready on n0"]);
