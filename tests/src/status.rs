@@ -101,6 +101,9 @@ pub struct AgentProcess {
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Configuration {
     pub generation: u64,
+    /// Agents of earlier versions have none.
+    #[serde(default)]
+    pub hash: String,
     pub file: Option<PathBuf>,
     /// Missing in the output of earlier versions.
     #[serde(default)]

@@ -196,6 +196,28 @@ fn enables_collection(agent: &Agent<'_>) -> bool {
 }
 
 #[test]
+fn config_hash_is_that_of_the_status() {
+    let env = TestEnv::new();
+    let hash = |env: &TestEnv| {
+        let text = env.status().configuration.unwrap().hash;
+        assert_eq!(text.len(), 16, "{text}");
+        u64::from_str_radix(&text, 16).unwrap()
+    };
+    let agent = env.agent().config("mode = 'audit'\n").spawn_ready();
+    let audited = hash(&env);
+    let folded = format!("imds_agent_config_hash {}", (audited >> 48) ^ (audited & 0xffff_ffff_ffff));
+    let metrics = scrape(&env, "").body;
+    assert!(metrics.lines().any(|line| line == folded), "no {folded} in:\n{metrics}");
+    drop(agent);
+    // A restart with the same configuration increases the generation.
+    let agent = env.agent().config("mode = 'audit'\n").spawn_ready();
+    assert_eq!(hash(&env), audited);
+    drop(agent);
+    let _agent = env.agent().config("mode = 'enforce'\n").spawn_ready();
+    assert_ne!(hash(&env), audited);
+}
+
+#[test]
 fn exemption_change_changes_the_hash() {
     let env = TestEnv::new();
     let file = env.scratch_dir().join("imds.toml");

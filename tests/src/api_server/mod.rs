@@ -1,6 +1,7 @@
 //! A small Kubernetes API server: lists and watches pods and namespaces over HTTP, stores Events and conditions, and fails on
 //! request.
 
+mod fleet;
 mod requests;
 mod writes;
 
@@ -15,6 +16,7 @@ use std::{
 
 use serde_json::{Value, json};
 
+pub use self::fleet::{Exec, ExecOutput, agent_pod, node};
 use crate::Netns;
 
 /// Token that the server accepts at first.
@@ -60,6 +62,8 @@ struct Store {
     requests: Vec<String>,
     /// Header `User-Agent` of each request; empty if it has none.
     user_agents: Vec<String>,
+    /// Agents of a cluster.
+    fleet: fleet::Fleet,
     connections: Vec<TcpStream>,
     is_stopped: bool,
 }

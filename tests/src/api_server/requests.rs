@@ -77,6 +77,9 @@ impl Shared {
                 None => self.node(stream, node, &body),
             };
         }
+        if let Some(answer) = self.fleet_answer(&target) {
+            return self.send_fleet_answer(stream, answer, &headers);
+        }
         let Some(kind) = kind(&target) else {
             return respond_status(stream, 404, "the server could not find the requested resource");
         };
@@ -116,7 +119,7 @@ impl Shared {
         respond(stream, 200, "Content-Type: application/json\r\n", &object.to_string())
     }
 
-    fn wait_for_stop(&self) -> Option<()> {
+    pub(super) fn wait_for_stop(&self) -> Option<()> {
         let store = self.lock();
         drop(self.changed.wait_while(store, |store| !store.is_stopped).ok()?);
         Some(())

@@ -20,7 +20,11 @@ pub(crate) enum Parsed {
 
 /// Parses a command line whose first word is the program. Placeholders stand for values.
 pub(crate) fn parse(words: &[String]) -> Result<Parsed, String> {
-    let commands = Cli::command();
+    parse_with(&Cli::command(), words)
+}
+
+/// Parses a command line with the parser of a program.
+pub(crate) fn parse_with(commands: &Command, words: &[String]) -> Result<Parsed, String> {
     let names: Vec<_> = if words.iter().any(|word| word == "COMMAND") {
         commands.get_subcommands().map(Command::get_name).collect()
     } else {
@@ -31,7 +35,7 @@ pub(crate) fn parse(words: &[String]) -> Result<Parsed, String> {
     for name in names {
         let words = words.iter().map(String::as_str).filter(|&word| word != "…");
         let words = words.map(|word| if word == "COMMAND" { name } else { sample(word) });
-        match Cli::command().try_get_matches_from(words) {
+        match commands.clone().try_get_matches_from(words) {
             Ok(_) => {}
             Err(error) => match error.kind() {
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {}
@@ -65,7 +69,12 @@ fn sample(word: &str) -> &str {
 
 /// Reports whether a subcommand of imds-agent has this option.
 pub(crate) fn has_option(option: &str) -> bool {
-    let (commands, mut found) = (leaves(), false);
+    has_option_in(&Cli::command(), option)
+}
+
+/// Reports whether a subcommand of a program has this option.
+pub(crate) fn has_option_in(program: &Command, option: &str) -> bool {
+    let (commands, mut found) = (leaves_of(program.clone()), false);
     for (_, command) in commands {
         found |= command.get_arguments().any(|argument| is_named(argument, option));
     }
@@ -78,8 +87,7 @@ fn is_named(argument: &Arg, option: &str) -> bool {
 }
 
 /// Returns each command without subcommands, with its name and those above it.
-fn leaves() -> Vec<(String, Command)> {
-    let mut command = Cli::command();
+pub(crate) fn leaves_of(mut command: Command) -> Vec<(String, Command)> {
     command.build();
     let mut leaves = Vec::new();
     for outer in command.get_subcommands().filter(|outer| outer.get_name() != "help") {
@@ -98,6 +106,11 @@ fn leaves() -> Vec<(String, Command)> {
 
 /// Compares the usage lines of a document with the parser, in both directions. Global and hidden options are left out.
 pub(crate) fn synopsis_errors(lines: &[String]) -> Vec<String> {
+    compare_usages("imds-agent", &leaves_of(Cli::command()), lines)
+}
+
+/// Compares usage lines with the commands of a program.
+pub(crate) fn compare_usages(program: &str, leaves: &[(String, Command)], lines: &[String]) -> Vec<String> {
     let mut usages = Vec::<String>::new();
     for line in lines {
         match usages.last_mut().filter(|_| line.starts_with(' ')) {
@@ -106,7 +119,7 @@ pub(crate) fn synopsis_errors(lines: &[String]) -> Vec<String> {
         }
     }
     let documented: BTreeSet<_> = usages.into_iter().collect();
-    let expected: BTreeSet<_> = leaves().iter().map(|(name, command)| usage(name, command)).collect();
+    let expected: BTreeSet<_> = leaves.iter().map(|(name, command)| usage(program, name, command)).collect();
     let sorted = |usage: &String| {
         let mut parts: Vec<_> = usage.split(" [").map(str::to_owned).collect();
         parts[1..].sort();
@@ -120,8 +133,8 @@ pub(crate) fn synopsis_errors(lines: &[String]) -> Vec<String> {
     missing.chain(unknown.map(|usage| format!("unlike the parser: {}", usage.join(" [")))).collect()
 }
 
-fn usage(name: &str, command: &Command) -> String {
-    let mut usage = format!("imds-agent {name}");
+fn usage(program: &str, name: &str, command: &Command) -> String {
+    let mut usage = format!("{program} {name}");
     for argument in command.get_arguments() {
         let is_general =
             argument.is_global_set() || ["help", "version"].contains(&argument.get_id().as_str());

@@ -17,7 +17,7 @@ const WITHOUT_ARTIFACT: [&str; 6] = [
 /// Checks that a release has a file with this name.
 pub(crate) fn check_name(name: &str) -> Result<(), String> {
     let is_known = |name: &str| {
-        let known = ["SHA256SUMS", "install.sh", "manifest.json"];
+        let known = ["SHA256SUMS", "imds.yaml", "install.sh", "manifest.json"];
         let versioned =
             name.replace(VERSION, "VERSION").replace("arm64", "amd64").replace("aarch64", "x86_64");
         known.contains(&name)
@@ -28,6 +28,7 @@ pub(crate) fn check_name(name: &str) -> Result<(), String> {
                 "imds-agent-VERSION.rpm",
                 "imds-agent-chart-VERSION-oci.tar",
                 "imds-agent_VERSION-1_amd64.deb",
+                "kubectl-imds-VERSION-linux-amd64.tar.gz",
                 "imds-agent_VERSION.deb",
             ]
             .contains(&versioned.as_str())

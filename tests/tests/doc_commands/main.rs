@@ -8,6 +8,7 @@ mod documented_node;
 mod links;
 mod maps;
 mod markdown;
+mod plugin_cli;
 mod runs;
 mod shown_output;
 mod states;
@@ -143,6 +144,7 @@ fn every_option_in_text_exists() {
         let is_option = option.len() > 2 && option.starts_with("--");
         if is_option
             && !agent_cli::has_option(option)
+            && !plugin_cli::has_option(option)
             && !xtask_cli::has_option(option)
             && !artifacts::is_script_option(option)
             && !others.contains(&option)
@@ -164,10 +166,15 @@ fn every_block_is_valid() {
         for block in &document.blocks {
             let result = match content(block) {
                 Ok(Content::Commands(_)) => Ok(()),
-                Ok(Content::Synopsis) => match agent_cli::synopsis_errors(&block.lines) {
-                    errors if errors.is_empty() => Ok(()),
-                    errors => Err(errors.join("; ")),
-                },
+                Ok(Content::Synopsis) => {
+                    let is_plugin = block.lines[0].starts_with(plugin_cli::PROGRAM);
+                    let compare =
+                        if is_plugin { plugin_cli::synopsis_errors } else { agent_cli::synopsis_errors };
+                    match compare(&block.lines) {
+                        errors if errors.is_empty() => Ok(()),
+                        errors => Err(errors.join("; ")),
+                    }
+                }
                 Ok(Content::Data) => check_data(&env, &document, block),
                 Err(error) => Err(error),
             };
@@ -185,6 +192,8 @@ fn check_data(env: &TestEnv, document: &Document, block: &Block) -> Result<(), S
             serde_json::from_str::<serde_json::Value>(&text).map(drop).map_err(|error| error.to_string())
         }
         ("docs/commands.md", section, None) if OUTPUT.contains(&section) => Ok(()),
+        ("docs/fleet.md", "status", None) => plugin_cli::check_titles(&text),
+        ("docs/fleet.md", "Permissions", None) => plugin_cli::check_permissions(&text),
         ("README.md", "Demo", None) => check_demo(block),
         // The test `maps` looks for these pins.
         ("docs/maps.md", "Pins and maps", None) => Ok(()),

@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command};
 use imds_tests::lacks_program;
 use serde_json::Value;
 
-use crate::{agent_cli, artifacts, markdown::repository, xtask_cli};
+use crate::{agent_cli, artifacts, markdown::repository, plugin_cli, xtask_cli};
 
 const DAEMON_SET: &str = "deploy/kubernetes/base/daemonset.yaml";
 
@@ -131,6 +131,11 @@ fn kubectl(arguments: &[String]) -> Result<(), String> {
     const VALUES: &str = "deploy/helm/imds-agent/values.yaml";
     const NAMESPACE: &str = "deploy/kubernetes/base/namespace.yaml";
     const NODE_REPORT: &str = "imds-agent/src/controller/node_report.rs";
+    match arguments.first().map(String::as_str) {
+        Some("imds") => return plugin_cli::check(arguments).map(drop),
+        Some("krew") => return plugin_cli::check_krew(&arguments[1..]),
+        _ => {}
+    }
     let own = arguments.iter().position(|word| word == "--").unwrap_or(arguments.len());
     if let Some(inner) = arguments.get(own + 1..) {
         // `kubectl run` starts the entry point of the image.

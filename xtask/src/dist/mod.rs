@@ -4,6 +4,7 @@ mod chart;
 mod contents;
 mod image;
 mod oci;
+mod plugin;
 mod provenance;
 mod release;
 mod rpm;
@@ -40,10 +41,12 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const MAX_BINARY_LEN: u64 = 10 << 20;
 /// Cargo profile of the binary.
 const PROFILE: &str = "static";
+/// Package and binary of the agent.
+const AGENT: &str = "imds-agent";
 /// File name of the SBOM.
 const SBOM: &str = "imds-agent.cdx.json";
 
-/// Build the artifacts of one architecture: the static binary, its .deb, .rpm, tarball, SBOM and checksums in
+/// Build the artifacts of one architecture: the static binary, its .deb, .rpm, tarball, SBOM, kubectl plugin and checksums in
 /// target/dist/ARCHITECTURE, manual pages and completions in target/dist
 #[derive(clap::Args)]
 pub(crate) struct Dist {
@@ -87,6 +90,7 @@ pub(crate) fn build(arch: Arch) -> Result<PathBuf> {
 /// Builds all artifacts of `arches`.
 fn build_all(arches: &[Arch]) -> Result<()> {
     build_binaries(arches)?;
+    build_plugin(arches)?;
     let host = arches.iter().find(|arch| !arch.is_foreign());
     let agent = host.map_or_else(build::debug, |&host| Ok(dir(host)?.join("imds-agent")))?;
     let dist = artifacts("dist")?;
@@ -109,9 +113,9 @@ pub(crate) fn dir(arch: Arch) -> Result<PathBuf> {
 /// Builds only the static binaries and their SBOMs.
 fn build_binaries(arches: &[Arch]) -> Result<()> {
     let target_dir = artifacts("")?;
-    compile(arches, root(), &target_dir)?;
+    compile(AGENT, arches, root(), &target_dir)?;
     for &arch in arches {
-        let (dir, built) = (dir(arch)?, built(arch, &target_dir));
+        let (dir, built) = (dir(arch)?, built(AGENT, arch, &target_dir));
         if dir.exists() {
             fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
         }
@@ -127,10 +131,23 @@ fn build_binaries(arches: &[Arch]) -> Result<()> {
     Ok(())
 }
 
-/// Builds the sources at `source` in `target_dir`. The content of the binaries depends on neither path. Naming the target
+/// Builds the tarballs of the kubectl plugin.
+fn build_plugin(arches: &[Arch]) -> Result<()> {
+    let target_dir = artifacts("")?;
+    // A cargo command of its own: together with the agent, cargo would select the plugin's features for both.
+    compile(plugin::PLUGIN, arches, root(), &target_dir)?;
+    for &arch in arches {
+        let binary = built(plugin::PLUGIN, arch, &target_dir);
+        check_binary(&binary)?;
+        plugin::write(arch, &binary, &dir(arch)?)?;
+    }
+    Ok(())
+}
+
+/// Builds a package from the sources at `source` in `target_dir`. The content of the binaries depends on neither path. Naming the target
 /// explicitly keeps the flags of the binary, such as the static C library, away from build scripts and macros. Linking takes
 /// most of the time and one processor, so that one cargo command builds two architectures in half of the time.
-fn compile(arches: &[Arch], source: &Path, target_dir: &Path) -> Result<()> {
+fn compile(package: &str, arches: &[Arch], source: &Path, target_dir: &Path) -> Result<()> {
     let source = source.canonicalize().with_context(|| format!("failed to find {}", source.display()))?;
     let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned(), remap(&source, "imds-agent")];
     flags.push(remap(target_dir, "target"));
@@ -138,7 +155,7 @@ fn compile(arches: &[Arch], source: &Path, target_dir: &Path) -> Result<()> {
     flags.push("-Clink-arg=-Wl,-z,pack-relative-relocs".to_owned());
     flags.extend(cargo_home().map(|home| remap(&home, "cargo")));
     let mut build = cargo("build");
-    build.args(["--locked", "--profile", PROFILE, "--package", "imds-agent", "--target-dir"]).arg(target_dir);
+    build.args(["--locked", "--profile", PROFILE, "--package", package, "--target-dir"]).arg(target_dir);
     build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env("IMDS_COMMIT", build::commit());
     for arch in arches {
         arch.set_target(&mut build)?;
@@ -146,9 +163,9 @@ fn compile(arches: &[Arch], source: &Path, target_dir: &Path) -> Result<()> {
     execute(build.current_dir(&source))
 }
 
-/// Returns the path at which [`compile`] leaves the binary.
-fn built(arch: Arch, target_dir: &Path) -> PathBuf {
-    target_dir.join(arch.triple()).join(PROFILE).join("imds-agent")
+/// Returns the path at which [`compile`] leaves the binary of a package.
+fn built(package: &str, arch: Arch, target_dir: &Path) -> PathBuf {
+    target_dir.join(arch.triple()).join(PROFILE).join(package)
 }
 
 /// Fails unless the binary is static and not too large.
@@ -174,8 +191,8 @@ fn check(arch: Arch, dir: &Path) -> Result<()> {
     let mut clone = Command::new("git");
     clone.args(["clone", "--quiet", "--no-hardlinks"]).arg(root()).arg(again.join("elsewhere"));
     execute(&mut clone)?;
-    compile(&[arch], &again.join("elsewhere"), &again.join("built"))?;
-    let second = built(arch, &again.join("built"));
+    compile(AGENT, &[arch], &again.join("elsewhere"), &again.join("built"))?;
+    let second = built(AGENT, arch, &again.join("built"));
     let (first, second) = (sha256(&dir.join("imds-agent"))?, sha256(&second)?);
     ensure!(first == second, "two builds differ: {first} and {second}");
     print_status(format_args!("two builds in different directories are identical: {first}"));

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use super::{Chart, SBOM, VERSION, oci, provenance, sha256, write_checksums};
+use super::{Chart, SBOM, VERSION, oci, plugin, provenance, sha256, write_checksums};
 use crate::{
     arch::Arch,
     build,
@@ -28,6 +28,9 @@ pub(crate) struct Release {
     /// URI of the builder in the provenance statement
     #[arg(long, value_name = "URI", default_value = "urn:imds-agent:builder:local")]
     builder_id: String,
+    /// Directory of the release on a server, for the manifest of the kubectl plugin; `{version}` stands for the version
+    #[arg(long, value_name = "URL", default_value = "https://releases.example.com/v{version}")]
+    base_url: String,
     /// Pack the existing artifacts of `cargo xtask dist`
     #[arg(long)]
     no_build: bool,
@@ -64,7 +67,7 @@ impl Release {
         }
         let built: Vec<_> = arches.iter().copied().zip(dirs.iter().map(PathBuf::as_path)).collect();
         let dir = artifacts("dist")?.join("release");
-        write(&built, &dir, &self.builder_id)?;
+        write(&built, &dir, &self.builder_id, &self.base_url)?;
         if let Some(key) = &self.sign_key {
             sign(key, &dir)?;
         }
@@ -89,7 +92,7 @@ pub(super) fn ensure_built_from(commit: &str, binary: &Path) -> Result<()> {
 }
 
 /// Writes the release to `dir` from the artifacts of each architecture.
-pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str) -> Result<()> {
+pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str, base_url: &str) -> Result<()> {
     let _ = fs::remove_dir_all(dir);
     fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
     let mut artifacts = Vec::new();
@@ -117,6 +120,7 @@ pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str) -> Re
             ("tarball", format!("imds-agent-{VERSION}-linux-{debian}.tar.gz")),
             ("deb", format!("imds-agent_{VERSION}-1_{debian}.deb")),
             ("rpm", format!("imds-agent-{VERSION}-1.{machine}.rpm")),
+            ("plugin", plugin::tarball_name(arch)),
         ] {
             let data = read(&name)?;
             add(name, kind, Some(arch), data)?;
@@ -132,6 +136,11 @@ pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str) -> Re
         None,
         oci::chart(&chart.metadata, chart.package)?,
     )?;
+    let checksum =
+        |&(arch, from): &(Arch, &Path)| Ok((arch, sha256(&from.join(plugin::tarball_name(arch)))?));
+    let checksums = built.iter().map(checksum).collect::<Result<Vec<_>>>()?;
+    let manifest = plugin::manifest(base_url, &checksums)?;
+    add(plugin::MANIFEST.to_owned(), "krew", None, manifest.into_bytes())?;
     add("install.sh".to_owned(), "installer", None, fs::read(root().join("deploy/install.sh"))?)?;
 
     let manifest = serde_json::json!({

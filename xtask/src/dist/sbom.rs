@@ -37,14 +37,38 @@ pub(super) fn agent_sbom(triple: &str, sha256: &str) -> Result<String> {
         .context("failed to parse the output of cargo metadata")?;
     let lock = fs::read_to_string(root().join("Cargo.lock")).context("failed to read Cargo.lock")?;
     let lock = toml::from_str(&lock).context("failed to read Cargo.lock")?;
-    let sbom = describe(&metadata, &lock, sha256)?;
+    let selected = selected(triple)?;
+    let is_selected =
+        |package: &Package| selected.contains(&format!("{} v{}", package.name, package.version));
+    let sbom = describe(&metadata, &lock, sha256, is_selected)?;
     Ok(format!("{}\n", serde_json::to_string_pretty(&sbom)?))
 }
 
-fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
+/// Returns names and versions of the crates that are built if only the agent is. `cargo metadata` selects the features of all
+/// packages of the workspace, so that libraries of the agent appear with dependencies that only other packages need.
+fn selected(triple: &str) -> Result<BTreeSet<String>> {
+    let mut tree = cargo("tree");
+    tree.args(["--locked", "--target", triple, "--edges", "normal", "--prefix", "none", "--format", "{p}"]);
+    tree.args(ROOTS.iter().flat_map(|name| ["--package", name])).current_dir(root());
+    let name = |line: &str| line.split(' ').take(2).collect::<Vec<_>>().join(" ");
+    Ok(output_of(&mut tree)?.lines().filter(|line| !line.is_empty()).map(name).collect())
+}
+
+fn describe(
+    metadata: &Metadata,
+    lock: &Lock,
+    sha256: &str,
+    is_selected: impl Fn(&Package) -> bool,
+) -> Result<Value> {
     let packages: BTreeMap<_, _> = metadata.packages.iter().map(|package| (&package.id, package)).collect();
     let nodes = &metadata.resolve.as_ref().context("cargo metadata has resolved no dependencies")?.nodes;
-    let linked: BTreeMap<_, Vec<_>> = nodes.iter().map(|node| (&node.id, linked(node))).collect();
+    let linked = |node| -> Vec<_> {
+        linked(node)
+            .into_iter()
+            .filter(|id| packages.get(id).is_some_and(|package| is_selected(package)))
+            .collect()
+    };
+    let linked: BTreeMap<_, _> = nodes.iter().map(|node| (&node.id, linked(node))).collect();
     let checksums: BTreeMap<_, _> = lock
         .package
         .iter()
@@ -141,11 +165,11 @@ mod tests {
         let metadata = json!({
             "packages": [
                 package("imds-agent", None), package("imds-ebpf", None), package("aya", Some("registry")),
-                package("cc", Some("registry")), package("xtask", None),
+                package("cc", Some("registry")), package("ws", Some("registry")), package("xtask", None),
             ],
             "resolve": { "nodes": [
                 node("imds-agent", &[on("aya", None), on("cc", Some("build"))]), node("imds-ebpf", &[]),
-                node("aya", &[]), node("cc", &[]), node("xtask", &[on("imds-agent", None)]),
+                node("aya", &[on("ws", None)]), node("cc", &[]), node("ws", &[]), node("xtask", &[on("imds-agent", None)]),
             ] },
             "version": 1, "workspace_members": [], "workspace_root": "/", "target_directory": "/target",
         });
@@ -154,6 +178,7 @@ mod tests {
             &serde_json::from_value(metadata).unwrap(),
             &serde_json::from_value(lock).unwrap(),
             "123",
+            |package| package.name != "ws",
         )
         .unwrap();
         let names: Vec<_> = sbom["components"]

@@ -13,7 +13,7 @@ use imds_tests::lacks_program;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Chart, VERSION, contents::Contents, oci, release, rpm, sha256, tarball};
+use super::{Chart, VERSION, contents::Contents, oci, plugin, release, rpm, sha256, tarball};
 use crate::{arch::Arch, workspace::output_of};
 
 /// Directory with a stand-in for each built file.
@@ -220,6 +220,7 @@ fn dist() -> [(Arch, TempDir); 2] {
     [Arch::Amd64, Arch::Arm64].map(|arch| {
         let dir = built();
         tarball::write(arch, &contents(dir.path()), dir.path()).unwrap();
+        plugin::write(arch, &dir.path().join("imds-agent"), dir.path()).unwrap();
         for package in [
             format!("imds-agent_{VERSION}-1_{}.deb", arch.debian()),
             format!("imds-agent-{VERSION}-1.{}.rpm", arch.machine()),
@@ -235,7 +236,7 @@ fn release_lists_and_signs_each_file() {
     let (built, dir, other) = (dist(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let built = built.each_ref().map(|(arch, dir)| (*arch, dir.path()));
     for dir in [&dir, &other] {
-        release::write(&built, dir.path(), "urn:example:builder").unwrap();
+        release::write(&built, dir.path(), "urn:example:builder", "https://example.com/{version}").unwrap();
     }
     let sums = fs::read_to_string(dir.path().join("SHA256SUMS")).unwrap();
     assert_eq!(sums, fs::read_to_string(other.path().join("SHA256SUMS")).unwrap());
@@ -260,7 +261,10 @@ fn release_lists_and_signs_each_file() {
         );
     }
     let of = |kind: &str| artifacts.iter().filter(|artifact| artifact["kind"] == kind).count();
-    assert_eq!(["tarball", "deb", "rpm", "sbom", "image", "chart"].map(of), [2, 2, 2, 2, 1, 1]);
+    assert_eq!(
+        ["tarball", "deb", "rpm", "plugin", "sbom", "image", "chart", "krew"].map(of),
+        [2, 2, 2, 2, 2, 1, 1, 1]
+    );
     // Manifest, notes and statement are in the checksums, too.
     assert_eq!(sums.lines().count(), artifacts.len() + 3);
 

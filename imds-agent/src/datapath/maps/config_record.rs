@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use aya::maps::{Array, MapData, MapError};
 use imds_ebpf_common::{ConfigRecord, names::MAP_CONFIG};
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::{
+    checksum::fnv1a,
     config::node_pool::pool_of,
     datapath::{
         Datapath, DatapathError, map_error,
@@ -30,6 +31,9 @@ const SINK_MARK: char = '>';
 pub struct EffectiveConfig {
     /// Generation of the configuration: increases by one with each change.
     pub generation: u64,
+    /// FNV-1a hash of the configuration as TOML. Unlike the generation, nodes can be compared by it.
+    #[serde(serialize_with = "hexadecimal")]
+    pub hash: u64,
     /// Path of the configuration file; `None` if there is no file.
     #[serde(rename = "file")]
     pub path: Option<PathBuf>,
@@ -85,6 +89,7 @@ impl EffectiveConfig {
             .then(|| RejectedConfig { at: timestamp(record.failed_at), error: field_text(&record.error) });
         let text = raw_field_text(&record.text).unwrap_or_default();
         Some(Self {
+            hash: fnv1a(text),
             generation: record.generation,
             node_pool: pool_of(text).map(str::to_owned),
             path: (!path.is_empty()).then(|| path.into()),
@@ -180,6 +185,12 @@ fn is_of_sink(line: &str) -> bool {
 fn parse_sink_line(line: &str) -> Option<(String, String)> {
     let (name, error) = line.strip_prefix(SINK_MARK)?.split_once('\t')?;
     Some((name.to_owned(), error.to_owned()))
+}
+
+/// Serializes a hash as 16 hexadecimal digits: JSON numbers of most programs have 53 bits.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde requires")]
+fn hexadecimal<S: Serializer>(hash: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{hash:016x}"))
 }
 
 fn now() -> u64 {

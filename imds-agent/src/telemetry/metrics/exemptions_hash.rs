@@ -3,7 +3,7 @@
 use toml::{Table, Value};
 
 use crate::{
-    checksum::fnv1a,
+    checksum::{fnv1a, fold},
     datapath::{maps::config_record, object::Maps, pin::dir::PinDir},
 };
 
@@ -17,9 +17,7 @@ pub(crate) fn exemptions_hash(pins: &PinDir) -> Option<u64> {
 fn hash(text: &str) -> u64 {
     let table: Table = text.parse().unwrap_or_default();
     let exemptions = table.get("exempt").map(Value::to_string).unwrap_or_default();
-    let hash = fnv1a(&exemptions);
-    // Prometheus stores a sample as a float, which represents integers of up to 53 bits exactly.
-    (hash >> 48) ^ (hash & 0xffff_ffff_ffff)
+    fold(fnv1a(&exemptions))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use super::{
     format::{Exposition, Label},
 };
 use crate::{
+    checksum::fold,
     datapath::maps::counters::{Count, Counts},
     encode::{hook_name, ip_address},
     telemetry::{
@@ -70,6 +71,8 @@ impl Snapshot {
             "Generation of the effective configuration",
             configuration.generation,
         );
+        let help = "Hash of the effective configuration, equal on nodes with equal configurations";
+        to.gauge("imds_agent_config_hash", help, fold(configuration.hash));
         to.gauge(
             "imds_agent_config_loaded_timestamp_seconds",
             "Time at which the effective configuration was loaded, in seconds since 1970",
