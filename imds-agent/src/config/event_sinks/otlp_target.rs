@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
-use http::{HeaderName, HeaderValue, Uri};
+use http::{HeaderName, HeaderValue, Uri, uri::Authority};
 
 use super::{super::source::Diagnostics, SinkTable, parse_path, parse_uri};
 
@@ -73,7 +73,7 @@ fn next_number(numbers: &mut BTreeMap<String, usize>, origin: &str) -> usize {
 
 /// Returns scheme, host and port of a URL.
 fn origin(url: &Uri) -> String {
-    let authority = url.authority().map(|authority| authority.as_str()).unwrap_or_default();
+    let authority = url.authority().map(Authority::as_str).unwrap_or_default();
     format!("{}://{authority}", url.scheme_str().unwrap_or_default())
 }
 
