@@ -253,8 +253,8 @@ VARIANTS = {
 CHART_KINDS = {"ServiceAccount", "ConfigMap", "DaemonSet"}
 with helm_python.Chart.load(str(CHART)) as chart:
 
-    def render(values):
-        rendered = chart.render(values, name="imds-agent", namespace="imds-agent")
+    def render(values, name="imds-agent"):
+        rendered = chart.render(values, name=name, namespace="imds-agent")
         return "\n---\n".join(text for name, text in sorted(rendered.items()) if name.endswith(".yaml"))
 
     examples = {path.name: yaml.safe_load(path.read_text()) for path in sorted((CHART / "ci").glob("*-values.yaml"))}
@@ -280,6 +280,13 @@ with helm_python.Chart.load(str(CHART)) as chart:
             watches = watches or values.get("kubernetes", {}).get("watchNamespaces", False)
             if rights(documents, "namespaces") != ([["list", "watch"]] if watches else []):
                 failures.append(f"{what}: the role has other rights to namespaces than the agent uses")
+    pools = yaml.safe_load_all(render({"extraConfig": "[[node_pool]]\nname = 'a'\nnode_selector.match_labels = { a = 'b' }"}))
+    if rights([document for document in pools if document], "nodes") != [["get"]]:
+        failures.append("chart: the role has other rights to nodes than a pool of extraConfig uses")
+    for document in [document for document in yaml.safe_load_all(render({}, "r" * 53)) if document]:
+        # The limit of names that become values of labels.
+        if document["kind"] in {"DaemonSet", "Job", "Service"} and len(document["metadata"]["name"]) > 63:
+            failures.append(f"chart: the name of the {document['kind']} is too long: {document['metadata']['name']}")
     broken = [document for document in yaml.safe_load_all(render({"extraConfig": "typo = true"})) if document]
     if not config_errors(configuration(broken)):
         failures.append("chart: the hook accepts an unknown key")
@@ -288,7 +295,7 @@ with helm_python.Chart.load(str(CHART)) as chart:
             chart.render({}, name="a", namespace="b"), chart.metadata
         ]:
             failures.append("chart: the package differs from the directory")
-    # The schema of the values must reject each of these.
+    # The schema of the values, or a template, must reject each of these.
     for wrong in [
         {"config": {"mode": "audti"}},
         {"config": {"exempt": [{"name": "a", "namespaces": "b"}]}},
@@ -297,6 +304,14 @@ with helm_python.Chart.load(str(CHART)) as chart:
         {"podMonitor": {"enabled": True}},
         {"metrics": {"programRunTime": "yes"}},
         {"admissionPolicy": {"namespaceLabels": {"keys": ["a b"]}}},
+        *[
+            {"config": {"exempt": [{"name": "a", "namespace_selector": selector}]}, "admissionPolicy": {"enabled": True} | more}
+            for selector in [
+                {"match_labels": {"team": "x"}},
+                {"match_expressions": [{"key": "team", "operator": "Exists"}]},
+            ]
+            for more in [{}, {"namespaceLabels": {"keys": []}}]
+        ],
         {"serviceAccount": {"create": False}},
         {"appArmorProfile": {"type": "Localhost"}},
     ]:

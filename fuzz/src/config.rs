@@ -101,7 +101,8 @@ fn assert_no_weaker(config: &Config, table: &Table) {
         assert_eq!(config.hooks.contains(hook), is_on, "{}", hook.name());
     }
     assert!(config.mark.is_power_of_two());
-    let names_pods = tables(table, "exempt").any(|rule| rule.contains_key("namespace"));
+    let names_pods = tables(table, "exempt")
+        .any(|rule| rule.contains_key("namespace") || rule.contains_key("namespace_selector"));
     assert!(!names_pods || config.kubernetes.enabled != Enabled::No);
     let globs =
         |key: &str| table.get("interfaces").and_then(|all| Some(all.get(key)?.as_array()?.is_empty()));

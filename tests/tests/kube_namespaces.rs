@@ -128,6 +128,11 @@ fn exemption_follows_namespace_label() {
     let requests = requests(&cluster);
     let is_watch = |target: &String| target.contains("watch=true");
     assert!(matches!(&requests[..], [list, watch] if !is_watch(list) && is_watch(watch)), "{requests:?}");
+    // The rest of a namespace is not transferred.
+    for kind in ["PartialObjectMetadataList", "PartialObjectMetadata"] {
+        let types = format!("application/json;as={kind};g=meta.k8s.io;v=v1,application/json");
+        assert_eq!(server.header_values("accept").iter().filter(|found| **found == types).count(), 1);
+    }
     drop(agent);
     cluster.env.unload();
     assert!(cluster.reaches(&member.pod.netns));

@@ -133,8 +133,10 @@ async fn pods_are_added_changed_and_deleted() {
 async fn requests_name_the_agent() {
     let (server, _follower) = followed().await;
     let expected = format!("imds-agent/{}", env!("CARGO_PKG_VERSION"));
-    let found = server.user_agents();
+    let found = server.header_values("user-agent");
     assert!(found.len() >= 2 && found.iter().all(|name| *name == expected), "{found:?}");
+    // Rules need the specification of pods.
+    assert!(server.header_values("accept").iter().all(|types| types == "application/json"));
 }
 
 #[tokio::test(flavor = "current_thread")]
@@ -334,6 +336,28 @@ async fn endless_response_is_abandoned() {
     assert!(follower.is_exempt("a"));
     follower.until("the list", |follower| follower.relists.len() == 2).await;
     assert!(follower.is_exempt("a") && server.faults_left() == 0);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn too_long_list_is_requested_in_pages() {
+    let server = ApiServer::start();
+    for number in 0..5 {
+        server.apply(trusted(&number.to_string()));
+    }
+    // A list at version 0 has all objects in one answer. The next attempt has pages, the one after it shorter ones.
+    for _ in 0..2 {
+        server.fail(Fault::EndlessList("{\"items\":["));
+    }
+    let mut follower = Follower::with(&server, |options| options.page = 4);
+    follower.until("the list", |follower| follower.relists == [5]).await;
+    follower.until_state("a watch", |state| state.connected).await;
+    assert_eq!((follower.errors(ErrorKind::Malformed), server.faults_left()), (2, 0));
+    let requests = server.requests();
+    let query = |request: &String| request.split_once("node-0&").map(|(_, query)| query.to_owned());
+    let lists: Vec<_> =
+        requests.iter().filter(|request| request.contains("limit=")).filter_map(query).collect();
+    assert_eq!(lists[..3], ["limit=4&resourceVersion=0", "limit=4", "limit=2"], "{requests:?}");
+    assert_eq!(lists.len(), 5, "{requests:?}");
 }
 
 #[tokio::test(flavor = "current_thread")]

@@ -1,5 +1,6 @@
 //! `[events]`: sinks that receive a record of each denied or audited request.
 
+mod otlp_target;
 #[cfg(test)]
 mod tests;
 
@@ -10,11 +11,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use http::{HeaderName, HeaderValue, Uri, header::AUTHORIZATION};
+use http::Uri;
 use imds_ebpf_common::Verdict;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
+pub use self::otlp_target::Otlp;
 use super::{source::Diagnostics, suggest::did_you_mean};
 use crate::escape::escape_path;
 
@@ -30,9 +32,6 @@ const DEFAULT_KEEP: u32 = 4;
 const MAX_KEEP: u32 = 100;
 /// Longest path of a Unix socket in bytes (`sun_path` of unix(7), without the byte that ends it).
 const MAX_SOCKET_PATH: usize = 107;
-const MAX_HEADERS: usize = 16;
-/// Headers that the HTTP client sets.
-const CLIENT_HEADERS: [&str; 4] = ["host", "content-type", "content-length", "user-agent"];
 
 /// Sinks for records of denied and audited requests.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -87,19 +86,6 @@ pub struct HostPort {
     pub port: u16,
 }
 
-/// Receiver of OpenTelemetry logs (OTLP/HTTP).
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Otlp {
-    /// URL with its path, usually `/v1/logs`.
-    pub url: Uri,
-    /// Headers of each request.
-    pub headers: Vec<(HeaderName, HeaderValue)>,
-    /// File with the value of the header `authorization`.
-    pub authorization_file: Option<PathBuf>,
-    /// File with the certificates of trusted authorities, instead of those of the system.
-    pub ca_file: Option<PathBuf>,
-}
-
 impl fmt::Display for Sink {
     /// Formats the type and the target, which identify the sink in logs, metrics and the status.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -107,7 +93,17 @@ impl fmt::Display for Sink {
             Self::Stdout => f.write_str("stdout"),
             Self::File(LogFile { path, .. }) => write!(f, "file:{}", path.display()),
             Self::Syslog(address) => write!(f, "syslog:{address}"),
-            Self::Otlp(otlp) => write!(f, "otlp:{}", otlp.url),
+            Self::Otlp(otlp) => write!(f, "otlp:{otlp}"),
+        }
+    }
+}
+
+impl Sink {
+    /// Reports whether both sinks have the same target. Names of OTLP sinks do not contain the whole target.
+    fn has_target_of(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Otlp(one), Self::Otlp(other)) => one.url == other.url,
+            _ => self.to_string() == other.to_string(),
         }
     }
 }
@@ -151,9 +147,9 @@ struct SinkTable {
     keep: Option<Spanned<u32>>,
     address: Option<Spanned<String>>,
     url: Option<Spanned<String>>,
-    authorization_file: Option<Spanned<PathBuf>>,
     ca_file: Option<Spanned<PathBuf>>,
     headers: Option<BTreeMap<Spanned<String>, Spanned<String>>>,
+    header_files: Option<BTreeMap<Spanned<String>, Spanned<PathBuf>>>,
 }
 
 impl Default for EventsTable {
@@ -166,9 +162,13 @@ impl Default for EventsTable {
 impl Events {
     pub(super) fn parse(table: &EventsTable, diagnostics: &mut Diagnostics<'_>) -> Self {
         let mut sinks: Vec<Sink> = Vec::new();
+        let mut otlp_numbers = BTreeMap::new();
         for table in &table.sinks {
-            let Some(sink) = table.parse(diagnostics) else { continue };
-            if sinks.iter().any(|other| other.to_string() == sink.to_string()) {
+            let Some(mut sink) = table.parse(diagnostics) else { continue };
+            if let Sink::Otlp(otlp) = &mut sink {
+                otlp.set_number(&mut otlp_numbers);
+            }
+            if sinks.iter().any(|other| sink.has_target_of(other)) {
                 diagnostics.error(table.kind.span(), format!("events.sinks: {sink} is listed twice"));
             }
             sinks.push(sink);
@@ -209,7 +209,7 @@ impl SinkTable {
             "stdout" => &[],
             "file" => &["path", "max_size_mib", "keep"],
             "syslog" => &["address"],
-            "otlp" => &["url", "headers", "authorization_file", "ca_file"],
+            "otlp" => &["url", "headers", "header_files", "ca_file"],
             other => {
                 let suggestion = did_you_mean(other, TYPES);
                 let message =
@@ -238,18 +238,17 @@ impl SinkTable {
 
     /// Returns the given keys with their locations.
     fn keys(&self) -> impl Iterator<Item = (&'static str, std::ops::Range<usize>)> {
-        let Self { path, max_size_mib, keep, address, url, authorization_file, ca_file, headers, .. } = self;
-        let headers =
-            headers.as_ref().map(|headers| headers.keys().next().map_or(self.kind.span(), Spanned::span));
+        let Self { path, max_size_mib, keep, address, url, ca_file, headers, header_files, .. } = self;
+        let first = |name: Option<&Spanned<String>>| name.map_or(self.kind.span(), Spanned::span);
         [
             ("path", path.as_ref().map(Spanned::span)),
             ("max_size_mib", max_size_mib.as_ref().map(Spanned::span)),
             ("keep", keep.as_ref().map(Spanned::span)),
             ("address", address.as_ref().map(Spanned::span)),
             ("url", url.as_ref().map(Spanned::span)),
-            ("authorization_file", authorization_file.as_ref().map(Spanned::span)),
             ("ca_file", ca_file.as_ref().map(Spanned::span)),
-            ("headers", headers),
+            ("headers", headers.as_ref().map(|headers| first(headers.keys().next()))),
+            ("header_files", header_files.as_ref().map(|files| first(files.keys().next()))),
         ]
         .into_iter()
         .filter_map(|(key, span)| Some((key, span?)))
@@ -292,25 +291,6 @@ impl SinkTable {
         }
         Some(LogFile { path, max_size: u64::from(size) * MIB, keep })
     }
-
-    fn parse_otlp(&self, diagnostics: &mut Diagnostics<'_>) -> Option<Otlp> {
-        let authorization_file = self.authorization_file.as_ref();
-        let authorization_file =
-            authorization_file.and_then(|path| parse_path(path, "authorization_file", diagnostics));
-        let ca_file = self.ca_file.as_ref().and_then(|path| parse_path(path, "ca_file", diagnostics));
-        let headers = self.headers.iter().flatten();
-        let headers = headers.filter_map(|(name, value)| parse_header(name, value, diagnostics)).collect();
-        if let Some(beyond) = self.headers.iter().flatten().nth(MAX_HEADERS) {
-            let message = format!("events.sinks.headers: at most {MAX_HEADERS} headers are supported");
-            diagnostics.error(beyond.0.span(), message);
-        }
-        let url = self.required(self.url.as_ref(), "url", diagnostics)?;
-        let url = diagnostics.ok(url.span(), parse_url(url.get_ref()))?;
-        if let Some(path) = self.ca_file.as_ref().filter(|_| url.scheme_str() == Some("http")) {
-            diagnostics.error(path.span(), "events.sinks.ca_file: needs an https URL");
-        }
-        Some(Otlp { url, headers, authorization_file, ca_file })
-    }
 }
 
 fn parse_path(path: &Spanned<PathBuf>, key: &str, diagnostics: &mut Diagnostics<'_>) -> Option<PathBuf> {
@@ -350,43 +330,9 @@ fn parse_syslog(text: &str) -> Result<SyslogAddress, String> {
     }
 }
 
-fn parse_url(text: &str) -> Result<Uri, String> {
-    let url = parse_uri(text).filter(|url| matches!(url.scheme_str(), Some("http" | "https")));
-    url.ok_or_else(|| {
-        format!(
-            "events.sinks.url: {text:?} is not a URL like http://host:4318/v1/logs without user and password"
-        )
-    })
-}
-
 /// Parses an absolute URL without user information.
 fn parse_uri(text: &str) -> Option<Uri> {
     let url: Uri = text.parse().ok()?;
     let authority = url.authority()?.as_str();
     (url.host().is_some_and(|host| !host.is_empty()) && !authority.contains('@')).then_some(url)
-}
-
-fn parse_header(
-    name: &Spanned<String>,
-    value: &Spanned<String>,
-    diagnostics: &mut Diagnostics<'_>,
-) -> Option<(HeaderName, HeaderValue)> {
-    let text = name.get_ref();
-    let parsed = match HeaderName::try_from(text.as_str()) {
-        Ok(AUTHORIZATION) => Err(
-            "events.sinks.headers: `config show` prints all headers; put the value of authorization into a file and set \
-             authorization_file"
-                .to_owned(),
-        ),
-        Ok(name) if CLIENT_HEADERS.contains(&name.as_str()) => {
-            Err(format!("events.sinks.headers: the agent sets the header {text:?} itself"))
-        }
-        Ok(name) => Ok(name),
-        Err(_) => Err(format!("events.sinks.headers: {text:?} is not the name of a header")),
-    };
-    let parsed = diagnostics.ok(name.span(), parsed);
-    let content = HeaderValue::try_from(value.get_ref().as_str());
-    let content =
-        content.map_err(|_| format!("events.sinks.headers: the value of {text:?} has a control character"));
-    parsed.zip(diagnostics.ok(value.span(), content))
 }

@@ -23,6 +23,11 @@ use crate::config::Access;
 const MAX_ANSWER: usize = 64 << 20;
 /// Longest line of a watch in bytes.
 const MAX_LINE: usize = 8 << 20;
+const JSON: &str = "application/json";
+/// Media types of lists and watch events with the metadata of the objects only. JSON of whole objects is the alternative.
+const METADATA_LIST: &str =
+    "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
+const METADATA: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json";
 /// Name of the agent in the audit log of the API server.
 const USER_AGENT: &str = concat!("imds-agent/", env!("CARGO_PKG_VERSION"));
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,7 +71,7 @@ impl Api {
 
     /// Requests a page of objects as JSON: the first one, or the one that starts at `next`. The list is at least as new as resource
     /// version `version`. As in client-go, "0" accepts any version that the server has cached, which is the cheapest, and an
-    /// empty version requires a consistent read from etcd.
+    /// empty version requires a consistent read from etcd. Servers ignore `limit` for "0": such a list is a single page.
     pub(super) async fn list(
         &self,
         objects: &Collection,
@@ -84,7 +89,8 @@ impl Api {
                 query.extend([("resourceVersion", version), ("resourceVersionMatch", "NotOlderThan")]);
             }
         }
-        let page = async { read(self.get(objects, &query).await?, MAX_ANSWER).await };
+        let accept = if objects.metadata_only { METADATA_LIST } else { JSON };
+        let page = async { read(self.get(objects, &query, accept).await?, MAX_ANSWER).await };
         self.with_timeout(page).await
     }
 
@@ -102,13 +108,14 @@ impl Api {
             ("timeoutSeconds", &seconds),
             ("resourceVersion", version),
         ];
-        let body = self.with_timeout(self.get(objects, &query)).await?;
+        let accept = if objects.metadata_only { METADATA } else { JSON };
+        let body = self.with_timeout(self.get(objects, &query, accept)).await?;
         Ok(Lines(Box::pin(body.into_data_stream().map_err(io::Error::other).into_async_read())))
     }
 
     /// Requests the object at `target`.
     pub(super) async fn get_object(&self, target: &str) -> Result<Value, ApiError> {
-        self.receive(Request::get(target), Body::empty()).await
+        self.receive(Request::get(target).header(header::ACCEPT, JSON), Body::empty()).await
     }
 
     /// Creates or patches the object at `target` with the JSON text `body` of a media type. Returns the object.
@@ -119,7 +126,8 @@ impl Api {
         media_type: &'static str,
         body: &Value,
     ) -> Result<Value, ApiError> {
-        let request = Request::builder().method(method).uri(target).header(header::CONTENT_TYPE, media_type);
+        let request = Request::builder().method(method).uri(target).header(header::ACCEPT, JSON);
+        let request = request.header(header::CONTENT_TYPE, media_type);
         self.receive(request, body.to_string().into_bytes().into()).await
     }
 
@@ -137,13 +145,18 @@ impl Api {
         timeout(after, response).await.unwrap_or(Err(ApiError::Timeout { after }))
     }
 
-    async fn get(&self, objects: &Collection, query: &[(&str, &str)]) -> Result<Body, ApiError> {
-        self.send(Request::get(objects.target(query)), Body::empty()).await
+    async fn get(
+        &self,
+        objects: &Collection,
+        query: &[(&str, &str)],
+        accept: &str,
+    ) -> Result<Body, ApiError> {
+        let request = Request::get(objects.target(query)).header(header::ACCEPT, accept);
+        self.send(request, Body::empty()).await
     }
 
     async fn send(&self, request: Builder, body: Body) -> Result<Body, ApiError> {
         let request = request
-            .header(header::ACCEPT, "application/json")
             .header(header::USER_AGENT, USER_AGENT)
             .body(body)
             .map_err(|source| ApiError::Client { source: Box::new(kube_client::Error::HttpError(source)) })?;

@@ -9,7 +9,7 @@ use crate::{
     kube::{Namespace, NamespaceEvent, ObjectEvent, Options, Pod, PodEvent, Resource, WatchState, Watcher},
 };
 
-/// Number of namespaces per page of a list. A tenant may write annotations of 256 KiB to each.
+/// Number of namespaces per page of a list, if the server has pages. A tenant may write annotations of 256 KiB to each.
 const NAMESPACE_PAGE: u32 = 200;
 
 /// Configuration of the pod watch.

@@ -43,6 +43,7 @@ impl Resource for Namespace {
     const ALL: &'static str = "namespaces";
     /// Kubernetes supports 10,000 namespaces.
     const MAX: usize = 65_536;
+    const METADATA_ONLY: bool = true;
     const IF_FORBIDDEN: &'static str =
         ": a rule with namespace_selector needs a ClusterRole that allows list and watch of namespaces";
 

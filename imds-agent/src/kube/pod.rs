@@ -74,6 +74,7 @@ impl Resource for Pod {
     const KIND: &'static str = "pod";
     const ALL: &'static str = "pods of this node";
     const MAX: usize = MAX_PODS;
+    const METADATA_ONLY: bool = false;
     const IF_FORBIDDEN: &'static str = "";
 
     fn field_selector(node: &Self::Scope) -> Option<String> {

@@ -161,8 +161,13 @@ impl Reflector {
         self.decoder.begin_list();
         let (objects, version) = loop {
             let list = api.list(&self.objects, &self.version, page, next.as_deref()).await;
-            if let Err(ApiError::Expired { .. }) = list {
-                self.version.clear();
+            match &list {
+                // Only a consistent read has pages.
+                Err(ApiError::TooLong { .. }) if self.version.is_empty() => {
+                    self.options.page = (page / 2).max(1);
+                }
+                Err(ApiError::TooLong { .. } | ApiError::Expired { .. }) => self.version.clear(),
+                _ => {}
             }
             let AddedPage { objects, version, next: token } = self.decoder.add_page(&list?)?;
             pages += 1;

@@ -17,6 +17,8 @@ pub trait Resource: Sized + Send + 'static {
     const ALL: &'static str;
     /// Upper bound of the known objects.
     const MAX: usize;
+    /// True if the agent needs only the metadata of the objects. A server that can leave out the rest does so.
+    const METADATA_ONLY: bool;
     /// Text that completes an error if the API server denies requests.
     const IF_FORBIDDEN: &'static str;
 
@@ -44,6 +46,7 @@ pub(super) struct Collection {
     pub(super) kind: &'static str,
     pub(super) all: &'static str,
     pub(super) max: usize,
+    pub(super) metadata_only: bool,
     pub(super) if_forbidden: &'static str,
     pub(super) field_selector: Option<String>,
 }
@@ -55,6 +58,7 @@ impl Collection {
             kind: T::KIND,
             all: T::ALL,
             max: T::MAX,
+            metadata_only: T::METADATA_ONLY,
             if_forbidden: T::IF_FORBIDDEN,
             field_selector: T::field_selector(scope),
         }

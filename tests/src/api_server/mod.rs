@@ -60,10 +60,10 @@ struct Store {
     history: Vec<(u64, &'static str, Value)>,
     faults: VecDeque<Fault>,
     requests: Vec<String>,
-    /// Header `User-Agent` of each request; empty if it has none.
-    user_agents: Vec<String>,
     /// Agents of a cluster.
     fleet: fleet::Fleet,
+    /// Header lines of each request.
+    headers: Vec<Vec<String>>,
     connections: Vec<TcpStream>,
     is_stopped: bool,
 }
@@ -230,10 +230,15 @@ impl ApiServer {
         self.shared.lock().requests.clone()
     }
 
-    /// Returns the header `User-Agent` of each request so far; an empty string if it has none.
+    /// Returns the value of this header of each request so far; an empty string if a request does not have it.
     #[must_use]
-    pub fn user_agents(&self) -> Vec<String> {
-        self.shared.lock().user_agents.clone()
+    pub fn header_values(&self, name: &str) -> Vec<String> {
+        let value = |line: &String| {
+            let (other, value) = line.split_once(": ")?;
+            other.eq_ignore_ascii_case(name).then(|| value.to_owned())
+        };
+        let store = self.shared.lock();
+        store.headers.iter().map(|lines| lines.iter().find_map(value).unwrap_or_default()).collect()
     }
 }
 

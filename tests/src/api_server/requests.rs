@@ -21,16 +21,12 @@ impl Shared {
         let target = request.split(' ').nth(1)?.to_owned();
         let authorization = format!("authorization: Bearer {}", self.lock().token());
         let is_known = headers.iter().any(|header| header.eq_ignore_ascii_case(&authorization));
-        let user_agent = headers.iter().find_map(|header| {
-            let (name, value) = header.split_once(": ")?;
-            name.eq_ignore_ascii_case("user-agent").then(|| value.to_owned())
-        });
         let query = query(&target);
         let is_watch = query.contains_key("watch");
         let fault = {
             let mut store = self.lock();
             store.requests.push(target.clone());
-            store.user_agents.push(user_agent.unwrap_or_default());
+            store.headers.push(headers.clone());
             store.take_fault(is_watch)
         };
         match fault {

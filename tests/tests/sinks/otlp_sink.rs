@@ -25,16 +25,25 @@ fn logs_have_attributes_and_headers() {
     let receiver = OtlpReceiver::start(&env, 0, Vec::new());
     let secret = env.scratch_dir().join("authorization");
     fs::write(&secret, "Bearer s3cret\n").unwrap();
+    let key = env.scratch_dir().join("key");
+    fs::write(&key, "k3y").unwrap();
     let keys = format!(
-        "{}, headers = {{ x-tenant = 'nodes' }}, authorization_file = '{}'",
+        "{}, headers = {{ x-tenant = 'nodes' }}, header_files = {{ authorization = '{}', x-api-key = '{}' }}",
         sink("otlp", "url", receiver.url()),
-        secret.display()
+        secret.display(),
+        key.display()
     );
     let agent = env.agent().config(&sinks(&[keys])).spawn_ready();
     send(&pod, [40_000, 40_001]);
     let request = receiver.next();
     assert_eq!((request.target.as_str(), request.ports()), ("/v1/logs", vec![40_000, 40_001]));
-    for line in ["content-type: application/json", "x-tenant: nodes", "authorization: Bearer s3cret"] {
+    let lines = [
+        "content-type: application/json",
+        "x-tenant: nodes",
+        "authorization: Bearer s3cret",
+        "x-api-key: k3y",
+    ];
+    for line in lines {
         assert!(request.has_header(line), "{line} in {:?}", request.headers);
     }
     let resource = &request.body["resourceLogs"][0]["resource"]["attributes"];
@@ -65,11 +74,11 @@ fn temporary_errors_are_retried_and_others_counted() {
         Answer::Response("503 Service Unavailable", "Retry-After: 1\r\n", "busy"),
         Answer::Response("429 Too Many Requests", "", ""),
         Answer::Response("200 OK", "", "{}"),
-        Answer::Response("400 Bad Request", "", "no such\ntenant"),
+        Answer::Response("400 Bad Request", "", "no such\ntenant at /v1/logs"),
         Answer::Response("200 OK", "", partial),
     ];
     let receiver = OtlpReceiver::start(&env, 0, answers);
-    let name = format!("otlp:{}", receiver.url());
+    let name = format!("otlp:http://{}", receiver.address);
     let agent = env.agent().config(&sinks(&[sink("otlp", "url", receiver.url())])).spawn_ready();
     send(&pod, [40_000]);
     assert_eq!(receiver.next().ports(), [40_000]);
@@ -84,7 +93,7 @@ fn temporary_errors_are_retried_and_others_counted() {
 
     send(&pod, [40_001]);
     assert_eq!(receiver.next().ports(), [40_001]);
-    wait_failing(&env, r"response 400 Bad Request: no such\ntenant");
+    wait_failing(&env, r"response 400 Bad Request: no such\ntenant at PATH");
     assert_eq!(counts(), [1, 0, 1]);
     send(&pod, [40_002]);
     receiver.next();
@@ -101,16 +110,19 @@ fn temporary_errors_are_retried_and_others_counted() {
 fn dead_receiver_gets_the_records_later() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
-    let url = "http://127.0.0.1:4318/v1/logs";
+    let origin = "http://127.0.0.1:4318";
+    let url = format!("{origin}/v1/s3cret");
     let agent = env.agent().config(&sinks(&[sink("otlp", "url", url)])).spawn_ready();
     send(&pod, [40_000]);
     wait_failing(&env, "Connection refused");
     let status = env.imds_agent(&["status"]).output();
     let text = String::from_utf8_lossy(&status.stdout).into_owned();
-    assert!(text.contains(&format!("\nsinks      otlp:{url} (failing: ")), "{text}");
-    assert_eq!(metric(&env, &format!("imds_agent_sink_failing{{sink=\"otlp:{url}\"}}")), 1);
-    let lines = agent.log_lines().iter().filter(|(_, line)| line.contains(url)).count();
+    assert!(text.contains(&format!("\nsinks      otlp:{origin} (failing: ")), "{text}");
+    assert_eq!(metric(&env, &format!("imds_agent_sink_failing{{sink=\"otlp:{origin}\"}}")), 1);
+    let lines = agent.log_lines().iter().filter(|(_, line)| line.contains(origin)).count();
     assert_eq!(lines, 1, "{}", agent.log());
+    // Only the configuration has the path, which may be secret.
+    assert!(!text.contains("s3cret") && !agent.log().contains("s3cret"), "{text}{}", agent.log());
     let receiver = OtlpReceiver::start(&env, 4318, Vec::new());
     assert_eq!(receiver.next().ports(), [40_000]);
     wait_working(&env);

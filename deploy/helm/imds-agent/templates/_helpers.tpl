@@ -8,6 +8,11 @@
 {{- .Values.fullnameOverride | default (ternary .Release.Name $whole (contains $name .Release.Name)) | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
+{{/* Name of the Job that checks the configuration, whose pods have it in a label of at most 63 characters. */}}
+{{- define "imds-agent.configCheck" -}}
+{{ include "imds-agent.name" . | trunc 50 | trimSuffix "-" }}-config-check
+{{- end }}
+
 {{- define "imds-agent.selector" -}}
 app.kubernetes.io/name: {{ include "imds-agent.chart" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}

@@ -33,7 +33,7 @@ fn sinks_of_all_types() {
             "syslog:/dev/log",
             "syslog:udp://[fd00::1]:514",
             "syslog:tcp://logs.example:601",
-            "otlp:https://otel:4318/v1/logs"
+            "otlp:https://otel:4318"
         ]
     );
     assert_eq!(
@@ -88,7 +88,7 @@ fn errors_name_line_and_key() {
         (sink("type = 'syslog'\naddress = 'udp://host'"), "f:3:11: events.sinks.address"),
         (sink("type = 'syslog'\naddress = 'udp://host:514/x'"), "f:3:11: events.sinks.address"),
         (sink("type = 'syslog'\naddress = 'tls://host:514'"), "f:3:11: events.sinks.address"),
-        (sink("type = 'otlp'\nurl = 'otel:4318'"), "f:3:7: events.sinks.url: \"otel:4318\" is not"),
+        (sink("type = 'otlp'\nurl = 'otel:4318'"), "f:3:7: events.sinks.url: not a URL"),
         (sink("type = 'otlp'\nurl = 'http://a:b@c/v1/logs'"), "without user and password"),
         (
             sink("type = 'otlp'\nurl = 'http://c/'\nca_file = '/a'"),
@@ -96,7 +96,20 @@ fn errors_name_line_and_key() {
         ),
         (
             sink("type = 'otlp'\nurl = 'http://c/'\nheaders = { Authorization = 'x' }"),
-            "f:4:13: events.sinks.headers: `config show`",
+            "f:4:13: events.sinks.headers: `config show` prints all headers; put the value of authorization into a file and \
+             set header_files.authorization",
+        ),
+        (
+            sink("type = 'otlp'\nurl = 'http://c/'\nheaders = { a = 'b' }\nheader_files = { A = '/a' }"),
+            "f:5:18: events.sinks.headers: a is listed twice",
+        ),
+        (
+            sink("type = 'otlp'\nurl = 'http://c/'\nheader_files = { a = 'b' }"),
+            "f:4:22: events.sinks.header_files: b is not an absolute path",
+        ),
+        (
+            sink("type = 'stdout'\nheader_files = { a = '/b' }"),
+            "f:3:18: events.sinks.header_files: a sink of type \"stdout\" has no such key",
         ),
         (
             sink("type = 'otlp'\nurl = 'http://c/'\nheaders = { Host = 'x' }"),
@@ -126,4 +139,35 @@ fn errors_name_line_and_key() {
     }
     let many: String = (0..9).map(|number| sink(&format!("type = 'file'\npath = '/{number}'\n"))).collect();
     assert!(parse(&many).unwrap_err().contains("events.sinks: at most 8 sinks"));
+}
+
+#[test]
+fn secrets_of_otlp_are_not_printed() {
+    let otlp = |keys: &str| format!("[[events.sinks]]\ntype = 'otlp'\n{keys}\n");
+    for (url, expected) in [
+        ("http://a/v1/logs?api-key=s3cret", "f:3:7: events.sinks.url: has a query"),
+        ("http://u:s3cret@a/v1/logs", "without user and password"),
+        ("ftp://a/s3cret", "f:3:7: events.sinks.url: not a URL"),
+    ] {
+        let errors = parse(&otlp(&format!("url = '{url}'"))).unwrap_err();
+        assert!(errors.contains(expected) && !errors.contains("s3cret"), "{errors}");
+    }
+    for name in ["Proxy-Authorization", "cookie", "x-api-key", "X-Auth-Token"] {
+        let errors =
+            parse(&otlp(&format!("url = 'http://a/'\nheaders = {{ {name} = 's3cret' }}"))).unwrap_err();
+        assert!(
+            errors.contains("`config show` prints all headers") && !errors.contains("s3cret"),
+            "{errors}"
+        );
+        parse(&otlp(&format!("url = 'http://a/'\nheader_files = {{ {name} = '/a' }}"))).unwrap();
+    }
+    for name in ["connection", "Content-Length", "transfer-encoding", "host"] {
+        for keys in [format!("headers = {{ {name} = '/a' }}"), format!("header_files = {{ {name} = '/a' }}")]
+        {
+            let errors = parse(&otlp(&format!("url = 'http://a/'\n{keys}"))).unwrap_err();
+            assert!(errors.contains("the agent sets the header"), "{errors}");
+        }
+    }
+    let same = otlp("url = 'http://a/s3cret'").repeat(2);
+    assert!(parse(&same).unwrap_err().contains("f:5:8: events.sinks: otlp:http://a#2 is listed twice"));
 }

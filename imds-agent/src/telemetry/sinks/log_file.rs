@@ -8,6 +8,8 @@ use std::{
     sync::Arc,
 };
 
+use nix::unistd::geteuid;
+
 use super::{
     sink_error::{Sent, SinkError, io_failed},
     sink_record::SinkRecord,
@@ -81,9 +83,10 @@ impl LogFileSink {
     }
 }
 
-/// Opens the file for appending, and creates it and its directory if they are missing. Does not follow a symlink at `path`,
-/// with which the owner of the directory could redirect the records.
+/// Opens the file for appending, and creates it and its directory if they are missing. Follows neither a symlink nor a hard link
+/// at `path`, with which another user could redirect the records.
 fn open_file(path: &Path) -> Result<OpenFile, SinkError> {
+    check_directories(path)?;
     let failed = |error| io_failed("open", &path.display())(error);
     let file = match try_open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -99,7 +102,38 @@ fn open_file(path: &Path) -> Result<OpenFile, SinkError> {
     if !metadata.is_file() {
         return Err(SinkError::NotAFile(path.to_owned()));
     }
+    let unsafe_file = |reason| Err(SinkError::Unsafe { path: path.to_owned(), reason });
+    if metadata.nlink() != 1 {
+        return unsafe_file("has other names (hard links)");
+    }
+    if metadata.uid() != geteuid().as_raw() {
+        return unsafe_file("belongs to another user");
+    }
     Ok(OpenFile { file, id: (metadata.dev(), metadata.ino()), size: metadata.len() })
+}
+
+/// Checks that only root and the agent's user can replace the directories of the path. Others may write to a directory of root
+/// that has the sticky bit, like `/tmp`, or that belongs to a group, like `/var/log`.
+fn check_directories(path: &Path) -> Result<(), SinkError> {
+    for directory in path.ancestors().skip(1) {
+        let failed = |error| io_failed("open", &directory.display())(error);
+        let link = match fs::symlink_metadata(directory) {
+            // Missing directories are created later.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            found => found.map_err(failed)?,
+        };
+        let target = fs::metadata(directory).map_err(failed)?;
+        let unsafe_directory = |reason| Err(SinkError::Unsafe { path: directory.to_owned(), reason });
+        let own = geteuid().as_raw();
+        if [link.uid(), target.uid()].into_iter().any(|owner| owner != 0 && owner != own) {
+            return unsafe_directory("belongs to another user");
+        }
+        let (mode, is_sticky) = (target.mode(), target.mode() & libc::S_ISVTX != 0);
+        if (mode & 0o002 != 0 && !is_sticky) || (mode & 0o022 != 0 && target.uid() != 0) {
+            return unsafe_directory("can be changed by other users");
+        }
+    }
+    Ok(())
 }
 
 fn try_open(path: &Path) -> io::Result<File> {

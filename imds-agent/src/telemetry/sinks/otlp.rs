@@ -4,7 +4,7 @@ use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use http::{
     HeaderMap, HeaderValue, Method, Request, StatusCode, Uri,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, USER_AGENT},
+    header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER, USER_AGENT},
 };
 use http_body_util::{BodyExt as _, Limited};
 use kube_client::{Client, Config as ClientConfig, client::Body};
@@ -94,11 +94,11 @@ impl OtlpSink {
         let exchange = async { timeout(REQUEST_TIMEOUT, exchange).await };
         let (status, headers, body) =
             runtime.block_on(exchange).unwrap_or(Err(SinkError::Timeout(REQUEST_TIMEOUT))).map_err(retry)?;
-        outcome(status, &headers, &body)
+        outcome(status, &headers, &self.without_path(&body))
     }
 
     fn request(&self, batch: &[Arc<SinkRecord>]) -> Result<Request<Body>, SinkError> {
-        let Otlp { url, headers, authorization_file, .. } = &self.config;
+        let Otlp { url, headers, header_files, .. } = &self.config;
         // The client adds scheme and host.
         let target = url.path_and_query().map_or("/", |target| target.as_str());
         let mut request = Request::new(Body::from(self.body(batch).to_string().into_bytes()));
@@ -109,11 +109,20 @@ impl OtlpSink {
         own.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         own.insert(ACCEPT, HeaderValue::from_static("application/json"));
         own.insert(USER_AGENT, HeaderValue::from_static(AGENT_NAME));
-        if let Some(path) = authorization_file {
+        for (name, path) in header_files {
             // Read for each request, because credentials are rotated.
-            own.insert(AUTHORIZATION, read_header(path)?);
+            own.insert(name, read_header(path)?);
         }
         Ok(request)
+    }
+
+    /// Returns a response without the path of the URL, which may be secret. Receivers name it in errors.
+    fn without_path(&self, body: &[u8]) -> String {
+        let body = String::from_utf8_lossy(body);
+        match self.config.url.path() {
+            "" | "/" => body.into_owned(),
+            path => body.replace(path, "PATH"),
+        }
     }
 
     fn body(&self, batch: &[Arc<SinkRecord>]) -> Value {
@@ -157,11 +166,11 @@ fn read_header(path: &Path) -> Result<HeaderValue, SinkError> {
 }
 
 /// Converts a response, as the specification of OTLP/HTTP requires.
-fn outcome(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Result<Accepted, Failure> {
+fn outcome(status: StatusCode, headers: &HeaderMap, body: &str) -> Result<Accepted, Failure> {
     if status.is_success() {
         return Ok(accepted(body));
     }
-    let error = SinkError::Status { status, message: excerpt(&String::from_utf8_lossy(body)) };
+    let error = SinkError::Status { status, message: excerpt(body) };
     let is_temporary = matches!(
         status,
         StatusCode::TOO_MANY_REQUESTS
@@ -178,8 +187,8 @@ fn outcome(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Result<Accep
 }
 
 /// Reads `partialSuccess` of a response. JSON has 64-bit numbers as strings.
-fn accepted(body: &[u8]) -> Accepted {
-    let response: Value = serde_json::from_slice(body).unwrap_or_default();
+fn accepted(body: &str) -> Accepted {
+    let response: Value = serde_json::from_str(body).unwrap_or_default();
     let Some(partial) = response.get("partialSuccess") else { return Accepted::default() };
     let rejected = partial
         .get("rejectedLogRecords")
@@ -280,7 +289,7 @@ mod tests {
     fn responses_of_receivers() {
         let outcome = |status: u16, retry_after: Option<&'static str>, body: &str| {
             let headers = retry_after.map(|value| (RETRY_AFTER, HeaderValue::from_static(value)));
-            outcome(StatusCode::from_u16(status).unwrap(), &headers.into_iter().collect(), body.as_bytes())
+            outcome(StatusCode::from_u16(status).unwrap(), &headers.into_iter().collect(), body)
         };
         for (body, rejected) in [
             ("", 0),

@@ -14,6 +14,9 @@ pub(super) enum SinkError {
     /// The path of a log file belongs to something else.
     #[error("{} is not a regular file", .0.display())]
     NotAFile(PathBuf),
+    /// Other users could redirect the records.
+    #[error("{} {reason}", path.display())]
+    Unsafe { path: PathBuf, reason: &'static str },
     /// No process reads standard output.
     #[error("standard output is not read")]
     NotRead,

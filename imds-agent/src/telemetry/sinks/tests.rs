@@ -209,3 +209,42 @@ fn log_file_follows_no_symlink() {
     fs::remove_file(&path).unwrap();
     assert_eq!(sink.send(&[record("web")]).done, 1);
 }
+
+#[test]
+fn log_file_is_not_shared_with_other_users() {
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("target");
+    fs::write(&target, "").unwrap();
+    let open_directory = directory.path().join("open");
+    fs::create_dir(&open_directory).unwrap();
+    let path = open_directory.join("log");
+    let mut sink = LogFileSink::new(LogFile { path: path.clone(), max_size: 1 << 20, keep: 1 });
+    let mut error = || match sink.send(&[record("web")]).failure {
+        Some(Failure::Retry { error, .. }) => error.describe(),
+        other => panic!("{other:?}"),
+    };
+    fs::hard_link(&target, &path).unwrap();
+    assert_eq!(error(), format!("{} has other names (hard links)", path.display()));
+    assert_eq!(fs::read(&target).unwrap(), b"");
+    fs::remove_file(&path).unwrap();
+    let set_mode = |mode| fs::set_permissions(&open_directory, fs::Permissions::from_mode(mode)).unwrap();
+    set_mode(0o777);
+    assert_eq!(error(), format!("{} can be changed by other users", open_directory.display()));
+    if nix::unistd::geteuid().is_root() {
+        let chown = |path: &std::path::Path, user| std::os::unix::fs::chown(path, Some(user), None).unwrap();
+        for mode in [0o750, 0o1777] {
+            set_mode(mode);
+            chown(&open_directory, 65_534);
+            assert_eq!(error(), format!("{} belongs to another user", open_directory.display()));
+            chown(&open_directory, 0);
+        }
+        fs::write(&path, "").unwrap();
+        chown(&path, 65_534);
+        assert_eq!(error(), format!("{} belongs to another user", path.display()));
+        fs::remove_file(&path).unwrap();
+        set_mode(0o775);
+    } else {
+        set_mode(0o755);
+    }
+    assert_eq!(sink.send(&[record("web")]).done, 1);
+}
