@@ -174,7 +174,7 @@ fn condition_follows_enforcement() {
 }
 
 #[test]
-fn condition_ends_with_an_unload_without_agent() {
+fn unload_without_agent_ends_the_condition() {
     let cluster = TestCluster::new();
     let agent = start(&cluster, "", "node_condition = true");
     wait_condition(&cluster, "True");
@@ -198,7 +198,7 @@ fn condition_is_withdrawn_with_its_key() {
 }
 
 #[test]
-fn program_before_the_hook_ends_the_condition() {
+fn program_before_the_hook_ends_condition() {
     let cluster = TestCluster::new();
     let pod = cluster.env.add_pod(PodLink::Routed);
     let tc = |arguments: &str| {

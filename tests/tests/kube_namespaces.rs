@@ -237,7 +237,7 @@ fn forbidden_namespaces_leave_other_rules() {
 }
 
 #[test]
-fn restart_keeps_exemptions_until_namespaces_are_known() {
+fn restart_keeps_namespace_exemptions() {
     let cluster = TestCluster::new();
     cluster.server.apply(namespace("team", GRANTED));
     let file = ConfigFile::new(&cluster.env, &file_with(&cluster, RULE));

@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_that_cannot_run_commands_have_a_problem() {
+    fn pod_without_commands_has_a_problem() {
         let waiting = json!({ "waiting": { "reason": "CrashLoopBackOff" } });
         let statuses = json!([{ "name": "imds-agent", "state": waiting }]);
         for (status, expected) in [

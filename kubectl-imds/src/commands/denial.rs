@@ -93,7 +93,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn senders_are_named_like_in_the_report_of_a_node() {
+    fn senders_are_named_as_in_the_report() {
         let time = "2026-11-23T15:04:05Z";
         assert_eq!(denial(Some("tools"), 1, time).key.sender().to_string(), "tools/web app=web");
         assert_eq!(denial(None, 1, time).key.sender().to_string(), "curl in /system.slice/a.service");

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{Cluster, pod, texts};
 
 #[test]
-fn nodes_without_an_answer_do_not_hide_the_others() {
+fn silent_nodes_do_not_hide_others() {
     let cluster = Cluster::new(&["ok", "silent", "gone", "endless", "failed", "old", "garbage"]);
     cluster.server.on_exec(&pod("silent"), Exec::Silent);
     cluster.server.on_exec(&pod("gone"), Exec::Close("{\"schema\""));

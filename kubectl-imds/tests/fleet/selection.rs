@@ -42,7 +42,7 @@ fn large_lists_have_pages() {
 }
 
 #[test]
-fn namespace_of_the_context_is_the_second_choice() {
+fn namespace_of_the_context_comes_second() {
     let cluster = Cluster::new(&["n1"]);
     cluster.server.set_agent_pods(Vec::new());
     cluster.server.set_list("/api/v1/namespaces/default/pods", Vec::new());

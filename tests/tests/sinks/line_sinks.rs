@@ -69,7 +69,7 @@ fn unread_standard_output_delays_nothing() {
 }
 
 #[test]
-fn file_survives_rotation_removal_and_restart() {
+fn file_survives_rotation_and_removal() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let directory = env.scratch_dir().join("logs");

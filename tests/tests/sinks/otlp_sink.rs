@@ -66,7 +66,7 @@ fn logs_have_attributes_and_headers() {
 }
 
 #[test]
-fn temporary_errors_are_retried_and_others_counted() {
+fn temporary_errors_are_retried() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let partial = r#"{"partialSuccess":{"rejectedLogRecords":"1","errorMessage":"too old"}}"#;

@@ -78,7 +78,7 @@ fn unix_socket_that_is_replaced() {
 }
 
 #[test]
-fn hostile_thread_name_stays_in_its_parameter() {
+fn thread_name_stays_in_its_parameter() {
     if skip_without_netns_cookie() {
         return;
     }

@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_of_exemptions_and_sinks_share_a_field() {
+    fn exemption_and_sink_errors_share_a_field() {
         // The field ends within the last line.
         let lines = error_lines(b"backup: no such cgroup\n>file:/a: b\tdisk: full\n>otlp:http");
         let of_exemptions: Vec<_> = lines.iter().filter(|line| !is_of_sink(line)).collect();

@@ -134,7 +134,7 @@ fn state_changes_are_recorded() {
 }
 
 #[test]
-fn receiver_that_reads_nothing_loses_records() {
+fn silent_receiver_loses_records() {
     const RECORDS: usize = 3 * sink_queue::MAX_RECORDS;
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("log");
