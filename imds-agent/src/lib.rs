@@ -24,6 +24,7 @@
     )
 )]
 
+mod causes;
 mod checksum;
 pub mod cli;
 pub mod config;
@@ -31,9 +32,10 @@ pub mod controller;
 pub mod datapath;
 pub mod diagnose;
 mod encode;
-pub mod escape;
 pub mod kube;
 mod memory;
 pub mod node;
 pub mod telemetry;
 pub mod version;
+
+use imds_escape as escape;

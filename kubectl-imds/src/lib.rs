@@ -2,7 +2,6 @@
 //!
 //! Modules import only modules above them in this list:
 //!
-//! - [`escape`] escapes text of nodes for terminals.
 //! - [`api`] lists pods and nodes, and runs commands in pods.
 //! - [`fleet`] asks many nodes at the same time.
 //! - [`commands`] has one module for each subcommand, with pure functions for what it prints.
@@ -24,5 +23,6 @@
 mod api;
 pub mod cli;
 mod commands;
-mod escape;
 mod fleet;
+
+use imds_escape as escape;

@@ -303,6 +303,13 @@ impl Agent<'_> {
         self.child.id()
     }
 
+    /// Sends SIGHUP to the agent, which reloads its configuration.
+    #[track_caller]
+    pub fn hang_up(&self) {
+        let pid = Pid::from_raw(self.pid().try_into().expect("a process id"));
+        kill(pid, Signal::SIGHUP).expect("signal the agent");
+    }
+
     /// Waits until the status reports that this agent has synced all interfaces, has no problems and enforces every
     /// pod.
     #[track_caller]

@@ -13,10 +13,6 @@ use imds_tests::{
     poll::poll_until,
     probe::LONG,
 };
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 
 /// Hooks that every tested kernel supports.
 const HOOKS: &str = "[hooks]\nsocket = false\n";
@@ -94,10 +90,6 @@ impl Node {
         let line = metrics.lines().find(|line| line.starts_with("imds_agent_config_last_reload_successful "));
         line.unwrap_or_default().to_owned()
     }
-
-    fn hang_up(agent: &Agent<'_>) {
-        kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
-    }
 }
 
 #[test]
@@ -112,7 +104,7 @@ fn unknown_key_is_fail_closed_until_fixed() {
     assert!(!node.stored().exists());
 
     // A reload that still finds the broken file changes nothing.
-    Node::hang_up(&agent);
+    agent.hang_up();
     agent.wait_for_log("keeping the previous one", LONG);
     node.env.assert_blocked(&node.pod);
 

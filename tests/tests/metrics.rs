@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, AttachMode, METADATA, PodLink, TestEnv,
+    AttachMode, METADATA, PodLink, TestEnv,
     flood::Flood,
     foreign_bpf::detach_link,
     http::{DEFAULT, exchange, try_get},
@@ -16,10 +16,6 @@ use imds_tests::{
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
     skip_without_tcx,
-};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
 };
 
 const DENIED: &str = r#"imds_agent_packets_total{hook="from_pod",verdict="denied"}"#;
@@ -34,10 +30,6 @@ fn get(env: &TestEnv, path: &str) -> (u16, String) {
 fn value(metrics: &str, series: &str) -> f64 {
     let found = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     found.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {series} in:\n{metrics}"))
-}
-
-fn hang_up(agent: &Agent<'_>) {
-    kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
 }
 
 #[test]
@@ -158,7 +150,7 @@ fn not_ready_while_a_pod_is_not_enforced() {
     assert!(value(&metrics, "imds_agent_ready").abs() < f64::EPSILON, "{metrics}");
     // The agent is still healthy.
     assert_eq!(get(&env, "/healthz").0, 200);
-    hang_up(&agent);
+    agent.hang_up();
     poll_until(LONG, "the agent to be ready again", || (get(&env, "/readyz").0 == 200).then_some(()));
     // The agent publishes the number after the reload, the kernel's state is read at each request.
     poll_until(LONG, "the reload to be counted", || {

@@ -3,12 +3,8 @@
 use std::process::Command;
 
 use imds_tests::{
-    Agent, AgentCommand, METADATA, Pod, PodLink, TestCluster, output,
+    AgentCommand, METADATA, Pod, PodLink, TestCluster, output,
     probe::{LONG, http_get},
-};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
 };
 use serde_json::json;
 
@@ -35,11 +31,6 @@ fn wait_pool(cluster: &TestCluster, pool: Option<&str>, mode: &str) {
     });
 }
 
-fn hang_up(agent: &Agent<'_>) {
-    let pid = i32::try_from(agent.pid()).expect("a process ID");
-    kill(Pid::from_raw(pid), Signal::SIGHUP).expect("signal the agent");
-}
-
 fn reaches(pod: &Pod) -> bool {
     http_get(&pod.netns, METADATA, LONG).is_answer()
 }
@@ -54,12 +45,12 @@ fn labels_choose_the_pool() {
     cluster.env.assert_blocked(&pod);
 
     cluster.server.set_labels(NODE, json!({}));
-    hang_up(&agent);
+    agent.hang_up();
     wait_pool(&cluster, None, "audit");
     assert!(reaches(&pod));
 
     cluster.server.set_labels(NODE, json!({ "tier": "production" }));
-    hang_up(&agent);
+    agent.hang_up();
     wait_pool(&cluster, Some("production"), "enforce");
     cluster.env.assert_blocked(&pod);
 }
@@ -76,7 +67,7 @@ fn unknown_labels_enforce() {
     // The answer of the API server decides later.
     cluster.server.set_labels(NODE, json!({ "tier": "test" }));
     cluster.server.permit_all();
-    hang_up(&agent);
+    agent.hang_up();
     wait_pool(&cluster, Some("test"), "off");
     assert!(reaches(&pod));
     // The next agent keeps the pool while the labels are unknown.

@@ -3,10 +3,6 @@
 use std::{fs, os::unix::net::UnixDatagram, time::Duration};
 
 use imds_tests::{PodLink, TestEnv, probe::LONG};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 
 /// Settings that work on every tested kernel.
 const REST: &str = "[hooks]\nsocket = false\n[metrics]\nlisten = []";
@@ -59,7 +55,7 @@ fn readiness_and_watchdog_are_notified() {
 
     // When the agent reports that it is ready again, the new configuration is effective.
     fs::write(&config, format!("mode = 'enforce'\n{REST}")).unwrap();
-    kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
+    agent.hang_up();
     manager.wait_for("RELOADING=1");
     manager.wait_for("READY=1");
     env.assert_blocked(&pod);

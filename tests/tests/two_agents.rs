@@ -3,10 +3,6 @@
 use std::path::PathBuf;
 
 use imds_tests::{AgentCommand, PodLink, Status, TestEnv, hook, probe::LONG, with_each_backend};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 
 /// A second pin directory, which is unloaded on drop.
 struct Second<'w> {
@@ -59,7 +55,7 @@ fn both_agents_are_reported_and_coexist() {
         // A reload reconciles each interface without the backoff of repairs.
         for round in 2..6 {
             for agent in [&first, &second] {
-                kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
+                agent.hang_up();
                 agent.wait_for_log(&format!("loaded configuration {round}:"), LONG);
             }
         }

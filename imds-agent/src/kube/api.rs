@@ -14,10 +14,10 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use super::{
-    api_error::{ApiError, Status, with_causes},
+    api_error::{ApiError, Status},
     resource::Collection,
 };
-use crate::config::Access;
+use crate::{causes::with_causes, config::Access};
 
 /// Longest answer in bytes. etcd stores no object of more than 1.5 MiB, and a page lists few objects.
 const MAX_ANSWER: usize = 64 << 20;

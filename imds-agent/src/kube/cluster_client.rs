@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 
 use super::{
     api::Api,
-    api_error::{ApiError, with_causes},
+    api_error::ApiError,
     cluster::ApiConfig,
     event_object::{EventSeries, NewEvent},
     taint,
 };
-use crate::config::node_pool::Labels;
+use crate::{causes::with_causes, config::node_pool::Labels};
 
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// JSON Patch (RFC 6902).

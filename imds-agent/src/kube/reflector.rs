@@ -13,14 +13,14 @@ use tokio::{
 
 use super::{
     api::Api,
-    api_error::{ApiError, ErrorKind, with_causes},
+    api_error::{ApiError, ErrorKind},
     backoff::Backoff,
     object_list::{AddedPage, Decode, Decoder, ObjectEvent},
     pod::Pod,
     resource::{Collection, Resource},
     watch_state::WatchState,
 };
-use crate::config::Access;
+use crate::{causes::with_causes, config::Access};
 
 /// A watch that ends sooner than this without an event counts as a failure.
 const MIN_LIVENESS: Duration = Duration::from_secs(1);

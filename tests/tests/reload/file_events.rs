@@ -8,7 +8,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{FROM_POD, assert_rejected, hang_up};
+use crate::{FROM_POD, assert_rejected};
 
 #[test]
 fn every_file_replacement_is_noticed() {
@@ -115,7 +115,7 @@ fn sighup_without_file_is_ignored() {
     let args = ["--cgroup", env.cgroup().to_str().unwrap()];
     let mut agent = env.imds_agent(&["run"]).args(&args).spawn_ready();
     let before = env.status().generation();
-    hang_up(&agent);
+    agent.hang_up();
     env.status_when("the configuration is loaded again", |status| status.generation() == before + 1);
     agent.wait_ready();
     env.assert_blocked(&pod);

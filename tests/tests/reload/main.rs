@@ -5,11 +5,7 @@ mod rejected_files;
 mod reloaded_settings;
 
 use aya::programs::TcAttachType;
-use imds_tests::{Agent, PodLink, Status, TestEnv, hook};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use imds_tests::{PodLink, Status, TestEnv, hook};
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 const FROM_POD: &str = "[hooks]\nsocket = false\nnode_egress = false\n";
@@ -18,10 +14,6 @@ const TC_HOOKS: &str = "[hooks]\nsocket = false\n";
 
 fn has_program(env: &TestEnv, interface: &str, at: TcAttachType) -> bool {
     !hook::programs_at(&env.node, interface, at).is_empty()
-}
-
-fn hang_up(agent: &Agent<'_>) {
-    kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
 }
 
 /// Waits until the file is rejected with this error, and asserts that the earlier configuration stays effective.

@@ -7,7 +7,7 @@ use imds_tests::{
     AttachMode, ConfigFile, METADATA, PodLink, TestEnv, probe::LONG, skip_without_netns_cookie,
 };
 
-use crate::{FROM_POD, TC_HOOKS, assert_rejected, hang_up, has_program};
+use crate::{FROM_POD, TC_HOOKS, assert_rejected, has_program};
 
 #[test]
 fn bad_file_keeps_previous_config() {
@@ -42,7 +42,7 @@ fn bad_file_keeps_previous_config() {
     assert_rejected(&env, &good, "not a regular file");
     fs::remove_dir(&file.path).unwrap();
     nix::unistd::mkfifo(&file.path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    hang_up(&agent);
+    agent.hang_up();
     assert_rejected(&env, &good, "not a regular file");
     fs::remove_file(&file.path).unwrap();
     fs::write(&file.path, [0xff, 0xfe]).unwrap();

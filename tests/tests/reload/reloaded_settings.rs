@@ -12,7 +12,7 @@ use imds_tests::{
     skip_without_netns_cookie, with_each_backend,
 };
 
-use crate::{FROM_POD, LINKS, NODE_EGRESS, TC_HOOKS, hang_up, has_program};
+use crate::{FROM_POD, LINKS, NODE_EGRESS, TC_HOOKS, has_program};
 
 fn flood(pods: &[Pod; 2]) -> [Flood; 2] {
     [Flood::udp(&pods[0], METADATA), Flood::syn(&pods[1], METADATA)]
@@ -218,7 +218,7 @@ fn reload_changes_endpoints_and_interfaces() {
         // The firmware data changes, the file does not.
         assert_eq!(status.provider.unwrap().effective, "generic");
         fs::write(dmi.join("sys_vendor"), "Amazon EC2\n").unwrap();
-        hang_up(&agent);
+        agent.hang_up();
         let status = env.status_when("the provider has changed", |status| {
             status.provider.as_ref().is_some_and(|provider| provider.effective == "aws")
         });

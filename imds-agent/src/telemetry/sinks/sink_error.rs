@@ -46,22 +46,6 @@ pub(super) enum SinkError {
     TooLong { target: String },
 }
 
-impl SinkError {
-    /// Returns the error with all causes. Skips a cause that the text contains already.
-    pub(super) fn describe(&self) -> String {
-        let mut text = self.to_string();
-        let mut next = self.source();
-        while let Some(cause) = next {
-            let cause_text = cause.to_string();
-            if !text.contains(&cause_text) {
-                text = format!("{text}: {cause_text}");
-            }
-            next = cause.source();
-        }
-        text
-    }
-}
-
 /// Returns the conversion of an error of a call on `target`.
 pub(super) fn io_failed(verb: &'static str, target: &impl ToString) -> impl FnOnce(io::Error) -> SinkError {
     let target = target.to_string();

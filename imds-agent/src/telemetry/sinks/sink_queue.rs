@@ -13,7 +13,7 @@ use super::{
     sink_error::{Failure, Sent},
     sink_record::SinkRecord,
 };
-use crate::escape::escape;
+use crate::{causes::with_causes, escape::escape};
 
 pub(super) const MAX_RECORDS: usize = 4096;
 const MAX_BYTES: usize = 4 << 20;
@@ -120,7 +120,9 @@ impl SinkQueue {
     /// Records the result of an attempt, and logs a change of the state of the sink.
     pub(super) fn record_result(&self, sent: &Sent, cpu_time: Duration) {
         let error = sent.failure.as_ref().map(|failure| match failure {
-            Failure::Retry { error, .. } | Failure::Rejected(error) => escape(&error.describe()).into_owned(),
+            Failure::Retry { error, .. } | Failure::Rejected(error) => {
+                escape(&with_causes(error)).into_owned()
+            }
         });
         let mut state = self.lock();
         state.cpu_time += cpu_time;

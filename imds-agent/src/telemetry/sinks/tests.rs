@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::*;
-use crate::{config::LogFile, kube::pod_ref::PodRef};
+use crate::{causes::with_causes, config::LogFile, kube::pod_ref::PodRef};
 
 fn settings() -> SinkSettings {
     let config = Config::parse("[kubernetes]\nnode_name = 'node-0'", "f".as_ref()).unwrap();
@@ -201,7 +201,9 @@ fn log_file_follows_no_symlink() {
     let mut sink = LogFileSink::new(LogFile { path: path.clone(), max_size: 1 << 20, keep: 1 });
     std::os::unix::fs::symlink(&target, &path).unwrap();
     let sent = sink.send(&[record("web")]);
-    assert!(matches!(&sent.failure, Some(Failure::Retry { error, .. }) if error.describe().contains("open")));
+    assert!(
+        matches!(&sent.failure, Some(Failure::Retry { error, .. }) if with_causes(error).contains("open"))
+    );
     assert!(sent.done == 0 && !target.exists());
     fs::remove_file(&path).unwrap();
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -220,7 +222,7 @@ fn log_file_is_not_shared_with_other_users() {
     let path = open_directory.join("log");
     let mut sink = LogFileSink::new(LogFile { path: path.clone(), max_size: 1 << 20, keep: 1 });
     let mut error = || match sink.send(&[record("web")]).failure {
-        Some(Failure::Retry { error, .. }) => error.describe(),
+        Some(Failure::Retry { error, .. }) => with_causes(&error),
         other => panic!("{other:?}"),
     };
     fs::hard_link(&target, &path).unwrap();

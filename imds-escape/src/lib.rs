@@ -1,8 +1,8 @@
-//! Escapes text from outside the agent before it reaches an output: names of interfaces, threads, cgroups and pods, labels,
-//! and errors that quote them.
+//! Escapes text from outside a program before it reaches an output: names of interfaces, threads, cgroups and pods, labels, errors
+//! that quote them, and the answers of nodes.
 //!
 //! A pod chooses the names of its threads. In such a name an escape sequence would control the terminal, a newline would forge
-//! a log line, and a bidirectional override would reorder the line.
+//! a log line, and a bidirectional override would reorder the line. A compromised node sends any bytes.
 //!
 //! Backslashes are not escaped, because systemd uses many in the names of cgroups. Escaping is therefore idempotent: a name can
 //! be escaped both when it is read and when it is written.
