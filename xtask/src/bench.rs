@@ -1,13 +1,13 @@
 //! The command `cargo xtask bench`.
 
-use std::{fs, process::Stdio};
+use std::{fs, path::Path, process::Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    clients,
+    build, clients,
     setup::{self, Purpose},
-    workspace::{cargo, describe, ensure_root, execute, print_status, root},
+    workspace::{cargo, describe, ensure_root, print_status, root},
 };
 
 /// Run the benchmarks of the agent and its programs; needs root, takes half an hour on an otherwise idle machine
@@ -53,9 +53,9 @@ impl Bench {
         };
         ensure_root("the benchmarks load BPF programs: run them as root")?;
         setup::ensure(Purpose::Bench)?;
-        execute(cargo("build").args(["--release", "--package", "imds-agent", "--locked"]))?;
+        let agent = build::shipped()?;
         for name in names {
-            let results = self.measure(name)?;
+            let results = self.measure(name, &agent)?;
             print!("{results}");
             if self.document {
                 write_down(name, &results)?;
@@ -65,10 +65,11 @@ impl Bench {
     }
 
     /// Runs a benchmark and returns its output.
-    fn measure(&self, name: &str) -> Result<String> {
+    fn measure(&self, name: &str, agent: &Path) -> Result<String> {
         let mut bench = cargo("bench");
         bench
             .args(["--quiet", "--package", "imds-tests", "--bench", name, "--locked"])
+            .env("IMDS_AGENT", agent)
             .stderr(Stdio::inherit());
         if self.document {
             bench.env(PLOTS, root().join("docs"));

@@ -22,6 +22,13 @@ pub(crate) fn release() -> Result<PathBuf> {
     Ok(agent)
 }
 
+/// Builds the agent with the profile of `cargo xtask dist`, and returns its path.
+pub(crate) fn shipped() -> Result<PathBuf> {
+    let agent = artifacts("static")?.join("imds-agent");
+    execute(cargo("build").args(["--profile", "static", "--package", "imds-agent", "--locked"]))?;
+    Ok(agent)
+}
+
 /// Builds the agent for a trial and returns its path: without optimizations, with the dependencies that xtask and the tests use
 /// too, which takes a fraction of the time.
 pub(crate) fn debug() -> Result<PathBuf> {

@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use crate::{
+    build,
     setup::{self, Purpose},
     workspace::{cargo, ensure_root, execute},
 };
@@ -22,9 +23,9 @@ impl Soak {
     pub(crate) fn run(self) -> Result<()> {
         ensure_root("the soak test loads BPF programs and creates network namespaces: run it as root")?;
         setup::ensure(Purpose::Test)?;
-        execute(cargo("build").args(["--release", "--package", "imds-agent", "--locked"]))?;
+        let agent = build::shipped()?;
         let mut soak = cargo("bench");
-        soak.args(["--package", "imds-tests", "--bench", "soak", "--locked"]);
+        soak.args(["--package", "imds-tests", "--bench", "soak", "--locked"]).env("IMDS_AGENT", agent);
         execute(soak.env("IMDS_SOAK_MINUTES", self.minutes.to_string()))
     }
 }
