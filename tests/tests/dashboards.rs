@@ -88,11 +88,15 @@ fn dashboards_query_existing_metrics() {
     let kubeconfig = env.scratch_dir().join("kubeconfig");
     write_kubeconfig(&kubeconfig, "http://127.0.0.1:1");
     let rule = format!(
-        "[[exempt]]\nname = 'one'\ninterface = '{}'\n[kubernetes]\nkubeconfig = '{}'",
+        "[[exempt]]\nname = 'one'\ninterface = '{}'\n\
+         [[exempt]]\nname = 'two'\nnamespace_selector = {{ match_labels = {{ a = 'b' }} }}\n\
+         [[events.sinks]]\ntype = 'file'\npath = '{}'\n[kubernetes]\nkubeconfig = '{}'",
         pod.host_ifname,
+        env.scratch_dir().join("denials.jsonl").display(),
         kubeconfig.display()
     );
-    let agent = env.agent().hooks(&["from_pod", "node_egress"]).config(&rule).spawn_ready();
+    let agent = env.agent().hooks(&["from_pod", "node_egress"]).config(&rule);
+    let agent = agent.spawn_degraded("the API server has not sent the namespaces yet");
     env.assert_blocked(&neighbour);
     let mut served = poll_until(LONG, "a denial to be counted", || {
         let served = served(&scrape(&env));

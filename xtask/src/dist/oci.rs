@@ -98,10 +98,15 @@ pub(super) fn chart(metadata: &Value, package: Vec<u8>) -> Result<Vec<u8>> {
     let config = layout.add_json(CHART_CONFIG, metadata);
     let package = layout.add(CHART, package);
     let description = metadata["description"].as_str().unwrap_or_default();
-    let manifest = json!({
+    let mut manifest = json!({
         "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [package],
         "annotations": annotations(&created()?, description),
     });
+    if let Some(home) = metadata["home"].as_str() {
+        // `helm push` sets both, and registries link them.
+        manifest["annotations"]["org.opencontainers.image.source"] = home.into();
+        manifest["annotations"]["org.opencontainers.image.url"] = home.into();
+    }
     let manifest = layout.add_json(MANIFEST, &manifest);
     layout.archive(manifest, VERSION)
 }

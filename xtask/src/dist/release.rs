@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use super::{Chart, SBOM, VERSION, oci, plugin, provenance, sha256, write_checksums};
+use super::{Chart, SBOM, VERSION, chart, oci, plugin, provenance, sha256, write_checksums};
 use crate::{
     arch::Arch,
     build,
@@ -31,6 +31,9 @@ pub(crate) struct Release {
     /// Directory of the release on a server, for the manifest of the kubectl plugin; `{version}` stands for the version
     #[arg(long, value_name = "URL", default_value = "https://releases.example.com/v{version}")]
     base_url: String,
+    /// Repository of the sources on a server such as GitHub, for home, sources, maintainers and icon of the chart
+    #[arg(long, value_name = "URL", value_parser = chart::repository_url)]
+    repository: Option<String>,
     /// Pack the existing artifacts of `cargo xtask dist`
     #[arg(long)]
     no_build: bool,
@@ -67,7 +70,7 @@ impl Release {
         }
         let built: Vec<_> = arches.iter().copied().zip(dirs.iter().map(PathBuf::as_path)).collect();
         let dir = artifacts("dist")?.join("release");
-        write(&built, &dir, &self.builder_id, &self.base_url)?;
+        write(&built, &dir, &self.builder_id, &self.base_url, self.repository.as_deref())?;
         if let Some(key) = &self.sign_key {
             sign(key, &dir)?;
         }
@@ -92,7 +95,13 @@ pub(super) fn ensure_built_from(commit: &str, binary: &Path) -> Result<()> {
 }
 
 /// Writes the release to `dir` from the artifacts of each architecture.
-pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str, base_url: &str) -> Result<()> {
+pub(super) fn write(
+    built: &[(Arch, &Path)],
+    dir: &Path,
+    builder_id: &str,
+    base_url: &str,
+    repository: Option<&str>,
+) -> Result<()> {
     let _ = fs::remove_dir_all(dir);
     fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
     let mut artifacts = Vec::new();
@@ -128,7 +137,7 @@ pub(super) fn write(built: &[(Arch, &Path)], dir: &Path, builder_id: &str, base_
         add(format!("imds-agent-{VERSION}-linux-{debian}.cdx.json"), "sbom", Some(arch), read(SBOM)?)?;
     }
     add(format!("imds-agent-{VERSION}-oci.tar"), "image", None, oci::image(built)?)?;
-    let chart = Chart::read()?;
+    let chart = Chart::read(repository)?;
     add(format!("imds-agent-{VERSION}.tgz"), "chart", None, chart.package.clone())?;
     add(
         format!("imds-agent-chart-{VERSION}-oci.tar"),

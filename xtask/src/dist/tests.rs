@@ -169,8 +169,8 @@ fn image_has_the_binary_of_each_architecture() {
 
 #[test]
 fn chart_is_an_oci_artifact() {
-    let chart = Chart::read().unwrap();
-    assert_eq!(chart.package, Chart::read().unwrap().package);
+    let chart = Chart::read(None).unwrap();
+    assert_eq!(chart.package, Chart::read(None).unwrap().package);
     let files = tar::Archive::new(GzDecoder::new(&chart.package[..]))
         .entries()
         .unwrap()
@@ -236,7 +236,8 @@ fn release_lists_and_signs_each_file() {
     let (built, dir, other) = (dist(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let built = built.each_ref().map(|(arch, dir)| (*arch, dir.path()));
     for dir in [&dir, &other] {
-        release::write(&built, dir.path(), "urn:example:builder", "https://example.com/{version}").unwrap();
+        release::write(&built, dir.path(), "urn:example:builder", "https://example.com/{version}", None)
+            .unwrap();
     }
     let sums = fs::read_to_string(dir.path().join("SHA256SUMS")).unwrap();
     assert_eq!(sums, fs::read_to_string(other.path().join("SHA256SUMS")).unwrap());

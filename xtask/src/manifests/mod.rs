@@ -48,7 +48,7 @@ impl Manifests {
         execute(cargo("build").args(HOST_CRATES))?;
         let (debug, package) = (artifacts("debug")?, artifacts("tmp")?.join("imds-agent.tgz"));
         fs::create_dir_all(artifacts("tmp")?)?;
-        fs::write(&package, Chart::read()?.package)
+        fs::write(&package, Chart::read(None)?.package)
             .with_context(|| format!("failed to write {}", package.display()))?;
         let mut render = Command::new("python3");
         render.args(["-c", RENDER]).arg(root().canonicalize()?).arg(debug.join("imds-agent")).arg(package);
