@@ -250,8 +250,14 @@ fn removed_program_is_reported_on_the_node() {
         let hook = status.find(&pod.host_ifname).and_then(|interface| interface.attachment("from_pod"));
         hook.is_some_and(|attachment| attachment.attach_mode.is_some())
     });
+    // The agent writes an Event again if the answer is lost, under the same name.
+    cluster.server.lose_event_answers(1);
     detach_link(&cluster.env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
     let event = wait_event(&cluster, NODE, "MetadataProtectionRepaired");
+    poll_until(2 * LONG, "the Event to be written again", || {
+        (cluster.server.event_writes().len() >= 2).then_some(())
+    });
+    assert_eq!(cluster.server.events_about(NODE, "MetadataProtectionRepaired").len(), 1);
     assert_eq!(event["regarding"]["uid"], NODE);
     assert!(event["note"].as_str().unwrap().contains("1 attached again"), "{event}");
 }

@@ -265,7 +265,7 @@ fn only_changes_of_1000_pods_are_written() {
     cluster.server.compact();
     cluster.server.disconnect();
     poll_until(LONG, "all pods to be listed again", || {
-        (cluster.metric("imds_agent_kubernetes_relists_total") == 2).then_some(())
+        (cluster.metric("imds_agent_kubernetes_relists_total") >= 2).then_some(())
     });
     // The kernel may complete an address of a started pod at any time, which adds one key.
     let listed = writes();

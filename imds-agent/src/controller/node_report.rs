@@ -75,6 +75,8 @@ pub(super) struct NodeReporter {
     next_state_event: Instant,
     next_repair_event: Instant,
     next_attempt: Instant,
+    /// Event whose creation failed. The API server may have stored it nevertheless, under the name that a retry must use.
+    unconfirmed: Option<NewEvent>,
     backoff: Backoff,
     last_error: Option<String>,
 }
@@ -149,6 +151,7 @@ impl NodeReporter {
             next_state_event: now,
             next_repair_event: now,
             next_attempt: now,
+            unconfirmed: None,
             backoff: Backoff::default(),
             last_error: None,
         }
@@ -265,7 +268,11 @@ impl NodeReporter {
         let regarding = Regarding::Node(self.client.node().to_owned());
         let series = EventSeries { count: 1, last: time };
         let event = NewEvent { regarding, is_warning, reason, action, note, time, series };
-        self.client.create_event(&event).await.map(drop)
+        let is_retry = |earlier: &NewEvent| (earlier.reason, &earlier.note) == (reason, &event.note);
+        let event = self.unconfirmed.take().filter(is_retry).unwrap_or(event);
+        let result = self.client.create_event(&event).await.map(drop);
+        self.unconfirmed = result.is_err().then_some(event);
+        result
     }
 
     fn on_result(&mut self, result: Result<(), RequestError>) {

@@ -57,6 +57,7 @@ struct Store {
     token: Option<&'static str>,
     /// Prefixes of targets that the client may not access.
     forbidden: Vec<&'static str>,
+    lost_event_answers: usize,
     history: Vec<(u64, &'static str, Value)>,
     faults: VecDeque<Fault>,
     requests: Vec<String>,

@@ -22,6 +22,11 @@ impl ApiServer {
         self.shared.lock().forbidden.clear();
     }
 
+    /// Closes the connection instead of answering the next requests that write Events, `count` of them. They take effect.
+    pub fn lose_event_answers(&self, count: usize) {
+        self.shared.lock().lost_event_answers = count;
+    }
+
     /// Returns all Events in the order of their namespaces and names.
     #[must_use]
     pub fn events(&self) -> Vec<Value> {
@@ -57,7 +62,13 @@ impl Shared {
     /// Creates an Event, or patches the Event `name`.
     pub(super) fn event(&self, stream: &TcpStream, namespace: &str, name: &str, body: &[u8]) -> Option<()> {
         let body: Value = serde_json::from_slice(body).ok()?;
-        let result = self.lock().write_event(namespace, name, &body);
+        let mut store = self.lock();
+        let result = store.write_event(namespace, name, &body);
+        if let Some(left) = store.lost_event_answers.checked_sub(1) {
+            store.lost_event_answers = left;
+            return None;
+        }
+        drop(store);
         match result {
             Ok((code, event)) => respond(stream, code, JSON, &event.to_string()),
             Err((code, message)) => respond_status(stream, code, message),
