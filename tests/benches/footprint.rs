@@ -1,13 +1,15 @@
-//! Resources of the agent on an idle node with 1,000 pods from an API server: memory and CPU time.
+//! Resources of the agent on a node with 1,000 pods from an API server: memory and CPU time at rest, and memory after each pod that is
+//! not exempt was denied once. The agent writes Kubernetes Events and the node's condition.
 
 use std::time::Duration;
 
 use imds_tests::{
-    PodLink, TestEnv,
+    METADATA, PodLink, TestEnv,
     api_server::{ApiServer, pod},
     kubelet::{Driver, Kubelet, new_uid},
     measure::{Process, machine, table},
     poll::poll_until,
+    probe::{SHORT, http_get},
 };
 
 const PODS: usize = 1000;
@@ -37,7 +39,7 @@ fn main() {
         .collect();
     let config = format!(
         "[[exempt]]\nname = 'agents'\nnamespace = 'kube-system'\npod_selector = {{ match_labels = {{ app = 'agent' }} }}\n\
-         [kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'",
+         [kubernetes]\nevents = true\nnode_condition = true\nkubeconfig = '{}'\nnode_name = '{NODE}'",
         kubeconfig.display()
     );
     let agent = env.agent().config(&config).hooks(&["from_pod", "node_egress", "socket"]).spawn();
@@ -51,12 +53,18 @@ fn main() {
     let used = process.cpu_at_rest(IDLE);
     println!("{PODS} pods, {} exempt senders, {}\n", env.status().exemptions.len(), machine());
     let [resident, most, own] = ["VmRSS", "VmHWM", "RssAnon"].map(|kind| process.memory(kind));
+    eprintln!("sending a request from each pod");
+    for (link, _) in &pods {
+        http_get(&link.netns, METADATA, SHORT);
+    }
+    let denied = process.memory("VmRSS");
     let row = |what: &str, value: String| vec![what.to_owned(), value];
     let rows = [
         row("resident memory", format!("{resident:.1} MiB")),
         row("peak memory", format!("{most:.1} MiB")),
         row("anonymous memory", format!("{own:.1} MiB")),
         row("CPU", format!("{used:.3} % of one")),
+        row("resident memory after a denial of each pod", format!("{denied:.1} MiB")),
     ];
     print!("{}", table(&["at rest", "takes"], &rows));
     drop(agent);
