@@ -1,8 +1,10 @@
-//! Invariants of imds-agent's decoders for arbitrary bytes. Each target decodes one kind of input and panics if an
+//! Invariants of the decoders of imds-agent and imds-broker for arbitrary bytes. Each target decodes one kind of input and panics if an
 //! invariant is violated.
 //!
 //! `cargo xtask fuzz` generates inputs. `cargo test` runs the inputs in `seeds`.
 
+mod broker_match;
+mod broker_request;
 mod classify;
 mod config;
 mod kubernetes;
@@ -18,11 +20,13 @@ pub const TARGET: &str = "IMDS_FUZZ_TARGET";
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 8] = [
     ("classify", classify::run),
     ("config", config::run),
     ("netlink", netlink::run),
     ("records", records::run),
     ("kubernetes", kubernetes::run),
     ("rulesets", rulesets::run),
+    ("broker_request", broker_request::run),
+    ("broker_match", broker_match::run),
 ];

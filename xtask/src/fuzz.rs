@@ -14,11 +14,13 @@ use crate::{
     workspace::{artifacts, cargo, describe, execute, in_parallel, print_status, root},
 };
 
-/// Fuzz the packet parser and the decoders of configurations, netlink messages, records, API responses and firewall
-/// listings
+/// Fuzz the packet parser, the decoders of configurations, netlink messages, records, API responses and firewall listings, and
+/// the broker's parser and rules
 #[derive(clap::Args)]
 pub(crate) struct Fuzz {
-    /// Name of one target: classify, config, netlink, records, kubernetes or rulesets
+    #[arg(
+        help = "Name of one target: classify, config, netlink, records, kubernetes, rulesets, broker_request or broker_match"
+    )]
     target: Option<String>,
     /// Duration for each target in seconds
     #[arg(long, default_value_t = 60)]
@@ -28,7 +30,8 @@ pub(crate) struct Fuzz {
     input: Option<PathBuf>,
 }
 
-const TARGETS: [&str; 6] = ["classify", "config", "netlink", "records", "kubernetes", "rulesets"];
+const TARGETS: [&str; 8] =
+    ["classify", "config", "netlink", "records", "kubernetes", "rulesets", "broker_request", "broker_match"];
 /// Environment variable with the name of the target.
 const TARGET: &str = "IMDS_FUZZ_TARGET";
 /// Compiler flags that libFuzzer needs. A memory sanitizer would also need unstable flags.

@@ -1,0 +1,123 @@
+//! Listener in the network namespace of a pod.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use imds_broker::{allow::Rule, provider::Provider, request::Request};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, oneshot},
+    task::JoinSet,
+    time::sleep,
+};
+
+use crate::{
+    connection,
+    control::Control,
+    limits::{ACCEPT_BACKOFF, MAX_CONNECTIONS, RateLimiter},
+    reports::Reporter,
+    response::Refusal,
+};
+
+/// Properties that all connections of a listener share.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    /// Address of the metadata service.
+    pub(crate) endpoint: SocketAddr,
+    pub(crate) provider: &'static Provider,
+    pub(crate) reporter: Reporter,
+    rules: Vec<Rule>,
+    requests: Mutex<RateLimiter>,
+    /// Connections that may still be accepted.
+    free_connections: Arc<Semaphore>,
+}
+
+impl Listener {
+    pub(crate) fn new(
+        id: u32,
+        endpoint: SocketAddr,
+        provider: &'static Provider,
+        rules: Vec<Rule>,
+        control: &Arc<Control>,
+    ) -> Self {
+        Self {
+            endpoint,
+            provider,
+            reporter: Reporter::new(id, Arc::clone(control)),
+            rules,
+            requests: Mutex::new(RateLimiter::for_requests(Instant::now())),
+            free_connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        }
+    }
+
+    /// Decides whether a request may be forwarded.
+    pub(crate) fn check(&self, request: &Request) -> Result<(), Refusal> {
+        let is_within_rate =
+            self.requests.lock().unwrap_or_else(PoisonError::into_inner).allow(Instant::now()).is_ok();
+        if !is_within_rate {
+            return Err(Refusal::TooManyRequests);
+        }
+        let (method, path) = (request.method().as_str(), request.path());
+        if !self.rules.iter().any(|rule| rule.allows(method, path)) {
+            return Err(Refusal::not_allowed(method, path));
+        }
+        match self.provider.unknown_parameter(request.query()) {
+            Some(parameter) => Err(Refusal::UnknownParameter(parameter.to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// Reports whether an idle connection would make a new one wait.
+    pub(crate) fn is_full(&self) -> bool {
+        self.free_connections.available_permits() == 0
+    }
+}
+
+/// Accepts connections until `closed` resolves. Then resets all connections, which frees the network namespace, and returns.
+pub(crate) async fn serve(
+    socket: TcpListener,
+    listener: Arc<Listener>,
+    all_free_connections: Arc<Semaphore>,
+    closed: oneshot::Receiver<()>,
+) {
+    let mut connections = JoinSet::new();
+    tokio::select! {
+        _ = closed => {}
+        () = accept_all(&socket, &listener, &all_free_connections, &mut connections) => {}
+    }
+    drop(socket);
+    connections.shutdown().await;
+}
+
+/// Accepts connections. Returns only if the semaphore is closed, which does not happen.
+async fn accept_all(
+    socket: &TcpListener,
+    listener: &Arc<Listener>,
+    all_free_connections: &Arc<Semaphore>,
+    connections: &mut JoinSet<()>,
+) {
+    let mut limiter = RateLimiter::for_connections(Instant::now());
+    loop {
+        let Ok(permit) = Arc::clone(&listener.free_connections).acquire_owned().await else { return };
+        while let Err(wait) = limiter.allow(Instant::now()) {
+            // The timer has a resolution of a millisecond.
+            sleep(wait.max(Duration::from_millis(1))).await;
+        }
+        match socket.accept().await {
+            Ok((stream, _)) => {
+                let (listener, all_free_connections) =
+                    (Arc::clone(listener), Arc::clone(all_free_connections));
+                connections.spawn(async move {
+                    let _permits = (permit, all_free_connections.acquire().await);
+                    connection::serve(stream, &listener).await;
+                });
+            }
+            // The client has gone, or no descriptor is free.
+            Err(_) => sleep(ACCEPT_BACKOFF).await,
+        }
+        while connections.try_join_next().is_some() {}
+    }
+}
