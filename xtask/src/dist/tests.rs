@@ -21,6 +21,7 @@ fn built() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     for (path, text) in [
         ("imds-agent", "#!/bin/sh\necho stand-in\n"),
+        ("imds-broker", "#!/bin/sh\necho stand-in\n"),
         ("imds-agent.cdx.json", "{}"),
         ("man/imds-agent.1", ".TH imds-agent 1"),
         ("completions/imds-agent", "complete"),
@@ -61,6 +62,7 @@ fn tarball_is_reproducible_and_complete() {
     let modes = modes(&first, crate::build::time().unwrap());
     for (path, mode) in [
         ("usr/bin/imds-agent", 0o755),
+        ("usr/bin/imds-broker", 0o755),
         ("etc/imds-agent/imds.toml", 0o644),
         ("usr/lib/systemd/system/imds-agent.service", 0o644),
         ("usr/share/man/man1/imds-agent.1.gz", 0o644),
@@ -89,6 +91,7 @@ fn rpm_package_is_reproducible_and_installable() {
     let list = query(&["--list"]).unwrap();
     for path in [
         "/usr/bin/imds-agent",
+        "/usr/bin/imds-broker",
         "/usr/share/man/man1/imds-agent.1.gz",
         "/usr/share/licenses/imds-agent/LICENSE",
     ] {
