@@ -142,9 +142,10 @@ fn set_v4(call: *mut bpf_sock_addr, address: u32) {
 #[inline(always)]
 fn set_v6(call: *mut bpf_sock_addr, words: [u32; 4]) {
     let [first, second, third, last] = words;
+    // SAFETY: the kernel passes a valid context, and the verifier checks the access.
+    let address = unsafe { ptr::addr_of_mut!((*call).user_ip6) }.cast::<u32>();
     for (index, word) in [(0, first), (1, second), (2, third), (3, last)] {
-        // SAFETY: the index is below the length of the field.
-        let field = unsafe { ptr::addr_of_mut!((*call).user_ip6).cast::<u32>().add(index) };
+        let field = address.wrapping_add(index);
         // SAFETY: the pointer into a field of the context is valid.
         unsafe { field.write_volatile(word) };
     }

@@ -64,9 +64,15 @@ impl Reconciler {
             }
             result = result.and(self.reconcile_listeners());
         }
-        // The broker itself needs an exemption from `hooks.host_network`.
-        let reconciled = if is_changed { self.reconcile_exemptions().await } else { Ok(()) };
-        result.and(reconciled)
+        if is_changed {
+            // At once, because resolving all rules again takes long on a node with many of them.
+            result = result.and(self.reconcile_listeners());
+            if self.kubepods.is_some() {
+                // The broker itself needs an exemption from `hooks.host_network`.
+                result = result.and(self.reconcile_exemptions().await);
+            }
+        }
+        result
     }
 
     /// Adapts the state to a broker that has started or ended.
