@@ -161,7 +161,8 @@ fn image_has_the_binary_of_each_architecture() {
         let layer = fs::File::open(layout.path().join(layer)).unwrap();
         let mut tar = tar::Archive::new(GzDecoder::new(layer));
         let files: Vec<_> = tar.entries().unwrap().map(|file| read(file.unwrap())).collect();
-        assert!(matches!(&files[..], [(path, 0o755, data)] if path == "imds-agent" && data.contains(text)));
+        let [(path, 0o755, data), (broker, 0o755, _)] = &files[..] else { panic!("{files:?}") };
+        assert!(path == "imds-agent" && data.contains(text) && broker == "imds-broker", "{files:?}");
     }
 
     if !lacks_program("the image in skopeo", &["skopeo"]) {
