@@ -107,7 +107,7 @@ pub struct ProbeRecord {
     /// Explicit padding, always written as 0.
     pub reserved: u32,
     /// Number of packets and calls at each hook by verdict: `verdicts[hook][verdict]`.
-    pub verdicts: [[u64; 6]; 7],
+    pub verdicts: [[u64; 7]; 7],
 }
 
 impl ProbeRecord {
@@ -153,7 +153,7 @@ impl ExemptionRecord {
 pub const fn can_be_exempted(verdict: Verdict) -> bool {
     match verdict {
         Verdict::Denied | Verdict::Audited => true,
-        Verdict::Unrelated | Verdict::Off | Verdict::Allowed | Verdict::Exempt => false,
+        Verdict::Unrelated | Verdict::Off | Verdict::Allowed | Verdict::Exempt | Verdict::Redirected => false,
     }
 }
 
@@ -193,7 +193,7 @@ pub fn find_exemption<T: PolicyLookup + ?Sized>(
 const _: () = assert!(size_of::<Subject>() == 16);
 const _: () = assert!(size_of::<ExemptionKey>() == 32);
 const _: () = assert!(size_of::<ExemptionRecord>() == 16);
-const _: () = assert!(size_of::<ProbeRecord>() == 8 + 7 * 6 * 8);
+const _: () = assert!(size_of::<ProbeRecord>() == 8 + 7 * 7 * 8);
 
 #[cfg(test)]
 mod tests {

@@ -35,6 +35,7 @@ pub mod opaque;
 pub mod packet;
 pub mod policy;
 pub mod policy_lookup;
+pub mod redirect;
 pub mod reply;
 pub mod verdict;
 
@@ -54,4 +55,5 @@ pub use maps::{
 pub use packet::{NoHeader, Packet, find_header, flow, is_unrelated_fast, is_unrelated_frame, service};
 pub use policy::{DenyAction, DenyErrno, Hook, Mode, TcHook, TcHookSet, Verdict};
 pub use policy_lookup::{InMemoryPolicy, PolicyLookup};
+pub use redirect::{ListenerKey, RedirectRecord};
 pub use verdict::{EndpointMatch, by_mode, classify, classify_address, classify_slow, lookup_endpoint};

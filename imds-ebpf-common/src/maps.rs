@@ -4,7 +4,7 @@ use crate::{Hook, TcHook, Verdict, event::RateLimiter};
 
 /// Version of the map layouts. Increment it with every change of meaning that does not change a size, so that the agent
 /// never misreads pinned maps of another version.
-pub const MAP_SCHEMA_VERSION: u32 = 9;
+pub const MAP_SCHEMA_VERSION: u32 = 10;
 
 /// Effective settings of the programs, which read them only for packets and calls to a protected endpoint.
 #[repr(C)]
@@ -325,7 +325,10 @@ mod pod {
         ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
         ProviderRecord,
     };
-    use crate::{Address, Endpoint, ExemptionKey, ExemptionRecord, PolicyFilter, ProbeRecord, Subject};
+    use crate::{
+        Address, Endpoint, ExemptionKey, ExemptionRecord, ListenerKey, PolicyFilter, ProbeRecord,
+        RedirectRecord, Subject,
+    };
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Policy {}
@@ -357,4 +360,8 @@ mod pod {
     unsafe impl aya::Pod for ExemptionRecord {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for ProbeRecord {}
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
+    unsafe impl aya::Pod for RedirectRecord {}
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
+    unsafe impl aya::Pod for ListenerKey {}
 }

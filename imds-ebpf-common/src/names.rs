@@ -21,6 +21,10 @@ pub const PROG_CONNECT6: &str = "imds_connect6";
 pub const PROG_SENDMSG4: &str = "imds_sendmsg4";
 /// cgroup program for sendmsg(2), sendmmsg(2) and sendto(2) on unconnected IPv6 UDP sockets.
 pub const PROG_SENDMSG6: &str = "imds_sendmsg6";
+/// cgroup program for getpeername(2) on IPv4 sockets: shows the endpoint instead of the listener of a scoped exemption.
+pub const PROG_PEER4: &str = "imds_peer4";
+/// IPv6 variant of [`PROG_PEER4`].
+pub const PROG_PEER6: &str = "imds_peer6";
 /// cgroup program for connect(2) on IPv4 sockets of hostNetwork pods.
 pub const PROG_HOST_CONNECT4: &str = "imds_host_conn4";
 /// cgroup program for connect(2) on IPv6 sockets of hostNetwork pods.
@@ -62,6 +66,11 @@ pub const MAP_EXEMPT_SOURCES: &str = "imds_exempt_src";
 /// LRU hash of interface index to `u64`: time of the last packet that `from_pod` let pass by an exemption, in nanoseconds of
 /// the boot clock.
 pub const MAP_EXEMPT_USE: &str = "imds_exempt_use";
+/// Hash of [`ExemptionKey`](crate::ExemptionKey) to [`RedirectRecord`](crate::RedirectRecord): listeners of scoped exemptions, by
+/// netns cookie and endpoint.
+pub const MAP_REDIRECT: &str = "imds_redirect";
+/// Hash of [`ListenerKey`](crate::ListenerKey) to [`Address`](crate::Address): the endpoint of each listener in [`MAP_REDIRECT`].
+pub const MAP_LISTENERS: &str = "imds_listeners";
 /// Hash of [`Subject`](crate::Subject) to [`ProbeRecord`](crate::ProbeRecord): test senders of `imds-agent verify`.
 pub const MAP_PROBES: &str = "imds_probes";
 /// Array of one `u32`: number of entries in [`MAP_PROBES`]. The programs look up probes only if it is not 0.
@@ -115,9 +124,11 @@ pub const GLOBAL_HAS_SET_RETVAL: &str = "HAS_SET_RETVAL";
 /// Names of all TC programs.
 pub const TC_PROGRAMS: [&str; 4] = [PROG_FROM_POD, PROG_FROM_POD_L3, PROG_NODE_EGRESS, PROG_NODE_EGRESS_L3];
 /// Programs of the `socket` hook.
-pub const SOCKET_PROGRAMS: [&str; 4] = [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDMSG4, PROG_SENDMSG6];
+pub const SOCKET_PROGRAMS: [&str; 6] =
+    [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDMSG4, PROG_SENDMSG6, PROG_PEER4, PROG_PEER6];
 /// Names of the pinned links of [`SOCKET_PROGRAMS`], in this order.
-pub const SOCKET_LINKS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
+pub const SOCKET_LINKS: [&str; 6] =
+    ["connect4", "connect6", "sendmsg4", "sendmsg6", "getpeername4", "getpeername6"];
 /// Programs of the `host_network` hook, attached to each cgroup of Kubernetes pods.
 pub const HOST_PROGRAMS: [&str; 5] =
     [PROG_HOST_CONNECT4, PROG_HOST_CONNECT6, PROG_HOST_SENDMSG4, PROG_HOST_SENDMSG6, PROG_HOST_EGRESS];
@@ -159,7 +170,7 @@ pub fn programs() -> impl Iterator<Item = &'static str> {
 }
 
 /// All maps of the object, except the section of its constants.
-pub const MAPS: [&str; 23] = [
+pub const MAPS: [&str; 25] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
@@ -168,6 +179,8 @@ pub const MAPS: [&str; 23] = [
     MAP_EXEMPT,
     MAP_EXEMPT_SOURCES,
     MAP_EXEMPT_USE,
+    MAP_REDIRECT,
+    MAP_LISTENERS,
     MAP_PROBES,
     MAP_PROBING,
     MAP_NODE_ALLOW,

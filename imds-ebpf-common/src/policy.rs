@@ -247,6 +247,8 @@ pub enum Verdict {
     Allowed = 4,
     /// Passed because the sender is exempt.
     Exempt = 5,
+    /// Call that passed with another destination: the listener of a scoped exemption. Packets never get this verdict.
+    Redirected = 6,
 }
 
 impl Verdict {
@@ -259,10 +261,11 @@ impl Verdict {
             Self::Audited => "audited",
             Self::Off | Self::Allowed => "allowed",
             Self::Exempt => "exempt",
+            Self::Redirected => "redirected",
         }
     }
 
-    /// Returns the verdict with this number; for an unknown number, [`Verdict::Exempt`].
+    /// Returns the verdict with this number; for an unknown number, [`Verdict::Redirected`].
     #[inline(always)]
     #[must_use]
     pub const fn from_u32(verdict: u32) -> Self {
@@ -272,7 +275,8 @@ impl Verdict {
             2 => Self::Audited,
             3 => Self::Off,
             4 => Self::Allowed,
-            _ => Self::Exempt,
+            5 => Self::Exempt,
+            _ => Self::Redirected,
         }
     }
 
@@ -299,5 +303,6 @@ impl Verdict {
     }
 
     /// All verdicts that have counters.
-    pub const COUNTED: [Self; 5] = [Self::Denied, Self::Audited, Self::Off, Self::Allowed, Self::Exempt];
+    pub const COUNTED: [Self; 6] =
+        [Self::Denied, Self::Audited, Self::Off, Self::Allowed, Self::Exempt, Self::Redirected];
 }

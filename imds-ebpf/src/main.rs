@@ -25,6 +25,7 @@ mod node_egress;
 mod node_process;
 mod packet;
 mod probe;
+mod redirect;
 mod reject;
 mod sender;
 mod socket;
@@ -65,13 +66,13 @@ fn imds_egress_l3(ctx: TcContext) -> i32 {
 /// `socket`: connect(2) on an IPv4 socket.
 #[cgroup_sock_addr(connect4)]
 fn imds_connect4(ctx: SockAddrContext) -> i32 {
-    permission(socket::classify_v4(&ctx, Hook::Socket))
+    permission(socket::connect_v4(&ctx))
 }
 
 /// `socket`: connect(2) on an IPv6 socket.
 #[cgroup_sock_addr(connect6)]
 fn imds_connect6(ctx: SockAddrContext) -> i32 {
-    permission(socket::classify_v6(&ctx, Hook::Socket))
+    permission(socket::connect_v6(&ctx))
 }
 
 /// `socket`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv4 UDP socket.
@@ -84,6 +85,20 @@ fn imds_sendmsg4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(sendmsg6)]
 fn imds_sendmsg6(ctx: SockAddrContext) -> i32 {
     permission(socket::classify_v6(&ctx, Hook::Socket))
+}
+
+/// `socket`: getpeername(2) on a connected IPv4 socket. The kernel requires the result 1.
+#[cgroup_sock_addr(getpeername4)]
+fn imds_peer4(ctx: SockAddrContext) -> i32 {
+    redirect::restore_peer_v4(&ctx);
+    1
+}
+
+/// `socket`: getpeername(2) on a connected IPv6 socket. The kernel requires the result 1.
+#[cgroup_sock_addr(getpeername6)]
+fn imds_peer6(ctx: SockAddrContext) -> i32 {
+    redirect::restore_peer_v6(&ctx);
+    1
 }
 
 /// `host_network`: connect(2) on an IPv4 socket of a hostNetwork pod.
@@ -158,7 +173,12 @@ fn imds_node_out(ctx: SkBuffContext) -> i32 {
 const fn permission(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Denied => 0,
-        Verdict::Unrelated | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => 1,
+        Verdict::Unrelated
+        | Verdict::Audited
+        | Verdict::Off
+        | Verdict::Allowed
+        | Verdict::Exempt
+        | Verdict::Redirected => 1,
     }
 }
 

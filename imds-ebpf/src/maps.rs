@@ -9,8 +9,8 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     Address, AllowedProcess, CgroupRecord, ConfigRecord, Counter, CounterKey, DenyAction, Endpoint,
-    ExemptionKey, ExemptionRecord, Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy,
-    PolicyFilter, PolicyLookup, ProbeRecord, ProviderRecord, Subject, Verdict,
+    ExemptionKey, ExemptionRecord, Hook, InterfaceRecord, KubernetesRecord, ListenerKey, Mode, PodRecord,
+    Policy, PolicyFilter, PolicyLookup, ProbeRecord, ProviderRecord, RedirectRecord, Subject, Verdict,
     allow_list::MAX_ALLOWED,
     endpoint::{AllowedPorts, MAX_ENDPOINTS},
     event::RateLimiter,
@@ -19,6 +19,7 @@ use imds_ebpf_common::{
     filter::{BUCKETS, MAX_BUCKET_LEN, bucket},
     names::PROGRAM_COUNT,
     opaque::{opaque, opaque_pointer},
+    redirect::MAX_LISTENERS,
 };
 
 use crate::events::now;
@@ -104,6 +105,16 @@ const EXEMPT_INTERFACES: usize = 4096;
 /// interface, and no process has to remove it.
 #[btf_map(name = "imds_exempt_use")]
 static EXEMPT_USE: LruHashMap<u32, u64, EXEMPT_INTERFACES> = LruHashMap::new();
+
+/// Listeners of scoped exemptions, by netns cookie and endpoint.
+#[btf_map(name = "imds_redirect")]
+static REDIRECTS: HashMap<ExemptionKey, RedirectRecord, MAX_LISTENERS, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
+/// Endpoints of the listeners in [`REDIRECTS`]. Has room for the old and the new listeners while the agent replaces them.
+#[btf_map(name = "imds_listeners")]
+static LISTENERS: HashMap<ListenerKey, Address, { MAX_LISTENERS * 2 }, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
 
 /// Largest number of test senders: `imds-agent verify` uses a few.
 const MAX_PROBES: usize = 64;
@@ -225,6 +236,20 @@ const MAX_TRANSIT_NS: u64 = 3_000_000_000;
 pub(crate) fn is_exempt_use_recent(ifindex: u32) -> bool {
     // SAFETY: the value is an integer of eight aligned bytes, which programs replace at once.
     unsafe { EXEMPT_USE.get(ifindex) }.is_some_and(|&used| now().saturating_sub(used) < MAX_TRANSIT_NS)
+}
+
+/// Returns the port of the listener for connections to the endpoint in `key` from the network namespace in it; 0 for none.
+#[inline(always)]
+pub(crate) fn listener_port(key: &ExemptionKey) -> u32 {
+    // SAFETY: the value is an aligned integer, which stays valid if user space replaces the entry in the meantime.
+    unsafe { REDIRECTS.get(key) }.map_or(0, |record| record.port)
+}
+
+/// Returns the endpoint whose connections are redirected to a listener.
+#[inline(always)]
+pub(crate) fn redirected_endpoint(listener: &ListenerKey) -> Option<Address> {
+    // SAFETY: the value is copied at once, and user space does not replace entries, but removes and adds them.
+    unsafe { LISTENERS.get(listener) }.copied()
 }
 
 /// Reports whether the allow list of the node contains `process`.

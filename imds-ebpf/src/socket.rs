@@ -1,4 +1,4 @@
-//! Programs on connect(2) and sendmsg(2): give a verdict on calls before a packet exists. They never rewrite addresses.
+//! Programs on connect(2) and sendmsg(2): give a verdict on calls before a packet exists. Only [`redirect`] rewrites addresses.
 //!
 //! [`Hook::Socket`] covers pods with their own network namespace, [`Hook::HostNetwork`] covers pods in the node's, and
 //! [`Hook::NodeAllow`] covers all processes in the node's.
@@ -11,10 +11,10 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     Address, CounterKey, Flow, Hook, Service, Subject, SubjectKind, Verdict, classify_address,
-    event::RateLimitKey, opaque::opaque_xor,
+    event::RateLimitKey, opaque::opaque_xor, redirect::REDIRECTED_SERVICE,
 };
 
-use crate::{diagnostics, event_source, events, exempt, maps, netns, node_process, probe};
+use crate::{diagnostics, event_source, events, exempt, maps, netns, node_process, probe, redirect};
 
 /// 1 if `connect` and `sendmsg` programs may call `bpf_set_retval` (Linux 6.1). The loader sets it before loading. The
 /// verifier treats it as a constant, and ignores the call as dead code if it is 0.
@@ -25,28 +25,65 @@ static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 pub(crate) fn classify_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let destination = unsafe { (*ctx.sock_addr).user_ip4 };
-    classify(ctx, hook, Address::from_ipv4(destination.to_ne_bytes()))
+    classify(ctx, hook, Address::from_ipv4(destination.to_ne_bytes()), |_, _, verdict| verdict)
+}
+
+/// Variant of [`classify_v4`] for connect(2) at [`Hook::Socket`], which redirects to the listener of a scoped exemption.
+#[inline(always)]
+pub(crate) fn connect_v4(ctx: &SockAddrContext) -> Verdict {
+    // SAFETY: the kernel passes a valid context, and the verifier checks the access.
+    let destination = unsafe { (*ctx.sock_addr).user_ip4 };
+    let redirect = |cookie, address: &Address| redirect::connect_v4(ctx.sock_addr, cookie, address);
+    let redirect = |cookie, call: (&Address, Service), verdict| redirected(cookie, call, verdict, redirect);
+    classify(ctx, Hook::Socket, Address::from_ipv4(destination.to_ne_bytes()), redirect)
 }
 
 #[inline(always)]
 pub(crate) fn classify_v6(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let words = unsafe { (*ctx.sock_addr).user_ip6 };
-    let mut destination = [0; 16];
-    for (bytes, word) in destination.chunks_exact_mut(4).zip(words) {
-        bytes.copy_from_slice(&word.to_ne_bytes());
-    }
-    classify(ctx, hook, Address::from_ipv6(destination))
+    classify(ctx, hook, address_of(words), |_, _, verdict| verdict)
 }
 
-/// Returns the verdict on a call: [`Verdict::Unrelated`] if another hook covers the socket's network namespace.
+/// Variant of [`classify_v6`] for connect(2) at [`Hook::Socket`], which redirects to the listener of a scoped exemption.
 #[inline(always)]
-fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
+pub(crate) fn connect_v6(ctx: &SockAddrContext) -> Verdict {
+    // SAFETY: the kernel passes a valid context, and the verifier checks the access.
+    let words = unsafe { (*ctx.sock_addr).user_ip6 };
+    let redirect = |cookie, address: &Address| redirect::connect_v6(ctx.sock_addr, cookie, address);
+    let redirect = |cookie, call: (&Address, Service), verdict| redirected(cookie, call, verdict, redirect);
+    classify(ctx, Hook::Socket, address_of(words), redirect)
+}
+
+/// Returns the canonical form of an IPv6 address in network byte order.
+#[inline(always)]
+fn address_of(words: [u32; 4]) -> Address {
+    let mut octets = [0; 16];
+    for (bytes, word) in octets.chunks_exact_mut(4).zip(words) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    Address::from_ipv6(octets)
+}
+
+/// Returns the verdict on a call: [`Verdict::Unrelated`] if another hook covers the socket's network namespace. `redirect` takes
+/// the netns cookie, the destination and the verdict on it, and returns the verdict after a redirection.
+#[inline(always)]
+fn classify(
+    ctx: &SockAddrContext,
+    hook: Hook,
+    destination: Address,
+    redirect: impl FnOnce(u64, (&Address, Service), Verdict) -> Verdict,
+) -> Verdict {
     let service = service(ctx.sock_addr);
     let verdict = classify_address(destination, Some(service), &maps::Maps);
     match verdict {
         Verdict::Unrelated => return verdict,
-        Verdict::Denied | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => {}
+        Verdict::Denied
+        | Verdict::Audited
+        | Verdict::Off
+        | Verdict::Allowed
+        | Verdict::Exempt
+        | Verdict::Redirected => {}
     }
     // SAFETY: the helper takes the context of a socket address program.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
@@ -70,7 +107,7 @@ fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict 
         Hook::NodeAllow => node_process::apply_to_caller(hide_bounds(verdict, cookie)),
         Hook::FromPod | Hook::NodeEgress | Hook::Socket | Hook::HostNetwork | Hook::LocalService => verdict,
     };
-    let verdict = hide_bounds(verdict, cookie);
+    let verdict = hide_bounds(redirect(cookie, (&destination, service), verdict), cookie);
     let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, 0);
     if matches!(verdict, Verdict::Denied) {
         choose_errno();
@@ -85,6 +122,20 @@ fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict 
     // SAFETY: the rate limiter belongs to this CPU, and the map does not free it while the program that looked it up runs.
     events::report_call(hook, verdict, cookie, flow, unsafe { &mut *limiter });
     verdict
+}
+
+/// Returns the verdict on a call after `redirect`, which takes the netns cookie and the endpoint of a denied call to
+/// [`REDIRECTED_SERVICE`], and reports whether it has rewritten the destination.
+#[inline(always)]
+fn redirected(
+    cookie: u64,
+    (destination, service): (&Address, Service),
+    verdict: Verdict,
+    redirect: impl FnOnce(u64, &Address) -> bool,
+) -> Verdict {
+    let is_redirected =
+        matches!(verdict, Verdict::Denied) && service == REDIRECTED_SERVICE && redirect(cookie, destination);
+    if is_redirected { Verdict::Redirected } else { verdict }
 }
 
 /// Sets the error of the denied call, which is `EPERM` by default. Calls of `imds-agent verify` always fail with `EPERM`.

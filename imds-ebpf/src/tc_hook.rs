@@ -113,9 +113,12 @@ pub(crate) struct Classified {
 pub(crate) const fn action(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Denied => TC_ACT_SHOT,
-        Verdict::Unrelated | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => {
-            TC_ACT_UNSPEC
-        }
+        Verdict::Unrelated
+        | Verdict::Audited
+        | Verdict::Off
+        | Verdict::Allowed
+        | Verdict::Exempt
+        | Verdict::Redirected => TC_ACT_UNSPEC,
     }
 }
 

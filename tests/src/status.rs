@@ -85,6 +85,8 @@ pub struct ExemptSender {
     pub pod: Option<Identity>,
     pub endpoint: Option<String>,
     pub verdict: String,
+    pub allow: Option<Vec<String>>,
+    pub other_rules: u32,
 }
 
 /// The agent process that holds the lock of the pin directory.
@@ -196,6 +198,7 @@ pub struct Counts {
     pub audited: Count,
     pub allowed: Count,
     pub exempt: Count,
+    pub redirected: Count,
 }
 
 /// State of the `socket` hook.

@@ -14,11 +14,15 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// Builds the agent in release mode and returns its path.
+/// Builds the agent and its broker in release mode. Returns the path of the agent.
 pub(crate) fn release() -> Result<PathBuf> {
     let agent = artifacts("release")?.join("imds-agent");
     setup::ensure(Purpose::Build)?;
-    execute(cargo("build").args(["--release", "--package", "imds-agent"]).env("IMDS_COMMIT", commit()))?;
+    execute(
+        cargo("build")
+            .args(["--release", "--package", "imds-agent", "--package", "imds-broker"])
+            .env("IMDS_COMMIT", commit()),
+    )?;
     Ok(agent)
 }
 
@@ -29,12 +33,12 @@ pub(crate) fn shipped() -> Result<PathBuf> {
     Ok(agent)
 }
 
-/// Builds the agent for a trial and returns its path: without optimizations, with the dependencies that xtask and the tests use
-/// too, which takes a fraction of the time.
+/// Builds the agent and its broker for a trial, and returns the path of the agent: without optimizations, with the dependencies
+/// that xtask and the tests use too, which takes a fraction of the time.
 pub(crate) fn debug() -> Result<PathBuf> {
     let agent = artifacts("debug")?.join("imds-agent");
     setup::ensure(Purpose::Build)?;
-    execute(cargo("build").args(["--package", "imds-agent", "--locked"]))?;
+    execute(cargo("build").args(["--package", "imds-agent", "--package", "imds-broker", "--locked"]))?;
     Ok(agent)
 }
 

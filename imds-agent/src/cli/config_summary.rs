@@ -89,7 +89,8 @@ fn exemption(rule: &Exempt, endpoint_set: &EndpointSet) -> String {
         }
     };
     let audited = if rule.is_audited { ", audited" } else { "" };
-    format!("{subject} to {endpoints} (rule {}){audited}", rule.name)
+    let allow = rule.allow.as_ref().map(|allow| format!(", only {}", allow.join(", "))).unwrap_or_default();
+    format!("{subject} to {endpoints} (rule {}){audited}{allow}", rule.name)
 }
 
 fn kubernetes(config: &Config) -> String {

@@ -65,6 +65,9 @@ pub(super) struct RunArgs {
     /// Labels of the node for `[[node_pool]]`, such as `pool=gpu,zone=1`, instead of those that the API server has
     #[arg(long, value_name = "LABELS", value_parser = parse_labels)]
     node_labels: Option<Labels>,
+    /// Program that answers the requests of pods whose exemption has `allow`. Default: `imds-broker` in the directory of the agent
+    #[arg(long, value_name = "FILE", conflicts_with = "once")]
+    broker: Option<PathBuf>,
     #[command(flatten)]
     state: StateDirArg,
     #[command(flatten)]
@@ -157,6 +160,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let mut reconciler =
         Reconciler::new(datapath, netlink, resolved, senders).with_clsact_delay(clsact_delay);
     if !args.once {
+        reconciler = reconciler.with_broker(args.broker);
         let period = Duration::from_secs(args.resync);
         let sinks = SinkSettings::new(&start.config, &resolved.endpoint_set, &resolved.exempt);
         let telemetry = Telemetry::start(pins.clone(), period, sinks)?;

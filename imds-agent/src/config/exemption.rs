@@ -16,7 +16,9 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use super::{
-    ConfigError, ConfigErrors, names,
+    ConfigError, ConfigErrors,
+    allowed_requests::AllowedRequests,
+    names,
     selector::{NAMESPACE_SELECTOR, POD_SELECTOR, Selector, SelectorTable},
     source::{Diagnostics, Location},
     suggest::did_you_mean,
@@ -39,6 +41,8 @@ struct UnresolvedRule {
     is_audited: bool,
     /// Endpoint names with their locations in the file; `None` for all endpoints.
     endpoints: Option<Vec<(String, Location)>>,
+    /// Requests that the rule allows; `None` for all, without a broker between.
+    allow: Option<AllowedRequests>,
 }
 
 /// Exemption rule with resolved endpoints.
@@ -52,6 +56,8 @@ pub struct Exempt {
     pub scope: EndpointSelector,
     /// True if requests that the rule allows are counted and reported as in audit mode.
     pub is_audited: bool,
+    /// Requests of a scoped exemption, which go through the broker; `None` for an exemption from enforcement.
+    pub allow: Option<Vec<String>>,
 }
 
 /// Selector of the senders that a rule matches.
@@ -154,6 +160,7 @@ pub(super) struct ExemptTable {
     endpoints: Option<Spanned<Vec<Spanned<String>>>>,
     #[serde(default)]
     audit: bool,
+    allow: Option<Spanned<Vec<Spanned<String>>>>,
     pod_selector: Option<Spanned<SelectorTable>>,
 }
 
@@ -180,13 +187,15 @@ impl Exemptions {
     /// Returns the rules with their endpoint names resolved to addresses of `endpoint_set`.
     pub fn resolve(&self, endpoint_set: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
         let (mut rules, mut errors) = (Vec::new(), Vec::new());
-        for UnresolvedRule { name, sender, is_audited, endpoints } in self.rules.iter().cloned() {
+        for UnresolvedRule { name, sender, is_audited, endpoints, allow } in self.rules.iter().cloned() {
             let scope = endpoints.map_or(EndpointSelector::All, |names| {
                 let addresses = names.iter().map(|(name, location)| address(name, location, endpoint_set));
                 let known = addresses.filter_map(|address| address.map_err(|error| errors.push(error)).ok());
                 EndpointSelector::Only(known.collect())
             });
-            rules.push(Exempt { name, sender, scope, is_audited });
+            let allow = allow.map(|allow| allow.expand(endpoint_set.provider));
+            let allow = allow.transpose().map_err(|error| errors.push(error)).unwrap_or_default();
+            rules.push(Exempt { name, sender, scope, is_audited, allow });
         }
         ConfigErrors::check(errors)?;
         Ok(rules)
@@ -211,7 +220,9 @@ fn check_new(rule: &UnresolvedRule, others: &[UnresolvedRule]) -> Result<(), Str
         return Err(format!("exempt.name: {:?} is already the name of another rule", rule.name));
     }
     if let Some(other) = others.iter().find(|other| other.sender == rule.sender && other.overlaps(rule)) {
-        let reason = if other.is_audited == rule.is_audited {
+        let reason = if other.allow.is_some() != rule.allow.is_some() {
+            "contradict each other: only one limits the requests of the same sender"
+        } else if other.is_audited == rule.is_audited {
             "are duplicates: both match the same sender"
         } else {
             "contradict each other: one audits and the other exempts the same sender"
@@ -237,7 +248,24 @@ fn parse_rule(table: &ExemptTable, diagnostics: &mut Diagnostics<'_>) -> Option<
     let name = diagnostics.plain_name(&table.name, "exempt.name", MAX_NAME);
     let sender = parse_sender(table, diagnostics);
     let endpoints = table.endpoints.as_ref().map(|names| parse_endpoints(names, diagnostics));
-    Some(UnresolvedRule { name: name?, sender: sender?, is_audited: table.audit, endpoints })
+    let allow = table.allow.as_ref().map(|allow| AllowedRequests::parse(allow, diagnostics));
+    if let Some(allow) = &table.allow {
+        check_scoped(table, allow.span(), diagnostics);
+    }
+    Some(UnresolvedRule { name: name?, sender: sender?, is_audited: table.audit, endpoints, allow })
+}
+
+/// Records an error for each key that a rule with `allow` must not have.
+fn check_scoped(table: &ExemptTable, span: Range<usize>, diagnostics: &mut Diagnostics<'_>) {
+    if table.audit {
+        let message = "exempt.allow: the broker refuses other requests; remove `audit = true`, or `allow`";
+        diagnostics.error(span.clone(), message);
+    }
+    if table.interface.is_some() {
+        let message = "exempt.allow: the agent cannot see the end of a sandbox by its interface; use `namespace`, `namespace_selector`, \
+                       `cgroup` or `netns`";
+        diagnostics.error(span, message);
+    }
 }
 
 fn parse_sender(table: &ExemptTable, diagnostics: &mut Diagnostics<'_>) -> Option<RuleSubject> {

@@ -1,5 +1,6 @@
 //! Configuration file: parses TOML into a validated [`Config`].
 
+mod allowed_requests;
 mod endpoint;
 pub mod endpoint_set;
 mod event_sinks;

@@ -87,7 +87,7 @@ impl Reconciler {
     }
 
     /// Logs changes on cgroups, and counts those that repair what another program changed.
-    fn report_cgroups(
+    pub(super) fn report_cgroups(
         &mut self,
         changes: Result<Vec<CgroupChange>, DatapathError>,
     ) -> Result<(), DatapathError> {

@@ -150,6 +150,7 @@ impl Agent {
                 point = self.reconciler.attachment_due() => self.reconciler.attach(point).await,
                 () = future::ready(()), if self.reconciler.is_resolving() => log_error(self.reconciler.resolve_next().await),
                 () = self.reconciler.search_due() => log_error(self.reconciler.poll_exemptions().await),
+                () = self.reconciler.broker_changed() => log_error(self.reconciler.on_broker_changed().await),
                 () = self.reconciler.kubepods_changed() => log_error(self.reconciler.on_kubepods_changed()),
                 _ = self.timer.tick() => {
                     resyncs = resyncs.wrapping_add(1);
@@ -206,6 +207,8 @@ impl Agent {
             }
         }
         Systemd::stopping();
+        // The broker ends with the agent.
+        log_error(self.reconciler.datapath.clear_redirects());
         match self.reconciler.datapath.pin_failure() {
             None => log::info!("stopping; attached programs keep enforcing until `imds-agent unload`"),
             Some(failure) => log::warn!("stopping; links end because they are not pinned: {failure}"),
@@ -307,6 +310,7 @@ impl Agent {
             watch: self.cluster.state(),
             event_writes: self.cluster_report.event_writes(),
             namespace_watch: self.cluster.namespace_state(),
+            broker: self.reconciler.broker_stats(),
             log_lines_dropped: logging::dropped(),
         }
     }

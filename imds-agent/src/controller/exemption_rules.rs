@@ -10,7 +10,10 @@ use imds_ebpf_common::{Address, ExemptionKey, ExemptionRecord, Subject, SubjectK
 
 use crate::{
     config::{self, EndpointSelector, Exempt, RuleSubject, Selector},
-    controller::pod_tracker::PodTracker,
+    controller::{
+        pod_tracker::PodTracker,
+        scoped_rules::{self, DesiredListeners, Endpoints, desired_listeners},
+    },
     datapath::exemption_set::ExemptionSet,
     encode::address_key,
     node::{
@@ -19,6 +22,18 @@ use crate::{
         sender_resolver::{Fingerprint, IdentitySet, SenderResolver},
     },
 };
+
+/// Properties of the node that decide how rules are applied.
+#[derive(Clone, Debug)]
+pub(super) struct RuleContext {
+    /// The socket hook is on.
+    pub(super) socket_hook_on: bool,
+    /// The socket hook can redirect connections, and a broker can answer them.
+    pub(super) can_redirect: bool,
+    /// The mode is `enforce`. In other modes no request is denied that the broker would have to answer.
+    pub(super) is_enforcing: bool,
+    pub(super) endpoints: Endpoints,
+}
 
 /// Exemption rules of the effective configuration.
 #[derive(Debug, Default)]
@@ -65,9 +80,9 @@ impl ExemptionRules {
 
     /// Describes the rules that cannot be applied completely, one line `NAME: REASON` each. A NUL, which a path in the
     /// configuration may contain, would end the record.
-    pub(super) fn describe_errors(&self) -> String {
+    pub(super) fn describe_errors(errors: &BTreeMap<String, String>) -> String {
         let lines =
-            self.errors.iter().map(|(name, reason)| format!("{name}: {reason}").replace(['\n', '\0'], " "));
+            errors.iter().map(|(name, reason)| format!("{name}: {reason}").replace(['\n', '\0'], " "));
         lines.collect::<Vec<_>>().join("\n")
     }
 
@@ -75,15 +90,15 @@ impl ExemptionRules {
         self.exempt.iter().filter_map(|rule| rule.sender.path()).map(SenderResolver::fingerprint).collect()
     }
 
-    /// Computes the exemptions on a node with these `links` of `pods`. `socket_hook_on`: the socket hook is on.
-    pub async fn resolve(
+    /// Computes the exemptions and the listeners of scoped exemptions on a node with these `links` of `pods`.
+    pub(super) async fn resolve(
         &mut self,
         resolver: &mut SenderResolver,
         netlink: &Netlink,
         links: &[&Link],
         pods: &PodTracker,
-        socket_hook_on: bool,
-    ) -> ExemptionSet {
+        context: &RuleContext,
+    ) -> (ExemptionSet, DesiredListeners) {
         self.fingerprints = self.fingerprints();
         let mut found = Vec::new();
         let mut errors = BTreeMap::new();
@@ -98,7 +113,7 @@ impl ExemptionRules {
                 RuleSubject::Cgroup(path) => resolver.from_cgroup(netlink, links, path).await,
                 RuleSubject::Pods(rule) => pods.senders(rule),
             };
-            if let Some(failure) = incomplete_reason(&senders, socket_hook_on) {
+            if let Some(failure) = incomplete_reason(rule, &senders, context) {
                 errors.insert(rule.name.clone(), failure);
             }
             found.push(senders);
@@ -109,7 +124,13 @@ impl ExemptionRules {
             }
         }
         self.errors = errors;
-        ExemptionSet { entries: exemption_entries(&self.exempt, &found), sources: source_entries(&found) }
+        let entries = exemption_entries(&self.exempt, &found);
+        let listeners = if context.is_enforcing && context.can_redirect {
+            desired_listeners(&self.exempt, &found, &entries, &context.endpoints)
+        } else {
+            DesiredListeners::new()
+        };
+        (ExemptionSet { entries, sources: source_entries(&self.exempt, &found) }, listeners)
     }
 }
 
@@ -136,9 +157,14 @@ impl RuleSubject {
 }
 
 /// Returns the reason why a rule cannot be applied to all senders that it matches.
-fn incomplete_reason(senders: &IdentitySet, socket_hook_on: bool) -> Option<String> {
+fn incomplete_reason(rule: &Exempt, senders: &IdentitySet, context: &RuleContext) -> Option<String> {
+    if rule.allow.is_some() {
+        let unsupported = || scoped_rules::unsupported(senders, context.can_redirect);
+        let error = senders.errors.first().cloned();
+        return error.or_else(|| context.is_enforcing.then(unsupported).flatten());
+    }
     let without_cookie = || {
-        let pod = senders.without_cookie.as_ref().filter(|_| socket_hook_on)?;
+        let pod = senders.without_cookie.as_ref().filter(|_| context.socket_hook_on)?;
         Some(format!(
             "this kernel (before Linux 5.14) has no cookie for the network namespace of {pod}: the socket hook does not exempt its \
              calls, set hooks.socket = false"
@@ -152,6 +178,9 @@ fn incomplete_reason(senders: &IdentitySet, socket_hook_on: bool) -> Option<Stri
 fn exemption_entries(rules: &[Exempt], found: &[IdentitySet]) -> BTreeMap<ExemptionKey, ExemptionRecord> {
     let mut entries = BTreeMap::new();
     for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
+        if rule.allow.is_some() {
+            continue;
+        }
         let verdict = if rule.is_audited { Verdict::Audited } else { Verdict::Exempt };
         let record = ExemptionRecord::new(verdict, number);
         for subject in subjects(senders) {
@@ -176,8 +205,9 @@ fn exemption_entries(rules: &[Exempt], found: &[IdentitySet]) -> BTreeMap<Exempt
 }
 
 /// Returns the source addresses of the pods that were found.
-fn source_entries(found: &[IdentitySet]) -> BTreeSet<ExemptionKey> {
-    let of_links = found.iter().flat_map(|senders| &senders.addresses);
+fn source_entries(rules: &[Exempt], found: &[IdentitySet]) -> BTreeSet<ExemptionKey> {
+    let exempt = rules.iter().zip(found).filter(|(rule, _)| rule.allow.is_none());
+    let of_links = exempt.flat_map(|(_, senders)| &senders.addresses);
     let exemption = |&(index, source): &(u32, IpAddr)| {
         let subject = Subject::new(SubjectKind::Interface, index.into());
         ExemptionKey { address: address_key(source), subject }
@@ -210,7 +240,13 @@ mod tests {
     fn rule(addresses: Option<[u8; 4]>, is_audited: bool) -> Exempt {
         let scope = addresses
             .map_or(EndpointSelector::All, |address| EndpointSelector::Only([IpAddr::from(address)].into()));
-        Exempt { name: "a".to_owned(), sender: RuleSubject::Netns("/n".into()), scope, is_audited }
+        Exempt {
+            name: "a".to_owned(),
+            sender: RuleSubject::Netns("/n".into()),
+            scope,
+            is_audited,
+            allow: None,
+        }
     }
 
     fn found(interface: u32) -> IdentitySet {
@@ -228,21 +264,27 @@ mod tests {
     #[test]
     fn missing_cookie_is_reported_for_socket() {
         let senders = IdentitySet { without_cookie: Some("/n".to_owned()), ..found(7) };
+        let context = |socket_hook_on| RuleContext {
+            socket_hook_on,
+            can_redirect: true,
+            is_enforcing: true,
+            endpoints: Endpoints::default(),
+        };
+        let rule = rule(None, false);
         assert!(
-            incomplete_reason(&senders, true)
+            incomplete_reason(&rule, &senders, &context(true))
                 .unwrap()
                 .contains("network namespace of /n: the socket hook does not exempt its")
         );
-        assert_eq!(incomplete_reason(&senders, false), None);
+        assert_eq!(incomplete_reason(&rule, &senders, &context(false)), None);
         let unknown = IdentitySet { errors: ["gone".to_owned()].into(), ..senders };
-        assert_eq!(incomplete_reason(&unknown, false).unwrap(), "gone");
+        assert_eq!(incomplete_reason(&rule, &unknown, &context(false)).unwrap(), "gone");
     }
 
     #[test]
     fn each_error_is_one_line() {
         let errors = [("a", "/x\0y\nz"), ("b", "gone")].map(|(name, reason)| (name.into(), reason.into()));
-        let rules = ExemptionRules { errors: errors.into(), ..ExemptionRules::default() };
-        assert_eq!(rules.describe_errors(), "a: /x y z\nb: gone");
+        assert_eq!(ExemptionRules::describe_errors(&errors.into()), "a: /x y z\nb: gone");
     }
 
     #[test]

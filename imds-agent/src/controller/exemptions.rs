@@ -8,14 +8,20 @@ use std::{
     time::Duration,
 };
 
-use imds_ebpf_common::{Hook, TcHook};
+use imds_ebpf_common::{ExemptionKey, ExemptionRecord, Hook, Mode, Subject, SubjectKind, TcHook, Verdict};
 use tokio::time::{Instant, sleep_until};
 
 use super::Reconciler;
 use crate::{
     config::{Exempt, Interfaces},
-    controller::{exemption_rules::ExemptionRules, pod_tracker::PodTracker},
+    controller::{
+        exemption_rules::{ExemptionRules, RuleContext},
+        pod_tracker::PodTracker,
+        resolved_config::ResolvedConfig,
+        scoped_rules::Endpoints,
+    },
     datapath::{DatapathError, exemption_set::ExemptionSet},
+    encode::address_key,
     kube::{NamespaceEvent, PodEvent, WatchState},
     node::{
         interface_role::{Uplinks, assign},
@@ -29,6 +35,8 @@ use crate::{
 const PERIOD: Duration = Duration::from_millis(250);
 /// Sandboxes to resolve before events are handled again: about 1 ms of work.
 const SANDBOX_BATCH: usize = 2;
+/// Number in the map of exemptions for the broker, which no rule of the configuration exempts.
+const BROKER_RULE: u32 = 0;
 
 /// Exemption rules, and the pods and identities that they match.
 pub(super) struct ExemptionState {
@@ -52,6 +60,10 @@ pub(super) struct ExemptionState {
     node_addresses: LastRead,
     /// True if the maps contain the node's addresses.
     pub(super) uses_node_addresses: bool,
+    /// Protected endpoints, for scoped exemptions.
+    pub(super) endpoints: Endpoints,
+    /// Effective mode.
+    pub(super) mode: Mode,
 }
 
 /// Addresses that were read last.
@@ -70,12 +82,17 @@ impl LastRead {
 }
 
 impl ExemptionState {
-    /// Returns the state before any pod is known. `has_pod_watch`: a pod watch will report pods.
-    pub(super) fn new(exempt: Vec<Exempt>, resolver: SenderResolver, has_pod_watch: bool) -> Self {
+    /// Returns the state before any pod is known.
+    pub(super) fn new(
+        ResolvedConfig { datapath_config, endpoint_set, exempt, cluster, .. }: &ResolvedConfig,
+        resolver: SenderResolver,
+    ) -> Self {
         Self {
-            rules: ExemptionRules::new(exempt),
+            rules: ExemptionRules::new(exempt.clone()),
             resolver,
-            pods: PodTracker::new(has_pod_watch),
+            pods: PodTracker::new(cluster.is_some()),
+            endpoints: endpoint_set.into(),
+            mode: datapath_config.mode,
             watched: None,
             last_search: Instant::now(),
             recorded_errors: None,
@@ -137,6 +154,7 @@ impl Reconciler {
     /// Computes the exemptions of the pods on this node, and updates the maps to match.
     pub async fn reconcile_exemptions(&mut self) -> Result<(), DatapathError> {
         let desired = self.resolve_exemptions().await?;
+        let listeners = self.reconcile_listeners();
         let map_updates = self.datapath.sync_exemptions(&desired)?;
         self.map_updates.exemptions += map_updates as u64;
         if map_updates > 0 {
@@ -146,7 +164,7 @@ impl Reconciler {
             self.map_updates.pods += self.datapath.sync_pod_names(&self.exemptions.pods.names())? as u64;
             self.exemptions.pods.names_dirty = false;
         }
-        Ok(())
+        listeners
     }
 
     /// Handles an event of the pod watch. [`Reconciler::resolve_next`] resolves the sandboxes of new pods.
@@ -232,21 +250,24 @@ impl Reconciler {
         self.exemptions
             .pods
             .track_host_network_pods(self.exemptions.rules.pod_selectors().filter(|_| tracks_host_network));
-        let socket_hook_on =
-            self.datapath.hooks().contains(Hook::Socket) && !self.datapath.lacks_identity(Hook::Socket);
+        let context = RuleContext {
+            socket_hook_on: self.datapath.hooks().contains(Hook::Socket)
+                && !self.datapath.lacks_identity(Hook::Socket),
+            can_redirect: self.datapath.can_redirect() && self.scoped.broker.is_some(),
+            is_enforcing: self.exemptions.mode == Mode::Enforce,
+            endpoints: self.exemptions.endpoints.clone(),
+        };
         let found = self.exemptions.rules.resolve(
             &mut self.exemptions.resolver,
             &self.netlink,
             &pods,
             &self.exemptions.pods,
-            socket_hook_on,
+            &context,
         );
-        let mut desired = found.await;
-        let errors = self.exemptions.rules.describe_errors();
-        if self.exemptions.recorded_errors.as_ref() != Some(&errors) {
-            self.datapath.record_exemption_errors(&errors)?;
-            self.exemptions.recorded_errors = Some(errors);
-        }
+        let (mut desired, listeners) = found.await;
+        self.scoped.desired = listeners;
+        self.record_rule_errors()?;
+        self.add_broker(&mut desired);
         desired.add_bridges(&self.node.links);
         let returns_packets = self.node.links.values().any(Link::may_return_packets);
         self.exemptions.uses_node_addresses = returns_packets || !desired.entries.is_empty();
@@ -274,6 +295,40 @@ impl Reconciler {
             desired.add_passed_sources();
         }
         Ok(desired)
+    }
+
+    /// Exempts the broker from `hooks.host_network`, if it runs in a pod, at the endpoints that it asks for pods.
+    fn add_broker(&mut self, desired: &mut ExemptionSet) {
+        let Some(cgroup) = self.broker_cgroup() else { return };
+        let endpoints: BTreeSet<_> = self.scoped.desired.keys().map(|(_, endpoint)| *endpoint).collect();
+        for endpoint in endpoints {
+            let subject = Subject::new(SubjectKind::Cgroup, cgroup);
+            let exemption = ExemptionKey { address: address_key(endpoint), subject };
+            desired.entries.insert(exemption, ExemptionRecord::new(Verdict::Exempt, BROKER_RULE));
+        }
+    }
+
+    /// Records the rules that cannot be applied completely, if they have changed.
+    pub(super) fn record_rule_errors(&mut self) -> Result<(), DatapathError> {
+        let errors = ExemptionRules::describe_errors(&self.rule_errors());
+        if self.exemptions.recorded_errors.as_ref() != Some(&errors) {
+            self.datapath.record_exemption_errors(&errors)?;
+            self.exemptions.recorded_errors = Some(errors);
+        }
+        Ok(())
+    }
+
+    /// Returns the reasons why rules cannot be applied completely, by name of the rule.
+    pub(super) fn rule_errors(&self) -> BTreeMap<String, String> {
+        let ExemptionRules { exempt, errors, .. } = &self.exemptions.rules;
+        let mut errors = errors.clone();
+        for (number, error) in self.scoped.errors() {
+            let rule = (number as usize).checked_sub(1).and_then(|index| exempt.get(index));
+            if let Some(rule) = rule {
+                errors.entry(rule.name.clone()).or_insert(error);
+            }
+        }
+        errors
     }
 
     /// Adds the node's addresses to those that the datapath knows, so that the first `node_egress` program already

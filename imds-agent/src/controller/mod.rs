@@ -2,6 +2,7 @@
 
 mod attach_queue;
 mod attach_turns;
+mod broker;
 mod cgroups;
 mod change_log;
 pub mod cluster_report;
@@ -19,6 +20,9 @@ pub mod repair_backoff;
 mod requested_resync;
 pub mod resolved_config;
 mod resync;
+mod scoped;
+mod scoped_rules;
+mod scoped_sync;
 pub mod start_config;
 pub mod startup_taint;
 
@@ -33,6 +37,7 @@ use self::{
     observed_node::ObservedNode,
     other_agents::OtherAgents,
     resync::SyncProgress,
+    scoped::ScopedState,
 };
 
 use crate::{
@@ -59,6 +64,7 @@ pub struct Reconciler {
     node_processes: NodeProcesses,
     node: ObservedNode,
     exemptions: ExemptionState,
+    scoped: ScopedState,
     attaching: AttachState,
     progress: SyncProgress,
     other_agents: OtherAgents,
@@ -72,9 +78,10 @@ impl Reconciler {
     pub fn new(
         datapath: Datapath,
         netlink: Netlink,
-        ResolvedConfig { interfaces, exempt, node_allow, kubepods, cluster, .. }: &ResolvedConfig,
+        config: &ResolvedConfig,
         resolver: SenderResolver,
     ) -> Self {
+        let ResolvedConfig { interfaces, node_allow, kubepods, .. } = config;
         Self {
             datapath,
             netlink,
@@ -83,7 +90,8 @@ impl Reconciler {
             no_kubepods: None,
             node_processes: NodeProcesses::new(node_allow.clone()),
             node: ObservedNode::default(),
-            exemptions: ExemptionState::new(exempt.clone(), resolver, cluster.is_some()),
+            exemptions: ExemptionState::new(config, resolver),
+            scoped: ScopedState::new(),
             attaching: AttachState::new(),
             progress: SyncProgress::default(),
             other_agents: OtherAgents::default(),
@@ -114,6 +122,8 @@ impl Reconciler {
         if let Some(error) = rejected {
             self.datapath.record_rejected_config(error)?;
         }
+        // The broker of an earlier agent has ended with it: other processes of a pod may now bind the ports.
+        log_if_preexisting(true, self.datapath.clear_redirects())?;
         self.changes.begin(Pass::InitialSync);
         self.resync().await?;
         log::info!("{}", self.summary(resolved));
@@ -156,6 +166,8 @@ impl Reconciler {
         self.node.uplinks = Uplinks::new(&self.node.routes, self.node.links.values());
         self.reconcile_all_links().await;
         self.resolve_sandboxes(usize::MAX).await;
+        self.exemptions.endpoints = endpoint_set.into();
+        self.exemptions.mode = datapath_config.mode;
         self.change_rules(exempt.clone()).await?;
         self.datapath.enforce(datapath_config, endpoint_set)?;
         if !self.datapath.matches(datapath_config) {
@@ -201,8 +213,7 @@ impl Reconciler {
         let mode = datapath_config.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces, socket hook {sockets}");
         let others = self.other_agents.running.iter().map(|agent| ("node".to_owned(), agent.to_string()));
-        let errors = self.errors().map(|(name, error)| (name.to_owned(), error.to_owned()));
-        let mut errors = others.chain(errors);
+        let mut errors = others.chain(self.errors());
         match errors.next() {
             Some((name, error)) => {
                 format!("{state}; {} problems, first: {name}: {error}", 1 + errors.count())
@@ -226,15 +237,13 @@ impl Reconciler {
     }
 
     /// Returns what is not enforced and why: by interface, cgroup and rule.
-    pub fn errors(&self) -> impl Iterator<Item = (&str, &str)> {
+    pub fn errors(&self) -> impl Iterator<Item = (String, String)> {
         let of_interfaces = self.node.errors.iter().map(|(index, error)| {
             (
                 self.node.links.get(index).map_or("deleted interface", |link| link.name.as_str()),
                 error.as_str(),
             )
         });
-        let of_rules =
-            self.exemptions.rules.errors.iter().map(|(name, error)| (name.as_str(), error.as_str()));
         let of_hosts = self.no_kubepods.iter().map(|error| ("hostNetwork pods", error.as_str()));
         let of_cgroups = self.datapath.cgroup_failures().map(|error| ("cgroup", error));
         let of_programs = self.datapath.rejections().map(|error| ("node", error));
@@ -245,7 +254,8 @@ impl Reconciler {
             .chain(of_interfaces)
             .chain(of_cgroups)
             .chain(of_hosts)
-            .chain(of_rules)
+            .map(|(name, error)| (name.to_owned(), error.to_owned()))
+            .chain(self.rule_errors())
     }
 
     /// Handles a netlink event. Exemptions are recomputed by [`Reconciler::flush_pending_sync`] later, but those of deleted

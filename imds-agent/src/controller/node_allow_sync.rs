@@ -6,6 +6,7 @@ use crate::{config::NodeProcess, datapath::DatapathError, node::node_processes::
 impl Reconciler {
     /// Writes the allow list, as its cgroups are now.
     pub(super) fn reconcile_node_allow(&mut self) -> Result<(), DatapathError> {
+        self.node_processes.broker_uid = self.broker_uid();
         let before = self.node_processes.resolved.clone();
         let map_updates = self.datapath.set_node_allow(self.node_processes.resolve())?;
         if map_updates > 0 {
@@ -29,6 +30,7 @@ impl Reconciler {
     /// [`Reconciler::reconcile_node_allow`].
     pub(super) fn change_node_allow(&mut self, entries: &[NodeProcess]) -> Result<(), DatapathError> {
         self.node_processes = NodeProcesses::new(entries.to_owned());
+        self.node_processes.broker_uid = self.broker_uid();
         self.datapath.add_node_allow(self.node_processes.resolve())
     }
 }

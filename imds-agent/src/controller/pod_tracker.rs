@@ -345,6 +345,11 @@ impl PodTracker {
         self.names_dirty && self.is_synced && !self.has_pending()
     }
 
+    /// Returns the pod in the network namespace with this cookie.
+    pub fn pod_in(&self, cookie: u64) -> Option<&Pod> {
+        self.resolved().find(|(_, sandbox)| sandbox.senders.cookies.contains(&cookie)).map(|(pod, _)| pod)
+    }
+
     /// Returns the pod and container behind each subject that the datapath knows.
     pub fn names(&self) -> BTreeMap<Subject, PodContainer<'_>> {
         let mut names = BTreeMap::new();

@@ -11,6 +11,7 @@ pub mod link;
 mod link_dump;
 pub mod link_event;
 pub(crate) mod mounts;
+pub mod namespace_paths;
 pub mod netlink;
 pub mod netns;
 pub mod node_processes;

@@ -4,9 +4,9 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io,
-    net::{IpAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt as _,
     },
     panic::resume_unwind,
@@ -18,7 +18,10 @@ use nix::{
     ifaddrs::{InterfaceAddress, getifaddrs},
     sched::{CloneFlags, setns, unshare},
     sockopt_impl,
-    sys::socket::getsockopt,
+    sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, getsockopt, listen,
+        socket,
+    },
 };
 
 /// `SO_NETNS_COOKIE` (Linux 5.14, commit e8b9eab99232), which is missing in the libc crate.
@@ -92,6 +95,8 @@ pub fn this_inode() -> io::Result<u32> {
 pub struct NetnsIdentity {
     /// Netns cookie; `None` before Linux 5.14.
     pub cookie: Option<u64>,
+    /// Inode number of the namespace.
+    pub inode: u64,
     /// Addresses of the interfaces, without those of loopback.
     pub addresses: BTreeSet<IpAddr>,
 }
@@ -104,7 +109,34 @@ pub fn identity_of(namespace: &File) -> io::Result<NetnsIdentity> {
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
         cookie => Some(cookie?),
     };
-    Ok(NetnsIdentity { cookie, addresses: addresses? })
+    Ok(NetnsIdentity { cookie, inode: namespace.metadata()?.ino(), addresses: addresses? })
+}
+
+/// Largest number of connections that wait until the broker accepts them.
+const BACKLOG: i32 = 64;
+
+/// Opens a TCP listener in the network namespace of the file `namespace`, at the loopback address of the IP version of `endpoint`
+/// and a port that the kernel chooses. Returns it with its port. Returns `None` if the namespace has another cookie.
+pub fn listen_in(namespace: &File, expected: u64, endpoint: IpAddr) -> io::Result<Option<(OwnedFd, u16)>> {
+    inside(
+        namespace,
+        || if cookie()? == expected { listen_on_loopback(endpoint).map(Some) } else { Ok(None) },
+    )?
+}
+
+/// Without `SO_REUSEADDR`, which would let another socket of the pod bind the port of a listener that has just closed.
+fn listen_on_loopback(endpoint: IpAddr) -> io::Result<(OwnedFd, u16)> {
+    let (family, address): (_, IpAddr) = match endpoint {
+        IpAddr::V4(_) => (AddressFamily::Inet, Ipv4Addr::LOCALHOST.into()),
+        IpAddr::V6(_) => (AddressFamily::Inet6, Ipv6Addr::LOCALHOST.into()),
+    };
+    let listener = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    bind(listener.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(address, 0)))?;
+    listen(&listener, Backlog::new(BACKLOG)?)?;
+    let bound: SockaddrStorage = getsockname(listener.as_raw_fd())?;
+    let v4 = bound.as_sockaddr_in().map(nix::sys::socket::SockaddrIn::port);
+    let port = v4.or_else(|| bound.as_sockaddr_in6().map(nix::sys::socket::SockaddrIn6::port));
+    port.map(|port| (listener, port)).ok_or_else(|| io::Error::other("the listener has no port"))
 }
 
 /// Returns the addresses of the interfaces in the calling thread's network namespace, without those of loopback.

@@ -15,12 +15,17 @@ use crate::config::NodeProcess;
 /// Processes of the node that may reach protected endpoints, with the number of the entry in the configuration, from 1.
 pub type AllowedProcesses = BTreeMap<AllowedProcess, u32>;
 
+/// Number of the broker, which is no entry of the configuration.
+const BROKER: u32 = 0;
+
 /// The allow list of the node. A cgroup that does not exist yet is found later.
 #[derive(Debug, Default)]
 pub struct NodeProcesses {
     entries: Vec<NodeProcess>,
     /// Mount point of the hierarchy; `None` until one is found.
     root: Option<PathBuf>,
+    /// User of the broker, which asks the endpoints for pods with a scoped exemption.
+    pub broker_uid: Option<u32>,
     /// Last result of [`NodeProcesses::resolve`].
     pub resolved: AllowedProcesses,
 }
@@ -61,7 +66,8 @@ impl NodeProcesses {
             };
             Some((key?, number))
         };
-        self.entries.iter().zip(1..).filter_map(key).collect()
+        let broker = self.broker_uid.map(|uid| (AllowedProcess::new(AllowedKind::Uid, uid.into()), BROKER));
+        self.entries.iter().zip(1..).filter_map(key).chain(broker).collect()
     }
 }
 

@@ -79,6 +79,7 @@ impl SenderResolver {
             }
         };
         if host_network {
+            sandbox.senders.on_node = true;
             sandbox.senders.cgroups = sandbox.cgroup_ids().collect();
         } else {
             sandbox.netns_id = sandbox.senders.add(&found, "a pod", netlink, links).await;

@@ -23,7 +23,7 @@ use super::{
 /// Depth of the search for processes below a cgroup.
 const MAX_DEPTH: usize = 8;
 /// Directories with named network namespaces: those of `ip netns` and most container runtimes, and those of Docker.
-const NAMED: [&str; 2] = ["/run/netns", "/run/docker/netns"];
+pub(super) const NAMED: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 /// Maximum number of source addresses of one exempt pod, so that one pod can't fill the map of all.
 const MAX_ADDRESSES: usize = 1024;
 
@@ -34,6 +34,10 @@ pub struct IdentitySet {
     pub interfaces: BTreeSet<u32>,
     /// Netns cookies of the pods.
     pub cookies: BTreeSet<u64>,
+    /// Inode numbers of the network namespaces in `cookies`, by cookie.
+    pub namespaces: BTreeMap<u64, u64>,
+    /// True if a sender is in the node's network namespace, where a cgroup identifies it.
+    pub on_node: bool,
     /// IDs of the pods' cgroups v2.
     pub cgroups: BTreeSet<u64>,
     /// Addresses of the pods, with the index of the host-side interface.
@@ -211,7 +215,8 @@ impl SenderResolver {
                     Ok(Some(namespace)) if seen.insert(namespace.inode) => {
                         senders.add(&namespace, path.display(), netlink, pods).await;
                     }
-                    Ok(_) => {}
+                    Ok(Some(namespace)) => senders.on_node |= namespace.inode == self.node,
+                    Ok(None) => {}
                     Err(error) => {
                         senders.fail(format!("failed to read the processes in {}: {error}", path.display()));
                     }
@@ -274,6 +279,8 @@ impl IdentitySet {
     pub fn extend(&mut self, others: &Self) {
         self.interfaces.extend(&others.interfaces);
         self.cookies.extend(&others.cookies);
+        self.namespaces.extend(&others.namespaces);
+        self.on_node |= others.on_node;
         self.cgroups.extend(&others.cgroups);
         self.addresses.extend(&others.addresses);
         self.errors.extend(others.errors.iter().cloned());
@@ -322,7 +329,10 @@ impl IdentitySet {
             self.addresses.extend(addresses.map(|&address| (index, address)));
         }
         match identity.cookie {
-            Some(cookie) => drop(self.cookies.insert(cookie)),
+            Some(cookie) => {
+                self.cookies.insert(cookie);
+                self.namespaces.insert(cookie, identity.inode);
+            }
             None => drop(self.without_cookie.get_or_insert_with(|| what.to_owned())),
         }
     }
@@ -363,7 +373,7 @@ fn is_link_local(address: IpAddr) -> bool {
 }
 
 /// Returns the network namespace files of all processes.
-fn process_namespaces() -> impl Iterator<Item = PathBuf> {
+pub(super) fn process_namespaces() -> impl Iterator<Item = PathBuf> {
     let processes = entries(PROC).filter(|path| {
         let name = path.file_name().unwrap_or_default().as_encoded_bytes();
         name.iter().all(u8::is_ascii_digit)
@@ -371,7 +381,7 @@ fn process_namespaces() -> impl Iterator<Item = PathBuf> {
     processes.map(|path| path.join("ns/net"))
 }
 
-fn entries(directory: impl AsRef<Path>) -> impl Iterator<Item = PathBuf> {
+pub(super) fn entries(directory: impl AsRef<Path>) -> impl Iterator<Item = PathBuf> {
     fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 

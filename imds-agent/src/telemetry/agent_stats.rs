@@ -13,6 +13,8 @@ pub struct AgentStats {
     pub event_writes: Option<EventWrites>,
     /// State of the namespace watch, if a rule needs one.
     pub namespace_watch: Option<WatchState>,
+    /// Requests that the broker has answered, and its restarts.
+    pub broker: BrokerStats,
     /// Log lines that were dropped, because standard error was not read.
     pub log_lines_dropped: u64,
 }
@@ -39,6 +41,18 @@ pub struct DriftCorrections {
     pub postponed: u64,
     /// Overruns of the netlink receive buffer (ENOBUFS).
     pub overruns: u64,
+}
+
+/// Numbers of requests by pods with a scoped exemption, and of restarts of the broker.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct BrokerStats {
+    /// Requests that the broker forwarded.
+    pub allowed: u64,
+    /// Requests that the broker refused.
+    pub refused: u64,
+    /// Requests that the broker could not forward, or whose response it could not.
+    pub failed: u64,
+    pub restarts: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]

@@ -1,4 +1,4 @@
-//! Release artifacts: one static binary, and its SBOM, packages, manual pages and completions.
+//! Release artifacts: the static binaries of the agent and its broker, and their SBOM, packages, manual pages and completions.
 
 mod chart;
 mod contents;
@@ -43,6 +43,8 @@ const MAX_BINARY_LEN: u64 = 10 << 20;
 const PROFILE: &str = "static";
 /// Package and binary of the agent.
 const AGENT: &str = "imds-agent";
+/// Package and binary of the broker, which is beside the agent in all packages.
+const BROKER: &str = "imds-broker";
 /// File name of the SBOM.
 const SBOM: &str = "imds-agent.cdx.json";
 
@@ -114,6 +116,8 @@ pub(crate) fn dir(arch: Arch) -> Result<PathBuf> {
 fn build_binaries(arches: &[Arch]) -> Result<()> {
     let target_dir = artifacts("")?;
     compile(AGENT, arches, root(), &target_dir)?;
+    // A cargo command of its own: together with the agent, cargo would select the features of both for each.
+    compile(BROKER, arches, root(), &target_dir)?;
     for &arch in arches {
         let (dir, built) = (dir(arch)?, built(AGENT, arch, &target_dir));
         if dir.exists() {
@@ -123,6 +127,10 @@ fn build_binaries(arches: &[Arch]) -> Result<()> {
         let binary = dir.join("imds-agent");
         fs::copy(&built, &binary).with_context(|| format!("failed to copy {}", built.display()))?;
         check_binary(&binary)?;
+        let broker = dir.join(BROKER);
+        fs::copy(self::built(BROKER, arch, &target_dir), &broker)
+            .with_context(|| format!("failed to copy {BROKER} to {}", broker.display()))?;
+        check_binary(&broker)?;
         let sbom = sbom::agent_sbom(&arch.triple(), &sha256(&binary)?)?;
         for path in [dir.join(SBOM), built.with_file_name(SBOM)] {
             fs::write(&path, &sbom).with_context(|| format!("failed to write {}", path.display()))?;

@@ -21,6 +21,7 @@ fn built() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     for (path, text) in [
         ("imds-agent", "#!/bin/sh\necho stand-in\n"),
+        ("imds-broker", "#!/bin/sh\necho stand-in\n"),
         ("imds-agent.cdx.json", "{}"),
         ("man/imds-agent.1", ".TH imds-agent 1"),
         ("completions/imds-agent", "complete"),
@@ -61,6 +62,7 @@ fn tarball_is_reproducible_and_complete() {
     let modes = modes(&first, crate::build::time().unwrap());
     for (path, mode) in [
         ("usr/bin/imds-agent", 0o755),
+        ("usr/bin/imds-broker", 0o755),
         ("etc/imds-agent/imds.toml", 0o644),
         ("usr/lib/systemd/system/imds-agent.service", 0o644),
         ("usr/share/man/man1/imds-agent.1.gz", 0o644),
@@ -89,6 +91,7 @@ fn rpm_package_is_reproducible_and_installable() {
     let list = query(&["--list"]).unwrap();
     for path in [
         "/usr/bin/imds-agent",
+        "/usr/bin/imds-broker",
         "/usr/share/man/man1/imds-agent.1.gz",
         "/usr/share/licenses/imds-agent/LICENSE",
     ] {
@@ -158,7 +161,8 @@ fn image_has_the_binary_of_each_architecture() {
         let layer = fs::File::open(layout.path().join(layer)).unwrap();
         let mut tar = tar::Archive::new(GzDecoder::new(layer));
         let files: Vec<_> = tar.entries().unwrap().map(|file| read(file.unwrap())).collect();
-        assert!(matches!(&files[..], [(path, 0o755, data)] if path == "imds-agent" && data.contains(text)));
+        let [(path, 0o755, data), (broker, 0o755, _)] = &files[..] else { panic!("{files:?}") };
+        assert!(path == "imds-agent" && data.contains(text) && broker == "imds-broker", "{files:?}");
     }
 
     if !lacks_program("the image in skopeo", &["skopeo"]) {

@@ -195,3 +195,42 @@ fn aks_profile_covers_incompatible_add_ons() {
     }
     assert!(rules.iter().all(|rule| matches!(rule.sender, RuleSubject::Pods(_)) && !rule.is_audited));
 }
+
+#[test]
+fn scoped_rules_list_requests() {
+    let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\n{lines}");
+    assert_eq!(one("netns = '/n'").allow, None);
+    let azure =
+        |lines: &str| resolve(&format!("provider = 'azure'\n{}", rule(lines))).unwrap().remove(0).allow;
+    let listed = azure("netns = '/n'\nallow = ['GET /metadata/b', 'PUT /a']").unwrap();
+    assert_eq!(listed, ["GET /metadata/b", "PUT /a"]);
+    let expanded = azure("netns = '/n'\nallow = ['instance', 'GET /zone']").unwrap();
+    assert!(expanded.len() > 1 && expanded.contains(&"GET /zone".to_owned()), "{expanded:?}");
+    assert!(!expanded.contains(&"instance".to_owned()));
+    for (lines, position, part) in [
+        ("netns = '/n'\nallow = []", "4:9", "needs 1 to 32 entries"),
+        ("netns = '/n'\nallow = ['instances']", "4:10", "did you mean \"instance\"?"),
+        ("netns = '/n'\nallow = ['GET metadata']", "4:10", "does not start with /"),
+        ("netns = '/n'\nallow = ['FETCH /metadata']", "4:10", "\"FETCH\""),
+        ("netns = '/n'\nallow = ['GET /a', 'GET /a']", "4:20", "twice"),
+        ("netns = '/n'\nallow = ['GET /a']\naudit = true", "4:9", "remove `audit = true`"),
+        ("interface = 'v*'\nallow = ['GET /a']", "4:9", "by its interface"),
+        ("netns = '/n'\nallow = 'GET /a'", "4:9", "expected"),
+        (
+            "netns = '/n'\nallow = ['GET /a']\n[[exempt]]\nname = 'b'\nnetns = '/n'",
+            "6:8",
+            "only one limits the requests",
+        ),
+    ] {
+        let error = resolve(&rule(lines)).unwrap_err();
+        assert!(
+            error.starts_with(&format!("imds.toml:{position}: ")) && error.contains(part),
+            "{lines}: {error}"
+        );
+    }
+    let error = resolve(&format!(
+        "provider = 'none'\n[[endpoint]]\nname = 'x'\naddress = '10.0.0.9'\n{}",
+        rule("netns = '/n'\nallow = ['instance']")
+    ));
+    assert!(error.unwrap_err().contains("has no meaning for provider \"none\""));
+}

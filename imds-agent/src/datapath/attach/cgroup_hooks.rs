@@ -42,6 +42,7 @@ const NEEDING_CGROUP: [(Hook, &str, &str); 2] = [
 
 /// Programs on cgroups, and the inputs that decide which of them are attached.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent inputs")]
 pub(crate) struct Cgroups {
     /// Links of the hooks of [`ON_ONE_CGROUP`].
     links: BTreeMap<Hook, CgroupHookLinks>,
@@ -59,6 +60,8 @@ pub(crate) struct Cgroups {
     has_tc_cookie: bool,
     is_enforced: bool,
     sendmsg: Option<SendmsgReason>,
+    /// True if connections are redirected, which the getpeername programs hide.
+    has_redirects: bool,
     /// Record that was written last.
     recorded: Option<CgroupRecord>,
 }
@@ -78,6 +81,7 @@ impl Cgroups {
             has_tc_cookie: object::tc_has_cookie(),
             is_enforced: true,
             sendmsg: None,
+            has_redirects: false,
             recorded: None,
         };
         cgroups.prepare(pins, datapath_config)?;
@@ -244,9 +248,12 @@ impl Datapath {
         if self.cgroups.lacks_identity(hook) {
             return Ok(Vec::new());
         }
-        let Cgroups { links, sendmsg, has_cgroup_cookie, is_local, .. } = &mut self.cgroups;
+        let Cgroups { links, sendmsg, has_redirects, has_cgroup_cookie, is_local, .. } = &mut self.cgroups;
         let is_desired = |attach_type| match hook {
-            Hook::Socket => sendmsg.is_some() || !cgroup_programs::is_sendmsg(attach_type),
+            Hook::Socket => {
+                (sendmsg.is_some() || !cgroup_programs::is_sendmsg(attach_type))
+                    && (*has_redirects || !cgroup_programs::is_peer(attach_type))
+            }
             Hook::LocalService => *is_local == Some(true),
             Hook::NodeAllow => *has_cgroup_cookie || !cgroup_programs::is_packet(attach_type),
             Hook::FromPod | Hook::NodeEgress | Hook::HostNetwork => true,
@@ -266,6 +273,27 @@ impl Datapath {
         let recorded = self.cgroups.record(&mut self.maps);
         let changes = self.restore_hook(LOCAL_SERVICE)?;
         recorded.map(|()| changes)
+    }
+
+    /// Reports whether the socket hook can redirect connections: it is on and has a cgroup.
+    pub fn can_redirect(&self) -> bool {
+        self.hooks.contains(Hook::Socket)
+            && self.cgroups.links.contains_key(&Hook::Socket)
+            && !self.cgroups.lacks_identity(Hook::Socket)
+    }
+
+    /// Attaches the getpeername programs if connections are redirected, and detaches them otherwise.
+    pub fn set_has_redirects(&mut self, has_redirects: bool) -> Result<Vec<CgroupChange>, DatapathError> {
+        if self.cgroups.has_redirects == has_redirects {
+            return Ok(Vec::new());
+        }
+        self.cgroups.has_redirects = has_redirects;
+        let mut changes = self.restore_hook(cgroup_programs::SOCKETS)?;
+        // No correction of another program's change.
+        for change in &mut changes {
+            change.is_new = true;
+        }
+        Ok(changes)
     }
 
     /// Attaches or detaches the sendmsg programs as needed. `is_enforced` is true if all interfaces are enforced.

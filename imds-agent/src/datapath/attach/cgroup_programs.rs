@@ -8,7 +8,8 @@ use std::{
 
 use aya_obj::generated::bpf_attach_type::{
     self, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET4_CONNECT,
-    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
+    BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME,
+    BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
 };
 use imds_ebpf_common::{
     Hook,
@@ -60,7 +61,7 @@ impl CgroupProgramKind {
     }
 }
 
-/// Attach types of [`HOST_PROGRAMS`] and [`NODE_PROGRAMS`]. [`SOCKET_PROGRAMS`] have the same ones without the last.
+/// Attach types of [`HOST_PROGRAMS`] and [`NODE_PROGRAMS`].
 pub(crate) const ATTACH_TYPES: [bpf_attach_type; 5] = [
     BPF_CGROUP_INET4_CONNECT,
     BPF_CGROUP_INET6_CONNECT,
@@ -69,12 +70,22 @@ pub(crate) const ATTACH_TYPES: [bpf_attach_type; 5] = [
     BPF_CGROUP_INET_EGRESS,
 ];
 
+/// Attach types of [`SOCKET_PROGRAMS`].
+const SOCKET_ATTACH_TYPES: [bpf_attach_type; 6] = [
+    BPF_CGROUP_INET4_CONNECT,
+    BPF_CGROUP_INET6_CONNECT,
+    BPF_CGROUP_UDP4_SENDMSG,
+    BPF_CGROUP_UDP6_SENDMSG,
+    BPF_CGROUP_INET4_GETPEERNAME,
+    BPF_CGROUP_INET6_GETPEERNAME,
+];
+
 /// Description of the `socket` hook.
 pub(crate) const SOCKETS: CgroupProgramKind = CgroupProgramKind {
     hook: Hook::Socket,
     links: &SOCKET_LINKS,
     programs: &SOCKET_PROGRAMS,
-    attach_types: &ATTACH_TYPES,
+    attach_types: &SOCKET_ATTACH_TYPES,
     is_one_of_many: false,
 };
 
@@ -171,6 +182,11 @@ pub(crate) fn is_sendmsg(attach_type: bpf_attach_type) -> bool {
     matches!(attach_type, BPF_CGROUP_UDP4_SENDMSG | BPF_CGROUP_UDP6_SENDMSG)
 }
 
+/// Reports whether this is an attach type of the getpeername programs.
+pub(crate) fn is_peer(attach_type: bpf_attach_type) -> bool {
+    matches!(attach_type, BPF_CGROUP_INET4_GETPEERNAME | BPF_CGROUP_INET6_GETPEERNAME)
+}
+
 /// Reports whether `attach_type` is one of programs on packets, not on calls.
 pub(crate) fn is_packet(attach_type: bpf_attach_type) -> bool {
     matches!(attach_type, BPF_CGROUP_INET_EGRESS | BPF_CGROUP_INET_INGRESS)
@@ -187,6 +203,7 @@ pub(crate) fn detach(pins: &PinDir, kind: CgroupProgramKind) -> Result<bool, Dat
 
 /// State of one program of a cgroup, read from the kernel. The JSON form is a part of the status report.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "the form of the report")]
 pub struct ProgramState {
     /// Name of the BPF program.
     pub program: &'static str,
@@ -195,6 +212,9 @@ pub struct ProgramState {
     /// True for the sendmsg programs, which are not always needed.
     #[serde(skip)]
     pub is_sendmsg: bool,
+    /// True for the getpeername programs, which only scoped exemptions need, and which deny nothing.
+    #[serde(skip)]
+    pub is_peer: bool,
     /// True if the program is attached to the cgroup.
     #[serde(rename = "attached")]
     pub is_attached: bool,
@@ -225,6 +245,7 @@ pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<Pr
             program,
             cgroup: id,
             is_sendmsg: is_sendmsg(attach_type),
+            is_peer: is_peer(attach_type),
             is_attached: link.is_some(),
             is_packet_program: is_packet(attach_type),
             problem,

@@ -48,6 +48,8 @@ pub struct Counts {
     pub allowed: Count,
     /// Passed because the sender is exempt.
     pub exempt: Count,
+    /// Connections that were redirected to the listener of a scoped exemption.
+    pub redirected: Count,
 }
 
 impl Counts {
@@ -58,15 +60,22 @@ impl Counts {
                 Verdict::Audited => Some(&mut self.audited),
                 Verdict::Off | Verdict::Allowed => Some(&mut self.allowed),
                 Verdict::Exempt => Some(&mut self.exempt),
+                Verdict::Redirected => Some(&mut self.redirected),
                 Verdict::Unrelated => None,
             }
         })
     }
 
     /// Returns each count with the name of its verdict.
-    pub fn named(self) -> [(&'static str, Count); 4] {
-        let Self { denied, audited, allowed, exempt } = self;
-        [("denied", denied), ("audited", audited), ("allowed", allowed), ("exempt", exempt)]
+    pub fn named(self) -> [(&'static str, Count); 5] {
+        let Self { denied, audited, allowed, exempt, redirected } = self;
+        [
+            ("denied", denied),
+            ("audited", audited),
+            ("allowed", allowed),
+            ("exempt", exempt),
+            ("redirected", redirected),
+        ]
     }
 }
 
@@ -76,6 +85,7 @@ impl AddAssign for Counts {
         self.audited += other.audited;
         self.allowed += other.allowed;
         self.exempt += other.exempt;
+        self.redirected += other.redirected;
     }
 }
 

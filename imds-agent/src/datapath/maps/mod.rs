@@ -11,3 +11,4 @@ pub mod pinned_maps;
 pub mod pod_names;
 pub(crate) mod policy;
 pub mod recent_events;
+pub mod redirect_maps;

@@ -6,14 +6,15 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuHashMap, 
 use aya_obj::Object;
 use imds_ebpf_common::{
     Address, AllowedProcess, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, ExemptionKey,
-    ExemptionRecord, Hook, InterfaceRecord, KubernetesRecord, PodRecord, Policy, PolicyFilter, ProbeRecord,
-    ProviderRecord, Subject,
+    ExemptionRecord, Hook, InterfaceRecord, KubernetesRecord, ListenerKey, PodRecord, Policy, PolicyFilter,
+    ProbeRecord, ProviderRecord, RedirectRecord, Subject,
     event::{RateLimitKey, RateLimiter},
     maps::MAP_SCHEMA_VERSION,
     names::{
         MAP_CGROUP, MAP_CONFIG, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES,
-        MAP_FILTER, MAP_INTERFACES, MAP_KUBERNETES, MAP_NODE_ALLOW, MAP_PODS, MAP_POLICY, MAP_PROBES,
-        MAP_PROBING, MAP_PROVIDER, MAP_RATELIMIT, MAP_REJECTED, MAPS, in_object, programs_of,
+        MAP_FILTER, MAP_INTERFACES, MAP_KUBERNETES, MAP_LISTENERS, MAP_NODE_ALLOW, MAP_PODS, MAP_POLICY,
+        MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_RATELIMIT, MAP_REDIRECT, MAP_REJECTED, MAPS, in_object,
+        programs_of,
     },
 };
 
@@ -38,6 +39,10 @@ pub struct Maps {
     pub exempt: HashMap<MapData, ExemptionKey, ExemptionRecord>,
     /// Source addresses of exempt subjects.
     pub exempt_sources: HashMap<MapData, ExemptionKey, u32>,
+    /// Listeners of scoped exemptions by netns cookie and endpoint.
+    pub redirects: HashMap<MapData, ExemptionKey, RedirectRecord>,
+    /// Endpoints of these listeners.
+    pub listeners: HashMap<MapData, ListenerKey, Address>,
     /// Test senders of `imds-agent verify`.
     pub probes: HashMap<MapData, Subject, ProbeRecord>,
     /// Number of entries in `probes`.
@@ -86,6 +91,8 @@ impl Maps {
             endpoints: typed(&open, MAP_ENDPOINTS, Map::HashMap)?,
             exempt: typed(&open, MAP_EXEMPT, Map::HashMap)?,
             exempt_sources: typed(&open, MAP_EXEMPT_SOURCES, Map::HashMap)?,
+            redirects: typed(&open, MAP_REDIRECT, Map::HashMap)?,
+            listeners: typed(&open, MAP_LISTENERS, Map::HashMap)?,
             probes: typed(&open, MAP_PROBES, Map::HashMap)?,
             probing: typed(&open, MAP_PROBING, Map::Array)?,
             node_allow: typed(&open, MAP_NODE_ALLOW, Map::HashMap)?,

@@ -84,9 +84,12 @@ pub(crate) fn closed(allow_ports: &[AllowedPort], protocol: u8) -> Service {
 pub(crate) const fn expectation(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Denied => "denied",
-        Verdict::Unrelated | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => {
-            "not denied"
-        }
+        Verdict::Unrelated
+        | Verdict::Audited
+        | Verdict::Off
+        | Verdict::Allowed
+        | Verdict::Exempt
+        | Verdict::Redirected => "not denied",
     }
 }
 

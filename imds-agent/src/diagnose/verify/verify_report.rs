@@ -155,6 +155,7 @@ pub(crate) const fn phrase(verdict: Option<Verdict>) -> &'static str {
         Some(Verdict::Off) => "not denied, counted as allowed",
         Some(Verdict::Allowed) => "not denied, an allowed port",
         Some(Verdict::Exempt) => "not denied, counted as exempt",
+        Some(Verdict::Redirected) => "not denied, counted as redirected",
     }
 }
 

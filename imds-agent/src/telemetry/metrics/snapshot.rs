@@ -18,7 +18,7 @@ use crate::{
     encode::{hook_name, ip_address},
     telemetry::{
         Collected,
-        agent_stats::AgentStats,
+        agent_stats::{AgentStats, BrokerStats},
         pod_events::EventWrites,
         sinks::{SinkCounts, SinkQueue},
         status::StatusReport,
@@ -53,6 +53,7 @@ impl Snapshot {
         self.add_watch(to);
         self.add_event_writes(to);
         self.add_corrections(to);
+        self.add_broker(to);
         self.add_events(to);
         self.add_sinks(to);
     }
@@ -266,6 +267,16 @@ impl Snapshot {
             "Overruns of the netlink receive buffer, each followed by a full resync",
             corrections.overruns,
         );
+    }
+
+    fn add_broker(&self, to: &mut Exposition) {
+        let BrokerStats { allowed, refused, failed, restarts } = self.stats.broker;
+        to.counters(
+            "imds_agent_broker_requests",
+            "Requests of pods with a scoped exemption, by what the broker did with them",
+            by("outcome", [("allowed", allowed), ("refused", refused), ("failed", failed)]),
+        );
+        to.counter("imds_agent_broker_restarts", "Restarts of the broker after it ended or hung", restarts);
     }
 
     fn add_event_writes(&self, to: &mut Exposition) {

@@ -43,7 +43,8 @@ impl StatusReport {
         let mut take = |hook: Hook| counts.remove(&(CounterKey::DELETED, hook as u8)).unwrap_or_default();
         let record = maps.cgroup.get(&0, 0).map_err(unreadable(MAP_CGROUP))?;
         if hooks.contains(Hook::Socket) {
-            self.add_sockets(pins, &record, take(Hook::Socket));
+            let has_redirects = object::present(maps.redirects.keys()).next().is_some();
+            self.add_sockets(pins, &record, has_redirects, take(Hook::Socket));
         }
         if hooks.contains(Hook::LocalService) {
             self.add_local_service(pins, &record, take(Hook::LocalService));
@@ -58,7 +59,7 @@ impl StatusReport {
     }
 
     /// Adds the `socket` hook: its programs on the cgroup that the agent recorded.
-    fn add_sockets(&mut self, pins: &PinDir, record: &CgroupRecord, counts: Counts) {
+    fn add_sockets(&mut self, pins: &PinDir, record: &CgroupRecord, has_redirects: bool, counts: Counts) {
         self.total += counts;
         let reason = SendmsgReason::from_repr(record.sendmsg);
         let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
@@ -68,7 +69,9 @@ impl StatusReport {
         }
         let mut sendmsg = programs.iter().filter(|program| program.is_sendmsg);
         let has_sendmsg = !programs.is_empty() && sendmsg.all(|program| program.is_attached);
-        programs.retain(|program| reason.is_some() || !program.is_sendmsg);
+        programs.retain(|program| {
+            (reason.is_some() || !program.is_sendmsg) && (has_redirects || !program.is_peer)
+        });
         self.add_programs(Hook::Socket, &programs);
         let text = match (reason, record.sendmsg) {
             (Some(reason), _) => Some(reason.into()),
@@ -77,7 +80,8 @@ impl StatusReport {
             (None, _) => None,
         };
         self.sockets = Some(SocketReport {
-            attached: are_attached(&programs),
+            attached: !programs.is_empty()
+                && programs.iter().all(|program| program.is_attached || program.is_peer),
             programs,
             sendmsg: PartReport { attached: has_sendmsg, reason: text },
             counts,

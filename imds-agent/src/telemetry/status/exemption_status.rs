@@ -3,13 +3,18 @@
 use std::collections::BTreeMap;
 
 use imds_ebpf_common::{
-    Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict, names::MAP_EXEMPT,
+    Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict,
+    names::{MAP_EXEMPT, MAP_REDIRECT},
 };
 use toml::Value;
 
 use super::{ExemptSender, StatusReport, effective_table, unreadable};
 use crate::{
-    datapath::{DatapathError, maps::exemption_maps, object::Maps},
+    datapath::{
+        DatapathError,
+        maps::{exemption_maps, redirect_maps},
+        object::Maps,
+    },
     encode::ip_address,
     kube::pod_ref::PodRef,
 };
@@ -26,9 +31,21 @@ impl StatusReport {
         let is_of_pod = |record: &ExemptionRecord| record.flags != ExemptionRecord::BRIDGE;
         let entries: Vec<_> =
             exemptions.entries.into_iter().filter(|(_, record)| is_of_pod(record)).collect();
-        let rules = if entries.is_empty() { Vec::new() } else { exemption_rules(maps)? };
+        let redirects = redirect_maps::read(maps).map_err(unreadable(MAP_REDIRECT))?;
+        let is_empty = entries.is_empty() && redirects.is_empty();
+        let rules = if is_empty { Vec::new() } else { exemption_rules(maps)? };
+        let lists = if redirects.is_empty() { Vec::new() } else { allowed_requests(maps)? };
         let sender = |(exemption, record)| self.sender(exemption, record, &rules, names);
         let mut senders: Vec<_> = entries.into_iter().map(sender).collect();
+        senders.extend(redirects.into_iter().map(|(key, record)| {
+            let of_rule = (record.rule as usize).checked_sub(1).and_then(|index| lists.get(index));
+            ExemptSender {
+                verdict: Verdict::Redirected.name(),
+                allow: Some(of_rule.cloned().unwrap_or_default()),
+                other_rules: record.rules.saturating_sub(1),
+                ..self.sender(key, ExemptionRecord::new(Verdict::Exempt, record.rule), &rules, names)
+            }
+        }));
         let key = |sender: &ExemptSender| {
             let ExemptSender { rule, interface, netns_cookie, cgroup, endpoint, .. } = sender.clone();
             (rule, interface.is_none(), interface, netns_cookie, cgroup, endpoint)
@@ -56,6 +73,8 @@ impl StatusReport {
             pod: names.get(&subject).cloned(),
             endpoint: (address != Address::ANY).then(|| self.endpoint_name(address)),
             verdict: verdict.name(),
+            allow: None,
+            other_rules: 0,
         };
         match SubjectKind::from_u64(subject.kind) {
             Some(SubjectKind::Interface) => {
@@ -87,8 +106,12 @@ impl StatusReport {
     }
 }
 
-/// Returns the name of the rule with this number, counted from 1, or the number if `rules` does not contain it.
+/// Returns the name of the rule with this number, counted from 1, or the number if `rules` does not contain it. 0 stands for the
+/// broker, which no rule exempts.
 pub(crate) fn rule_name(number: u32, rules: &[String]) -> String {
+    if number == 0 {
+        return "imds-broker".to_owned();
+    }
     let name = (number as usize).checked_sub(1).and_then(|index| rules.get(index));
     name.cloned().unwrap_or_else(|| number.to_string())
 }
@@ -99,4 +122,12 @@ pub(crate) fn exemption_rules(maps: &Maps) -> Result<Vec<String>, DatapathError>
     let rules = table.get("exempt").and_then(Value::as_array);
     let name = |rule: &Value| rule.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
     Ok(rules.into_iter().flatten().map(name).collect())
+}
+
+/// Returns the list `allow` of each exemption of the effective configuration, in their order; empty without one.
+fn allowed_requests(maps: &Maps) -> Result<Vec<Vec<String>>, DatapathError> {
+    let table = effective_table(maps)?;
+    let rules = table.get("exempt").and_then(Value::as_array).into_iter().flatten();
+    let texts = |list: &Vec<Value>| list.iter().filter_map(Value::as_str).map(str::to_owned).collect();
+    Ok(rules.map(|rule| rule.get("allow").and_then(Value::as_array).map(texts).unwrap_or_default()).collect())
 }

@@ -166,6 +166,10 @@ pub(crate) struct ExemptSender {
     pub pod: Option<PodRef>,
     pub endpoint: Option<String>,
     pub verdict: &'static str,
+    /// Requests that the rule allows, as in the configuration; `None` for an exemption from enforcement.
+    pub allow: Option<Vec<String>>,
+    /// Number of other rules whose requests are allowed too.
+    pub other_rules: u32,
 }
 
 #[derive(Debug, Serialize)]

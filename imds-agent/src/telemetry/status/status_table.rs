@@ -111,7 +111,13 @@ impl StatusReport {
             let pod = sender.pod.as_ref().map(|pod| format!(", pod {pod},")).unwrap_or_default();
             let from = sender.endpoint.as_deref().unwrap_or("all endpoints");
             let audited = if sender.verdict == "audited" { ", audited" } else { "" };
-            writeln!(text, "{title:<10} {who}{pod} to {from} (rule {}){audited}", sender.rule)?;
+            let others = match sender.other_rules {
+                0 => String::new(),
+                others => format!(", and those of {others} more rules"),
+            };
+            let only = sender.allow.as_ref().map(|allow| format!(", only {}{others}", allow.join(", ")));
+            let only = only.unwrap_or_default();
+            writeln!(text, "{title:<10} {who}{pod} to {from} (rule {}){audited}{only}", sender.rule)?;
         }
         Ok(())
     }
@@ -163,6 +169,9 @@ impl StatusReport {
         let has_pods = self.interfaces.iter().any(|interface| interface.pod.is_some());
         let mut header =
             vec!["INTERFACE", "INDEX", "ROLE", "ATTACHED", "DENIED", "AUDITED", "ALLOWED", "EXEMPT"];
+        // Only scoped exemptions need the column.
+        let verdicts = if self.total.redirected.packets > 0 { 5 } else { 4 };
+        header.extend((verdicts == 5).then_some("REDIRECTED"));
         header.extend(has_pods.then_some("POD"));
         table.set_header(header);
         for interface in &self.interfaces {
@@ -175,27 +184,29 @@ impl StatusReport {
                 attachments,
             ];
             let pod = interface.pod.as_ref().map(Cell::new);
-            table.add_row(known.map(Cell::new).into_iter().chain(cells(&interface.counts)).chain(pod));
+            table.add_row(
+                known.map(Cell::new).into_iter().chain(cells(&interface.counts, verdicts)).chain(pod),
+            );
         }
-        let mut row = |title: &str, attached: String, counts: [Cell; 4]| {
+        let mut row = |title: &str, attached: String, counts: Vec<Cell>| {
             let known = [title.to_owned(), String::new(), String::new(), attached];
             table.add_row(known.map(Cell::new).into_iter().chain(counts));
         };
         if let Some(sockets) = &self.sockets {
-            row("(sockets)", phrase_programs(&sockets.programs), calls(&sockets.counts));
+            row("(sockets)", phrase_programs(&sockets.programs), calls(&sockets.counts, verdicts));
         }
         if let Some(local) = self.local_service.filter(|local| local.desired || local.attached) {
             let attached = if local.attached { "cgroup" } else { "-" };
-            row("(local_service)", attached.to_owned(), cells(&local.counts));
+            row("(local_service)", attached.to_owned(), cells(&local.counts, verdicts));
         }
         if let Some(hosts) = &self.host_network {
-            row("(host_network)", phrase_programs(&hosts.programs), calls(&hosts.counts));
+            row("(host_network)", phrase_programs(&hosts.programs), calls(&hosts.counts, verdicts));
         }
         if let Some(node) = &self.node_allow {
-            row("(node_allow)", phrase_programs(&node.programs), calls(&node.counts));
+            row("(node_allow)", phrase_programs(&node.programs), calls(&node.counts, verdicts));
         }
-        row("(deleted)", String::new(), cells(&self.deleted));
-        row("total", String::new(), cells(&self.total));
+        row("(deleted)", String::new(), cells(&self.deleted, verdicts));
+        row("total", String::new(), cells(&self.total, verdicts));
         table
     }
 }
@@ -230,12 +241,15 @@ fn phrase_programs(programs: &[ProgramState]) -> String {
     std::iter::once(all).chain(incomplete).collect::<Vec<_>>().join(", ")
 }
 
-fn cells(counts: &Counts) -> [Cell; 4] {
-    counts.named().map(|(_, count)| Cell::new(phrase(count)).set_alignment(CellAlignment::Left))
+/// Returns the counts of the first `verdicts` verdicts.
+fn cells(counts: &Counts, verdicts: usize) -> Vec<Cell> {
+    let counts = counts.named().into_iter().take(verdicts);
+    counts.map(|(_, count)| Cell::new(phrase(count)).set_alignment(CellAlignment::Left)).collect()
 }
 
-fn calls(counts: &Counts) -> [Cell; 4] {
-    counts.named().map(|(_, Count { packets, bytes })| {
+fn calls(counts: &Counts, verdicts: usize) -> Vec<Cell> {
+    let counts = counts.named().into_iter().take(verdicts);
+    let cell = |(_, Count { packets, bytes }): (&str, Count)| {
         Cell::new(match (packets, bytes) {
             (0, _) => "0".to_owned(),
             (1, 0) => "1 call".to_owned(),
@@ -243,7 +257,8 @@ fn calls(counts: &Counts) -> [Cell; 4] {
             // host_network counts calls and packets in one counter.
             (both, bytes) => format!("{both} calls and packets, {bytes} bytes"),
         })
-    })
+    };
+    counts.map(cell).collect()
 }
 
 fn phrase(Count { packets, bytes }: Count) -> String {
@@ -265,6 +280,7 @@ mod tests {
                 program,
                 cgroup,
                 is_sendmsg: false,
+                is_peer: false,
                 is_attached,
                 is_packet_program: false,
                 problem: None,

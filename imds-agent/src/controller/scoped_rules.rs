@@ -1,0 +1,181 @@
+//! Scoped exemptions: the listeners that the rules need on this node.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use imds_ebpf_common::{Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind};
+
+use crate::{
+    config::{EndpointSelector, Exempt, endpoint_set::EndpointSet},
+    datapath::maps::redirect_maps::RedirectKey,
+    encode::address_key,
+    node::sender_resolver::IdentitySet,
+};
+
+/// Listeners by network namespace and endpoint.
+pub(super) type DesiredListeners = BTreeMap<RedirectKey, DesiredListener>;
+
+/// Listener that a pod should have for an endpoint.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct DesiredListener {
+    /// Inode number of the pod's network namespace.
+    pub(super) inode: u64,
+    /// Provider of the endpoint.
+    pub(super) provider: &'static str,
+    /// Number of the first rule that matches the pod, from 1, and of the rules that match.
+    pub(super) rule: u32,
+    pub(super) rules: u32,
+    /// Requests that any of these rules allows.
+    pub(super) allow: BTreeSet<String>,
+}
+
+/// Endpoints to which connections are redirected, and their provider.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Endpoints {
+    pub(super) addresses: Vec<IpAddr>,
+    pub(super) provider: &'static str,
+}
+
+impl From<&EndpointSet> for Endpoints {
+    fn from(EndpointSet { endpoints, provider, .. }: &EndpointSet) -> Self {
+        Self { addresses: endpoints.iter().map(|endpoint| endpoint.address).collect(), provider }
+    }
+}
+
+/// Returns the listeners that these rules need for the senders found for each. A sender that another rule exempts from
+/// enforcement at an endpoint needs none there.
+pub(super) fn desired_listeners(
+    rules: &[Exempt],
+    found: &[IdentitySet],
+    exempt: &BTreeMap<ExemptionKey, ExemptionRecord>,
+    Endpoints { addresses, provider }: &Endpoints,
+) -> DesiredListeners {
+    let mut desired = DesiredListeners::new();
+    for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
+        let Some(allow) = &rule.allow else { continue };
+        for (&cookie, &inode) in &senders.namespaces {
+            let subject = Subject::new(SubjectKind::Netns, cookie);
+            let is_exempt = |address: Address| exempt.contains_key(&ExemptionKey { address, subject });
+            let covered = addresses.iter().filter(|endpoint| covers(&rule.scope, **endpoint));
+            for &endpoint in covered {
+                if is_exempt(Address::ANY) || is_exempt(address_key(endpoint)) {
+                    continue;
+                }
+                let listener = desired.entry((cookie, endpoint)).or_insert_with(|| DesiredListener {
+                    inode,
+                    provider,
+                    rule: number,
+                    rules: 0,
+                    allow: BTreeSet::new(),
+                });
+                listener.rules += 1;
+                listener.allow.extend(allow.iter().cloned());
+            }
+        }
+    }
+    desired
+}
+
+fn covers(scope: &EndpointSelector, endpoint: IpAddr) -> bool {
+    match scope {
+        EndpointSelector::All => true,
+        EndpointSelector::Only(addresses) => addresses.contains(&endpoint),
+    }
+}
+
+/// Returns the reason why a rule with `allow` cannot be applied to all senders that it matches.
+pub(super) fn unsupported(senders: &IdentitySet, can_redirect: bool) -> Option<String> {
+    if !can_redirect {
+        return Some(
+            "`allow` needs the socket hook, which is off or not attached: the pods are denied".to_owned(),
+        );
+    }
+    if let Some(pod) = &senders.without_cookie {
+        return Some(format!(
+            "`allow` needs Linux 5.14, because older kernels have no cookie for the network namespace of {pod}: the pod is denied"
+        ));
+    }
+    senders.on_node.then(|| {
+        "`allow` does not cover hostNetwork pods and processes of the node: it does not change what they may reach".to_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use imds_ebpf_common::Verdict;
+
+    use super::*;
+    use crate::config::RuleSubject;
+
+    const ONE: [u8; 4] = [10, 0, 0, 1];
+    const OTHER: [u8; 4] = [10, 0, 0, 2];
+
+    fn rule(only: Option<[u8; 4]>, allow: &[&str]) -> Exempt {
+        let scope = only
+            .map_or(EndpointSelector::All, |address| EndpointSelector::Only([IpAddr::from(address)].into()));
+        let allow = (!allow.is_empty()).then(|| allow.iter().map(|&text| text.to_owned()).collect());
+        let sender = RuleSubject::Netns("/n".into());
+        Exempt { name: "a".to_owned(), sender, scope, is_audited: false, allow }
+    }
+
+    fn found(cookie: u64) -> IdentitySet {
+        IdentitySet { cookies: [cookie].into(), namespaces: [(cookie, 70)].into(), ..IdentitySet::default() }
+    }
+
+    fn listeners(
+        rules: &[Exempt],
+        cookies: &[u64],
+        exempt: &BTreeMap<ExemptionKey, ExemptionRecord>,
+    ) -> Vec<(u64, IpAddr, u32, u32, String)> {
+        let found: Vec<_> = cookies.iter().copied().map(found).collect();
+        let endpoints = Endpoints { addresses: [ONE, OTHER].map(IpAddr::from).into(), provider: "azure" };
+        let desired = desired_listeners(rules, &found, exempt, &endpoints);
+        let plain = |((cookie, endpoint), listener): (RedirectKey, DesiredListener)| {
+            let allow = listener.allow.into_iter().collect::<Vec<_>>().join(",");
+            (cookie, endpoint, listener.rule, listener.rules, allow)
+        };
+        desired.into_iter().map(plain).collect()
+    }
+
+    #[test]
+    fn lists_of_matching_rules_are_merged() {
+        let none = BTreeMap::new();
+        let [one, other] = [ONE, OTHER].map(IpAddr::from);
+        assert_eq!(listeners(&[rule(None, &[])], &[7], &none), []);
+        let rules = [rule(Some(ONE), &["GET /b"]), rule(None, &["GET /a"]), rule(None, &["GET /c"])];
+        assert_eq!(
+            listeners(&rules, &[7, 7, 8], &none),
+            [
+                (7, one, 1, 2, "GET /a,GET /b".to_owned()),
+                (7, other, 2, 1, "GET /a".to_owned()),
+                (8, one, 3, 1, "GET /c".to_owned()),
+                (8, other, 3, 1, "GET /c".to_owned()),
+            ]
+        );
+    }
+
+    #[test]
+    fn exempt_senders_need_no_listener() {
+        let exempt = |address| {
+            let key = ExemptionKey { address, subject: Subject::new(SubjectKind::Netns, 7) };
+            BTreeMap::from([(key, ExemptionRecord::new(Verdict::Exempt, 1))])
+        };
+        let rules = [rule(None, &["GET /a"])];
+        assert_eq!(listeners(&rules, &[7], &exempt(Address::ANY)), []);
+        let left = listeners(&rules, &[7], &exempt(Address::from_ipv4(ONE)));
+        assert_eq!(left, [(7, OTHER.into(), 1, 1, "GET /a".to_owned())]);
+        assert_eq!(listeners(&rules, &[8], &exempt(Address::ANY)).len(), 2);
+    }
+
+    #[test]
+    fn unsupported_senders_are_named() {
+        assert_eq!(unsupported(&found(7), true), None);
+        assert!(unsupported(&found(7), false).unwrap().contains("socket hook"));
+        let old = IdentitySet { without_cookie: Some("/n".to_owned()), ..IdentitySet::default() };
+        assert!(unsupported(&old, true).unwrap().contains("Linux 5.14"));
+        let host = IdentitySet { on_node: true, ..IdentitySet::default() };
+        assert!(unsupported(&host, true).unwrap().contains("hostNetwork"));
+    }
+}
