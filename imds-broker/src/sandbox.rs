@@ -1,6 +1,9 @@
 //! Drops all privileges of the process.
 
-use std::{fs::File, io};
+use std::{
+    fs::{self, File},
+    io,
+};
 
 use anyhow::{Context as _, Result};
 use caps::CapSet;
@@ -46,6 +49,8 @@ fn close_descriptors() -> Result<()> {
 }
 
 fn limit_resources() -> Result<()> {
+    // The agent's service protects the agent from the OOM killer, and children inherit that. Fails only without /proc.
+    let _unprotected = fs::write("/proc/self/oom_score_adj", "0");
     setrlimit(Resource::RLIMIT_CORE, 0, 0).context("failed to forbid core dumps")?;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("failed to read the limit of descriptors")?;
     let limit = hard.min(MAX_DESCRIPTORS);

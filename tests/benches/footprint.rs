@@ -1,5 +1,5 @@
-//! Resources of the agent on a node with 1,000 pods from an API server: memory and CPU time at rest, and memory after each pod that is
-//! not exempt was denied once. The agent writes Kubernetes Events and the node's condition.
+//! Resources of the agent on a node with 1,000 pods from an API server: memory and CPU time at rest, and memory after denials of 100 of
+//! them. The agent writes Kubernetes Events and the node's condition.
 
 use std::time::Duration;
 
@@ -53,8 +53,8 @@ fn main() {
     let used = process.cpu_at_rest(IDLE);
     println!("{PODS} pods, {} exempt senders, {}\n", env.status().exemptions.len(), machine());
     let [resident, most, own] = ["VmRSS", "VmHWM", "RssAnon"].map(|kind| process.memory(kind));
-    eprintln!("sending a request from each pod");
-    for (link, _) in &pods {
+    eprintln!("sending a request from every tenth pod");
+    for (link, _) in pods.iter().step_by(10) {
         http_get(&link.netns, METADATA, SHORT);
     }
     let denied = process.memory("VmRSS");
@@ -64,7 +64,7 @@ fn main() {
         row("peak memory", format!("{most:.1} MiB")),
         row("anonymous memory", format!("{own:.1} MiB")),
         row("CPU", format!("{used:.3} % of one")),
-        row("resident memory after a denial of each pod", format!("{denied:.1} MiB")),
+        row("resident memory after denials of 100 pods", format!("{denied:.1} MiB")),
     ];
     print!("{}", table(&["at rest", "takes"], &rows));
     drop(agent);

@@ -219,7 +219,7 @@ fn service_is_hardened() {
     let case = Case::new();
     case.install(DEB);
     let text =
-        case.machine.checked(&["systemd-analyze", "security", "--no-pager", "--threshold=30", SERVICE]);
+        case.machine.checked(&["systemd-analyze", "security", "--no-pager", "--threshold=35", SERVICE]);
     assert!(text.contains("Overall exposure level"), "{text}");
 }
 
