@@ -96,11 +96,11 @@ impl Broker {
         let rules = allow.iter().map(|rule| Rule::parse(rule)).collect::<Result<_, _>>()?;
         let socket = listening_socket(descriptors)?;
         let (close, closed) = oneshot::channel();
-        let listener = Listener::new(id, endpoint, Provider::named(provider), rules, &self.control);
-        let free_connections = Arc::clone(&self.free_connections);
+        let (provider, free_connections) = (Provider::named(provider), Arc::clone(&self.free_connections));
+        let listener = Listener::new(id, endpoint, provider, rules, &self.control, free_connections);
         self.open.insert(id, Some(close));
         self.tasks.spawn(async move {
-            serve(socket, Arc::new(listener), free_connections, closed).await;
+            serve(socket, Arc::new(listener), closed).await;
             id
         });
         Ok(())

@@ -33,6 +33,8 @@ pub(crate) struct Listener {
     requests: Mutex<RateLimiter>,
     /// Connections that may still be accepted.
     free_connections: Arc<Semaphore>,
+    /// Connections of all listeners that may still be served.
+    all_free_connections: Arc<Semaphore>,
 }
 
 impl Listener {
@@ -42,6 +44,7 @@ impl Listener {
         provider: &'static Provider,
         rules: Vec<Rule>,
         control: &Arc<Control>,
+        all_free_connections: Arc<Semaphore>,
     ) -> Self {
         Self {
             endpoint,
@@ -50,6 +53,7 @@ impl Listener {
             rules,
             requests: Mutex::new(RateLimiter::for_requests(Instant::now())),
             free_connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            all_free_connections,
         }
     }
 
@@ -72,33 +76,23 @@ impl Listener {
 
     /// Reports whether an idle connection would make a new one wait.
     pub(crate) fn is_full(&self) -> bool {
-        self.free_connections.available_permits() == 0
+        self.free_connections.available_permits() == 0 || self.all_free_connections.available_permits() == 0
     }
 }
 
 /// Accepts connections until `closed` resolves. Then resets all connections, which frees the network namespace, and returns.
-pub(crate) async fn serve(
-    socket: TcpListener,
-    listener: Arc<Listener>,
-    all_free_connections: Arc<Semaphore>,
-    closed: oneshot::Receiver<()>,
-) {
+pub(crate) async fn serve(socket: TcpListener, listener: Arc<Listener>, closed: oneshot::Receiver<()>) {
     let mut connections = JoinSet::new();
     tokio::select! {
         _ = closed => {}
-        () = accept_all(&socket, &listener, &all_free_connections, &mut connections) => {}
+        () = accept_all(&socket, &listener, &mut connections) => {}
     }
     drop(socket);
     connections.shutdown().await;
 }
 
-/// Accepts connections. Returns only if the semaphore is closed, which does not happen.
-async fn accept_all(
-    socket: &TcpListener,
-    listener: &Arc<Listener>,
-    all_free_connections: &Arc<Semaphore>,
-    connections: &mut JoinSet<()>,
-) {
+/// Accepts connections. Returns if the socket no longer listens: a privileged process in the pod can close it (`SOCK_DESTROY`).
+async fn accept_all(socket: &TcpListener, listener: &Arc<Listener>, connections: &mut JoinSet<()>) {
     let mut limiter = RateLimiter::for_connections(Instant::now());
     loop {
         let Ok(permit) = Arc::clone(&listener.free_connections).acquire_owned().await else { return };
@@ -108,13 +102,17 @@ async fn accept_all(
         }
         match socket.accept().await {
             Ok((stream, _)) => {
-                let (listener, all_free_connections) =
-                    (Arc::clone(listener), Arc::clone(all_free_connections));
+                // One accepted connection of each listener waits, so that descriptors have a bound.
+                let Ok(of_all) = Arc::clone(&listener.all_free_connections).acquire_owned().await else {
+                    return;
+                };
+                let listener = Arc::clone(listener);
                 connections.spawn(async move {
-                    let _permits = (permit, all_free_connections.acquire().await);
+                    let _permits = (permit, of_all);
                     connection::serve(stream, &listener).await;
                 });
             }
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
             // The client has gone, or no descriptor is free.
             Err(_) => sleep(ACCEPT_BACKOFF).await,
         }

@@ -18,9 +18,9 @@ use nix::{
     unistd::{Gid, Uid, chdir, chroot, dup2_stdout, fchdir, setgroups, setresgid, setresuid},
 };
 
-/// User and group of the process. The number is in a range that distributions and systemd leave unused
-/// (<https://systemd.io/UIDS-GIDS>: 65536 to 524287), so that no other process has it.
-const USER: u32 = 169_254;
+/// User and group of the process. The number is in a range that systemd (<https://systemd.io/UIDS-GIDS>: 65536 to 524287) and the
+/// subordinate users of `useradd` (from 100000, `SUB_UID_MIN` in login.defs(5)) leave unused.
+const USER: u32 = 69_254;
 
 /// Upper limit of open descriptors: two for each of 1,024 connections, and one for each of 4,096 listeners.
 const MAX_DESCRIPTORS: u64 = 8192;

@@ -12,7 +12,7 @@ use crate::{
     config::{self, EndpointSelector, Exempt, RuleSubject, Selector},
     controller::{
         pod_tracker::PodTracker,
-        scoped_rules::{self, DesiredListeners, Endpoints, desired_listeners},
+        scoped_rules::{self, DesiredListeners, RuleContext, desired_listeners},
     },
     datapath::exemption_set::ExemptionSet,
     encode::address_key,
@@ -22,18 +22,6 @@ use crate::{
         sender_resolver::{Fingerprint, IdentitySet, SenderResolver},
     },
 };
-
-/// Properties of the node that decide how rules are applied.
-#[derive(Clone, Debug)]
-pub(super) struct RuleContext {
-    /// The socket hook is on.
-    pub(super) socket_hook_on: bool,
-    /// The socket hook can redirect connections, and a broker can answer them.
-    pub(super) can_redirect: bool,
-    /// The mode is `enforce`. In other modes no request is denied that the broker would have to answer.
-    pub(super) is_enforcing: bool,
-    pub(super) endpoints: Endpoints,
-}
 
 /// Exemption rules of the effective configuration.
 #[derive(Debug, Default)]
@@ -125,7 +113,7 @@ impl ExemptionRules {
         }
         self.errors = errors;
         let entries = exemption_entries(&self.exempt, &found);
-        let listeners = if context.is_enforcing && context.can_redirect {
+        let listeners = if context.is_enforcing && context.can_redirect && context.has_broker {
             desired_listeners(&self.exempt, &found, &entries, &context.endpoints)
         } else {
             DesiredListeners::new()
@@ -159,7 +147,7 @@ impl RuleSubject {
 /// Returns the reason why a rule cannot be applied to all senders that it matches.
 fn incomplete_reason(rule: &Exempt, senders: &IdentitySet, context: &RuleContext) -> Option<String> {
     if rule.allow.is_some() {
-        let unsupported = || scoped_rules::unsupported(senders, context.can_redirect);
+        let unsupported = || scoped_rules::unsupported(senders, context);
         let error = senders.errors.first().cloned();
         return error.or_else(|| context.is_enforcing.then(unsupported).flatten());
     }
@@ -234,6 +222,7 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
+    use crate::controller::scoped_rules::Endpoints;
 
     const ONE: [u8; 4] = [10, 0, 0, 1];
 
@@ -267,6 +256,7 @@ mod tests {
         let context = |socket_hook_on| RuleContext {
             socket_hook_on,
             can_redirect: true,
+            has_broker: true,
             is_enforcing: true,
             endpoints: Endpoints::default(),
         };

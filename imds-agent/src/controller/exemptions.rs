@@ -15,10 +15,10 @@ use super::Reconciler;
 use crate::{
     config::{Exempt, Interfaces},
     controller::{
-        exemption_rules::{ExemptionRules, RuleContext},
+        exemption_rules::ExemptionRules,
         pod_tracker::PodTracker,
         resolved_config::ResolvedConfig,
-        scoped_rules::Endpoints,
+        scoped_rules::{Endpoints, RuleContext},
     },
     datapath::{DatapathError, exemption_set::ExemptionSet},
     encode::address_key,
@@ -253,7 +253,8 @@ impl Reconciler {
         let context = RuleContext {
             socket_hook_on: self.datapath.hooks().contains(Hook::Socket)
                 && !self.datapath.lacks_identity(Hook::Socket),
-            can_redirect: self.datapath.can_redirect() && self.scoped.broker.is_some(),
+            can_redirect: self.datapath.can_redirect(),
+            has_broker: self.scoped.broker.is_some(),
             is_enforcing: self.exemptions.mode == Mode::Enforce,
             endpoints: self.exemptions.endpoints.clone(),
         };

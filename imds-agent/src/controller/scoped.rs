@@ -206,6 +206,11 @@ impl ScopedState {
 }
 
 impl DesiredListener {
+    /// Reports whether a listener for `self` allows nothing that one for `other` does not allow.
+    pub(super) fn is_within(&self, other: &Self) -> bool {
+        (self.inode, self.provider) == (other.inode, other.provider) && self.allow.is_subset(&other.allow)
+    }
+
     /// Reports whether a listener for `self` can stay as it is for `other`.
     pub(super) fn serves(&self, other: &Self) -> bool {
         (self.inode, self.provider, &self.allow) == (other.inode, other.provider, &other.allow)

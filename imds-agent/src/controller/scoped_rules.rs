@@ -14,6 +14,20 @@ use crate::{
     node::sender_resolver::IdentitySet,
 };
 
+/// Properties of the node that decide how rules are applied.
+#[derive(Clone, Debug)]
+pub(super) struct RuleContext {
+    /// The socket hook is on.
+    pub(super) socket_hook_on: bool,
+    /// The socket hook can redirect connections.
+    pub(super) can_redirect: bool,
+    /// A broker can answer redirected connections.
+    pub(super) has_broker: bool,
+    /// The mode is `enforce`. In other modes no request is denied that the broker would have to answer.
+    pub(super) is_enforcing: bool,
+    pub(super) endpoints: Endpoints,
+}
+
 /// Listeners by network namespace and endpoint.
 pub(super) type DesiredListeners = BTreeMap<RedirectKey, DesiredListener>;
 
@@ -86,8 +100,13 @@ fn covers(scope: &EndpointSelector, endpoint: IpAddr) -> bool {
 }
 
 /// Returns the reason why a rule with `allow` cannot be applied to all senders that it matches.
-pub(super) fn unsupported(senders: &IdentitySet, can_redirect: bool) -> Option<String> {
-    if !can_redirect {
+pub(super) fn unsupported(senders: &IdentitySet, context: &RuleContext) -> Option<String> {
+    if !context.has_broker {
+        return Some(
+            "`allow` needs an agent that keeps running, unlike `run --once`: the pods are denied".to_owned(),
+        );
+    }
+    if !context.can_redirect {
         return Some(
             "`allow` needs the socket hook, which is off or not attached: the pods are denied".to_owned(),
         );
@@ -171,11 +190,20 @@ mod tests {
 
     #[test]
     fn unsupported_senders_are_named() {
-        assert_eq!(unsupported(&found(7), true), None);
-        assert!(unsupported(&found(7), false).unwrap().contains("socket hook"));
+        let context = |has_broker, can_redirect| RuleContext {
+            socket_hook_on: true,
+            can_redirect,
+            has_broker,
+            is_enforcing: true,
+            endpoints: Endpoints::default(),
+        };
+        let complete = context(true, true);
+        assert_eq!(unsupported(&found(7), &complete), None);
+        assert!(unsupported(&found(7), &context(false, true)).unwrap().contains("run --once"));
+        assert!(unsupported(&found(7), &context(true, false)).unwrap().contains("socket hook"));
         let old = IdentitySet { without_cookie: Some("/n".to_owned()), ..IdentitySet::default() };
-        assert!(unsupported(&old, true).unwrap().contains("Linux 5.14"));
+        assert!(unsupported(&old, &complete).unwrap().contains("Linux 5.14"));
         let host = IdentitySet { on_node: true, ..IdentitySet::default() };
-        assert!(unsupported(&host, true).unwrap().contains("hostNetwork"));
+        assert!(unsupported(&host, &complete).unwrap().contains("hostNetwork"));
     }
 }

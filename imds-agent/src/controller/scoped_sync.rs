@@ -96,7 +96,15 @@ impl Reconciler {
     fn on_broker_message(&mut self, message: FromBroker) -> Result<(), DatapathError> {
         match message {
             FromBroker::Ready {} => Ok(()),
-            FromBroker::Listening { id } => self.activate(id),
+            FromBroker::Listening { id } => {
+                let activated = self.activate(id);
+                if let (Err(error), Some(open)) = (&activated, self.scoped.open.get(&id)) {
+                    let failed = failure(open.redirect, &io::Error::other(error.to_string()));
+                    self.scoped.failed.insert(open.redirect, failed);
+                    return activated.and(self.close_listener(id));
+                }
+                activated
+            }
             FromBroker::Closed { id, error } => {
                 let Some(open) = self.scoped.open.get(&id) else { return Ok(()) };
                 let error = error.unwrap_or_else(|| "no reason given".to_owned());
@@ -170,11 +178,11 @@ impl Reconciler {
     pub(super) fn reconcile_listeners(&mut self) -> Result<(), DatapathError> {
         let ScopedState { desired, open, failed, .. } = &mut self.scoped;
         failed.retain(|redirect, _| desired.contains_key(redirect));
-        let obsolete: Vec<_> = open
-            .iter()
-            .filter(|(_, open)| !desired.contains_key(&open.redirect))
-            .map(|(&id, _)| id)
-            .collect();
+        // A listener that allows more than its rules ends before its successor starts, which may fail.
+        let is_obsolete = |open: &OpenListener| {
+            desired.get(&open.redirect).is_none_or(|desired| !open.desired.is_within(desired))
+        };
+        let obsolete: Vec<_> = open.iter().filter(|(_, open)| is_obsolete(open)).map(|(&id, _)| id).collect();
         let mut result = Ok(());
         for id in obsolete {
             result = result.and(self.close_listener(id));

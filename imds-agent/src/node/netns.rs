@@ -20,7 +20,7 @@ use nix::{
     sockopt_impl,
     sys::socket::{
         AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, getsockopt, listen,
-        socket,
+        setsockopt, socket, sockopt,
     },
 };
 
@@ -124,6 +124,11 @@ pub fn listen_in(namespace: &File, expected: u64, endpoint: IpAddr) -> io::Resul
     )?
 }
 
+/// Buffer sizes of the connections of a listener, in bytes.
+const SOCKET_BUFFER: usize = 16 * 1024;
+/// Time after which the kernel ends a connection whose peer does not read, in milliseconds.
+const STALLED_AFTER: u32 = 5000;
+
 /// Without `SO_REUSEADDR`, which would let another socket of the pod bind the port of a listener that has just closed.
 fn listen_on_loopback(endpoint: IpAddr) -> io::Result<(OwnedFd, u16)> {
     let (family, address): (_, IpAddr) = match endpoint {
@@ -132,6 +137,10 @@ fn listen_on_loopback(endpoint: IpAddr) -> io::Result<(OwnedFd, u16)> {
     };
     let listener = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
     bind(listener.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(address, 0)))?;
+    // Accepted sockets inherit the limits. Without them, a pod that reads nothing fills kernel memory of the agent's cgroup.
+    setsockopt(&listener, sockopt::SndBuf, &SOCKET_BUFFER)?;
+    setsockopt(&listener, sockopt::RcvBuf, &SOCKET_BUFFER)?;
+    setsockopt(&listener, sockopt::TcpUserTimeout, &STALLED_AFTER)?;
     listen(&listener, Backlog::new(BACKLOG)?)?;
     let bound: SockaddrStorage = getsockname(listener.as_raw_fd())?;
     let v4 = bound.as_sockaddr_in().map(nix::sys::socket::SockaddrIn::port);

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// User of the broker.
-const USER: &str = "169254";
+const USER: &str = "69254";
 
 #[test]
 fn broker_has_no_privileges() {

@@ -99,6 +99,38 @@ fn reload_changes_the_allowed_requests() {
 }
 
 #[test]
+fn revoked_list_ends_before_its_successor() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let sender = format!("netns = '{}'", pod.netns.path().display());
+    let config = env.scratch_dir().join("imds.toml");
+    let write = |rules: &str| {
+        fs::write(&config, format!("{ENDPOINTS}{rules}\n[hooks]\nlocal_service = false\n")).unwrap();
+    };
+    write(&scoped(&sender, "GET /metadata/instance"));
+    let broker = stand_in::broker(&env);
+    let cgroup = env.cgroup().to_str().unwrap().to_owned();
+    let command = env.agent().config_file(config.to_str().unwrap());
+    let agent = command.args(&["--cgroup", &cgroup, "--broker", broker.to_str().unwrap()]).spawn_ready();
+    wait_allowed(&env, &pod.netns, IMDS);
+    // The agent ends the listener although the broker cannot serve its successor.
+    let broker = stand_in::pid(agent.pid()).expect("a broker");
+    stand_in::signal(broker, Signal::SIGSTOP);
+    write(&scoped(&sender, "GET /metadata/versions"));
+    agent.hang_up();
+    env.status_when("the listener with the old list is removed", |status| redirected(status).is_empty());
+    assert_eq!(stand_in::pid(agent.pid()), Some(broker), "the broker has not been replaced yet");
+    assert_denied(&env, &pod.netns);
+    poll_until(2 * LONG, "another broker", || stand_in::pid(agent.pid()).filter(|&pid| pid != broker));
+    poll_until(LONG, "the new list", || {
+        (get(&env, &pod.netns, IMDS, ALLOWED).ok() == Some(403)).then_some(())
+    });
+}
+
+#[test]
 fn listener_ends_with_the_sandbox() {
     if skip_without_netns_cookie() {
         return;
