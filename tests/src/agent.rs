@@ -1,7 +1,7 @@
 //! Runs imds-agent on an environment's node.
 
 use std::{
-    env, fs,
+    fs,
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -17,6 +17,7 @@ use nix::{
 
 use crate::{
     Status, TestEnv,
+    executable::agent_executable,
     netns::unique,
     poll::{poll_until, try_poll},
     program_policy::ProgramPolicy,
@@ -223,7 +224,7 @@ impl<'w> AgentCommand<'w> {
     /// Returns the process, not started and with nothing redirected.
     #[track_caller]
     pub fn command(&self) -> Command {
-        let binary = self.binary.clone().unwrap_or_else(binary);
+        let binary = self.binary.clone().unwrap_or_else(agent_executable);
         let mut command = self.test_env.node.command(binary);
         command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
         if matches!(self.args.first().map(String::as_str), Some("run" | "unload")) {
@@ -387,21 +388,4 @@ impl Drop for Agent<'_> {
 
 fn pid(child: &Child) -> Pid {
     Pid::from_raw(child.id().try_into().expect("process ids are positive C ints"))
-}
-
-/// Returns `$IMDS_AGENT`, or the agent that was built together with the running executable.
-#[track_caller]
-fn binary() -> PathBuf {
-    if let Some(path) = env::var_os("IMDS_AGENT") {
-        return path.into();
-    }
-    let executable = env::current_exe().expect("path of this executable");
-    let found = executable
-        .ancestors()
-        .skip(1)
-        .map(|directory| directory.join("imds-agent"))
-        .find(|path| path.is_file());
-    found.unwrap_or_else(|| {
-        panic!("no imds-agent beside {}: run `cargo xtask test`, or set IMDS_AGENT", executable.display())
-    })
 }

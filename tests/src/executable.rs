@@ -19,3 +19,20 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path).map(|dir| dir.join(name)).find(|path| path.is_file())
 }
+
+/// Returns `$IMDS_AGENT`, or the agent that was built together with the running executable.
+#[track_caller]
+pub(crate) fn agent_executable() -> PathBuf {
+    if let Some(path) = env::var_os("IMDS_AGENT") {
+        return path.into();
+    }
+    let executable = env::current_exe().expect("path of this executable");
+    let found = executable
+        .ancestors()
+        .skip(1)
+        .map(|directory| directory.join("imds-agent"))
+        .find(|path| path.is_file());
+    found.unwrap_or_else(|| {
+        panic!("no imds-agent beside {}: run `cargo xtask test`, or set IMDS_AGENT", executable.display())
+    })
+}

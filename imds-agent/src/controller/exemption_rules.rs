@@ -113,7 +113,7 @@ impl ExemptionRules {
         }
         self.errors = errors;
         let entries = exemption_entries(&self.exempt, &found);
-        let listeners = if context.is_enforcing && context.can_redirect && context.has_broker {
+        let listeners = if context.is_enforcing && context.redirect_obstacle.is_none() {
             desired_listeners(&self.exempt, &found, &entries, &context.endpoints)
         } else {
             DesiredListeners::new()
@@ -255,8 +255,7 @@ mod tests {
         let senders = IdentitySet { without_cookie: Some("/n".to_owned()), ..found(7) };
         let context = |socket_hook_on| RuleContext {
             socket_hook_on,
-            can_redirect: true,
-            has_broker: true,
+            redirect_obstacle: None,
             is_enforcing: true,
             endpoints: Endpoints::default(),
         };

@@ -18,7 +18,7 @@ use crate::{
         exemption_rules::ExemptionRules,
         pod_tracker::PodTracker,
         resolved_config::ResolvedConfig,
-        scoped_rules::{Endpoints, RuleContext},
+        scoped_rules::{Endpoints, NO_BROKER, NO_SOCKET_HOOK, RuleContext},
     },
     datapath::{DatapathError, exemption_set::ExemptionSet},
     encode::address_key,
@@ -243,6 +243,13 @@ impl Reconciler {
         Ok(())
     }
 
+    fn redirect_obstacle(&self) -> Option<&'static str> {
+        if self.scoped.broker.is_none() {
+            return Some(NO_BROKER);
+        }
+        (!self.datapath.can_redirect()).then_some(NO_SOCKET_HOOK)
+    }
+
     async fn resolve_exemptions(&mut self) -> Result<ExemptionSet, DatapathError> {
         let pods = pod_links(&self.node.links, &self.node.uplinks, &self.interfaces);
         self.exemptions.resolver.retain(&self.node.links);
@@ -253,8 +260,7 @@ impl Reconciler {
         let context = RuleContext {
             socket_hook_on: self.datapath.hooks().contains(Hook::Socket)
                 && !self.datapath.lacks_identity(Hook::Socket),
-            can_redirect: self.datapath.can_redirect(),
-            has_broker: self.scoped.broker.is_some(),
+            redirect_obstacle: self.redirect_obstacle(),
             is_enforcing: self.exemptions.mode == Mode::Enforce,
             endpoints: self.exemptions.endpoints.clone(),
         };

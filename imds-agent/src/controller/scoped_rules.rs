@@ -19,10 +19,8 @@ use crate::{
 pub(super) struct RuleContext {
     /// The socket hook is on.
     pub(super) socket_hook_on: bool,
-    /// The socket hook can redirect connections.
-    pub(super) can_redirect: bool,
-    /// A broker can answer redirected connections.
-    pub(super) has_broker: bool,
+    /// Reason why no connection can be redirected to a broker.
+    pub(super) redirect_obstacle: Option<&'static str>,
     /// The mode is `enforce`. In other modes no request is denied that the broker would have to answer.
     pub(super) is_enforcing: bool,
     pub(super) endpoints: Endpoints,
@@ -99,17 +97,15 @@ fn covers(scope: &EndpointSelector, endpoint: IpAddr) -> bool {
     }
 }
 
+/// [`RuleContext::redirect_obstacle`] of an agent without a broker.
+pub(super) const NO_BROKER: &str = "`allow` needs an agent that keeps running, unlike `run --once`";
+/// [`RuleContext::redirect_obstacle`] of a node without the socket hook.
+pub(super) const NO_SOCKET_HOOK: &str = "`allow` needs the socket hook, which is off or not attached";
+
 /// Returns the reason why a rule with `allow` cannot be applied to all senders that it matches.
 pub(super) fn unsupported(senders: &IdentitySet, context: &RuleContext) -> Option<String> {
-    if !context.has_broker {
-        return Some(
-            "`allow` needs an agent that keeps running, unlike `run --once`: the pods are denied".to_owned(),
-        );
-    }
-    if !context.can_redirect {
-        return Some(
-            "`allow` needs the socket hook, which is off or not attached: the pods are denied".to_owned(),
-        );
+    if let Some(obstacle) = context.redirect_obstacle {
+        return Some(format!("{obstacle}: the pods are denied"));
     }
     if let Some(pod) = &senders.without_cookie {
         return Some(format!(
@@ -190,17 +186,15 @@ mod tests {
 
     #[test]
     fn unsupported_senders_are_named() {
-        let context = |has_broker, can_redirect| RuleContext {
+        let complete = RuleContext {
             socket_hook_on: true,
-            can_redirect,
-            has_broker,
+            redirect_obstacle: None,
             is_enforcing: true,
             endpoints: Endpoints::default(),
         };
-        let complete = context(true, true);
         assert_eq!(unsupported(&found(7), &complete), None);
-        assert!(unsupported(&found(7), &context(false, true)).unwrap().contains("run --once"));
-        assert!(unsupported(&found(7), &context(true, false)).unwrap().contains("socket hook"));
+        let without_broker = RuleContext { redirect_obstacle: Some(NO_BROKER), ..complete.clone() };
+        assert!(unsupported(&found(7), &without_broker).unwrap().contains("run --once"));
         let old = IdentitySet { without_cookie: Some("/n".to_owned()), ..IdentitySet::default() };
         assert!(unsupported(&old, &complete).unwrap().contains("Linux 5.14"));
         let host = IdentitySet { on_node: true, ..IdentitySet::default() };
