@@ -21,6 +21,8 @@ use crate::{
 
 /// Interval of the checks.
 const PERIOD: Duration = Duration::from_secs(5);
+/// Smallest interval in multiples of the duration of a check: with 1,000 pods, a check reads for a third of a second.
+const PERIOD_PER_CHECK: u32 = 50;
 /// Interval of the checks until the state is settled, so that a new node becomes usable soon.
 const UNSETTLED_PERIOD: Duration = Duration::from_secs(1);
 /// Number of checks in a row that must find the node unprotected. A single one can coincide with the creation of a pod.
@@ -160,6 +162,7 @@ impl NodeReporter {
     /// Checks and reports until it is dropped.
     pub(super) async fn run(mut self) {
         loop {
+            let started = Instant::now();
             self.check().await;
             let now = Instant::now();
             if self.next_attempt <= now && self.settled.is_some() {
@@ -167,7 +170,8 @@ impl NodeReporter {
                 self.on_result(result);
             }
             let is_settled = self.settled.is_some() && self.unprotected_checks != 1;
-            let period = if is_settled { PERIOD } else { UNSETTLED_PERIOD };
+            let settled_period = PERIOD.max((now - started) * PERIOD_PER_CHECK);
+            let period = if is_settled { settled_period } else { UNSETTLED_PERIOD };
             tokio::select! {
                 () = sleep(period) => {}
                 () = changed(&mut self.corrections) => {}
