@@ -8,7 +8,10 @@
 use http::Method;
 use thiserror::Error;
 
-use crate::canonical::{NotCanonical, check_path, check_query};
+use crate::{
+    allow::METHODS,
+    canonical::{NotCanonical, check_path, check_query},
+};
 
 /// Longest head in bytes, with the empty line.
 pub const MAX_HEAD: usize = 8 * 1024;
@@ -16,8 +19,6 @@ pub const MAX_HEAD: usize = 8 * 1024;
 pub const MAX_BODY: usize = 4 * 1024;
 /// Largest number of header lines.
 pub const MAX_HEADERS: usize = 32;
-
-const METHODS: [Method; 5] = [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::DELETE];
 
 /// Headers that no request may have. They change the framing or the protocol, or show that a proxy has forwarded the request: AWS,
 /// Azure, GCP and Oracle refuse such requests too, because the client of the proxy is the actual sender.
@@ -249,7 +250,10 @@ fn parse_request_line(line: &str) -> Result<(Method, &str), Malformed> {
     let [method, target, "HTTP/1.1"] = line.split(' ').collect::<Vec<_>>()[..] else {
         return Err(Malformed::RequestLine);
     };
-    let method = METHODS.into_iter().find(|known| known.as_str() == method).ok_or(Malformed::Method)?;
+    if !METHODS.contains(&method) {
+        return Err(Malformed::Method);
+    }
+    let method = Method::from_bytes(method.as_bytes()).map_err(|_| Malformed::Method)?;
     Ok((method, target))
 }
 

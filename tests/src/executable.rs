@@ -23,16 +23,24 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 /// Returns `$IMDS_AGENT`, or the agent that was built together with the running executable.
 #[track_caller]
 pub(crate) fn agent_executable() -> PathBuf {
-    if let Some(path) = env::var_os("IMDS_AGENT") {
-        return path.into();
+    env::var_os("IMDS_AGENT").map_or_else(|| built_executable("imds-agent"), PathBuf::from)
+}
+
+/// Returns the broker beside `$IMDS_AGENT`, or the one that was built together with the running executable.
+#[must_use]
+#[track_caller]
+pub fn broker_executable() -> PathBuf {
+    match env::var_os("IMDS_AGENT") {
+        Some(agent) => PathBuf::from(agent).with_file_name("imds-broker"),
+        None => built_executable("imds-broker"),
     }
+}
+
+#[track_caller]
+fn built_executable(name: &str) -> PathBuf {
     let executable = env::current_exe().expect("path of this executable");
-    let found = executable
-        .ancestors()
-        .skip(1)
-        .map(|directory| directory.join("imds-agent"))
-        .find(|path| path.is_file());
-    found.unwrap_or_else(|| {
-        panic!("no imds-agent beside {}: run `cargo xtask test`, or set IMDS_AGENT", executable.display())
+    let mut beside = executable.ancestors().skip(1).map(|directory| directory.join(name));
+    beside.find(|path| path.is_file()).unwrap_or_else(|| {
+        panic!("no {name} beside {}: run `cargo xtask test`, or set IMDS_AGENT", executable.display())
     })
 }

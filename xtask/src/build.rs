@@ -9,6 +9,9 @@ use crate::{
     workspace::{artifacts, cargo, execute, print_status, root},
 };
 
+/// Cargo profile of the shipped binaries.
+pub(crate) const SHIPPED_PROFILE: &str = "static";
+
 pub(crate) fn run() -> Result<()> {
     print_status(format_args!("built {}", release()?.display()));
     Ok(())
@@ -28,8 +31,8 @@ pub(crate) fn release() -> Result<PathBuf> {
 
 /// Builds the agent with the profile of `cargo xtask dist`, and returns its path.
 pub(crate) fn shipped() -> Result<PathBuf> {
-    let agent = artifacts("static")?.join("imds-agent");
-    execute(cargo("build").args(["--profile", "static", "--package", "imds-agent", "--locked"]))?;
+    let agent = artifacts(SHIPPED_PROFILE)?.join("imds-agent");
+    execute(cargo("build").args(["--profile", SHIPPED_PROFILE, "--package", "imds-agent", "--locked"]))?;
     Ok(agent)
 }
 

@@ -2,17 +2,15 @@
 
 use std::{
     cell::Cell,
-    env,
     io::{self, IoSlice, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
-    path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
 
 use imds_broker::protocol::{FromBroker, MAX_MESSAGE, Request, ToBroker};
-use imds_tests::{Netns, probe::LONG};
+use imds_tests::{Netns, executable::broker_executable, probe::LONG};
 use nix::sys::{
     socket::{
         AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, setsockopt, socketpair,
@@ -39,27 +37,17 @@ pub(crate) struct BrokerPod {
     pub(crate) id: u32,
 }
 
-/// Returns the broker that was built together with the agent of the tests.
-pub(crate) fn binary() -> PathBuf {
-    if let Some(agent) = env::var_os("IMDS_AGENT") {
-        return PathBuf::from(agent).with_file_name("imds-broker");
-    }
-    let executable = env::current_exe().expect("path of this executable");
-    let found = executable.ancestors().skip(1).map(|directory| directory.join("imds-broker"));
-    found.into_iter().find(|path| path.is_file()).expect("imds-broker beside this executable")
-}
-
 impl Broker {
     /// Starts a broker on a new node, and waits until it is ready.
     pub(crate) fn start() -> Self {
-        Self::start_with(|node| node.command(binary()), |_| {})
+        Self::start_with(|node| node.command(broker_executable()), |_| {})
     }
 
     /// Starts a broker that may have this number of open descriptors.
     pub(crate) fn start_with_descriptors(limit: u32) -> Self {
         let command = |node: &Netns| {
             let mut command = node.command("sh");
-            command.args(["-c", &format!("ulimit -n {limit} && exec \"$0\"")]).arg(binary());
+            command.args(["-c", &format!("ulimit -n {limit} && exec \"$0\"")]).arg(broker_executable());
             command
         };
         Self::start_with(command, |_| {})

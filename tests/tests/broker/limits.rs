@@ -9,12 +9,12 @@ use std::{
 };
 
 use imds_broker::protocol::Outcome;
-use imds_tests::StopFlag;
+use imds_tests::{StopFlag, executable::broker_executable};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::{
     ALLOW, LOCATION,
-    harness::{Broker, BrokerPod, binary, read_all, status},
+    harness::{Broker, BrokerPod, read_all, status},
     simulator::Simulator,
 };
 
@@ -63,7 +63,7 @@ fn messages_about_requests_are_limited() {
 #[test]
 fn full_socket_does_not_block() {
     let broker = Broker::start_with(
-        |node| node.command(binary()),
+        |node| node.command(broker_executable()),
         |socket| setsockopt(socket, sockopt::SndBuf, &2048).unwrap(),
     );
     let _service = Simulator::start_echo(&broker.node);

@@ -7,9 +7,11 @@ use std::{
     process::{Command, Stdio},
 };
 
+use imds_tests::executable::broker_executable;
+
 use crate::{
     ALLOW, LOCATION,
-    harness::{Broker, binary, status},
+    harness::{Broker, status},
     simulator::Simulator,
 };
 
@@ -70,7 +72,7 @@ fn broker_has_no_privileges() {
 
 #[test]
 fn broker_without_rights_does_not_start() {
-    let mut command = Command::new(binary());
+    let mut command = Command::new(broker_executable());
     // SAFETY: the closure only makes a system call.
     unsafe {
         command.pre_exec(|| Ok(nix::unistd::setresuid(65534.into(), 65534.into(), 65534.into())?));
@@ -83,7 +85,7 @@ fn broker_without_rights_does_not_start() {
 
 #[test]
 fn broker_needs_a_socket() {
-    let output = Command::new(binary()).stdin(Stdio::null()).output().unwrap();
+    let output = Command::new(broker_executable()).stdin(Stdio::null()).output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{error}");
     assert!(error.starts_with("imds-broker: standard input is not a socket"), "{error}");

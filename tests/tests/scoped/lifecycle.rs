@@ -1,9 +1,9 @@
 //! Restarts of the agent, changed rules, and pods that end.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use imds_tests::{
-    Netns, PodLink, TestEnv,
+    Agent, Netns, PodLink, TestEnv,
     kubelet::{Driver, Kubelet, new_uid},
     poll::poll_until,
     probe::LONG,
@@ -16,6 +16,21 @@ use crate::{
     ALLOWED, ENDPOINTS, IMDS, REFUSED, agent, assert_denied, assert_scoped, get, redirected, scoped,
     stand_in, start, wait_allowed,
 };
+
+/// Writes the file of [`start_with_file`].
+fn write_config(env: &TestEnv, rules: &str) -> PathBuf {
+    let config = env.scratch_dir().join("imds.toml");
+    fs::write(&config, format!("{ENDPOINTS}{rules}\n[hooks]\nlocal_service = false\n")).unwrap();
+    config
+}
+
+/// Starts an agent that reloads these rules from a file.
+fn start_with_file<'e>(env: &'e TestEnv, rules: &str) -> Agent<'e> {
+    let (config, broker) = (write_config(env, rules), stand_in::broker(env));
+    let cgroup = env.cgroup().to_str().unwrap().to_owned();
+    let command = env.agent().config_file(config.to_str().unwrap());
+    command.args(&["--cgroup", &cgroup, "--broker", broker.to_str().unwrap()]).spawn_ready()
+}
 
 #[test]
 fn agent_restart_keeps_the_scope() {
@@ -48,16 +63,8 @@ fn reload_changes_the_allowed_requests() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let sender = format!("netns = '{}'", pod.netns.path().display());
-    let config = env.scratch_dir().join("imds.toml");
-    let write = |rules: &str| {
-        fs::write(&config, format!("{ENDPOINTS}{rules}\n[hooks]\nlocal_service = false\n")).unwrap();
-    };
-    write(&scoped(&sender, "GET /metadata/instance"));
-    let broker = stand_in::broker(&env);
-    let cgroup = env.cgroup().to_str().unwrap().to_owned();
-    let command = env.agent().config_file(config.to_str().unwrap());
-    let args = ["--cgroup", &cgroup, "--broker", broker.to_str().unwrap()];
-    let agent = command.args(&args).spawn_ready();
+    let write = |rules: &str| drop(write_config(&env, rules));
+    let agent = start_with_file(&env, &scoped(&sender, "GET /metadata/instance"));
     wait_allowed(&env, &pod.netns, IMDS);
 
     write(&scoped(&sender, &format!("GET {REFUSED}")));
@@ -106,15 +113,8 @@ fn revoked_list_ends_before_its_successor() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let sender = format!("netns = '{}'", pod.netns.path().display());
-    let config = env.scratch_dir().join("imds.toml");
-    let write = |rules: &str| {
-        fs::write(&config, format!("{ENDPOINTS}{rules}\n[hooks]\nlocal_service = false\n")).unwrap();
-    };
-    write(&scoped(&sender, "GET /metadata/instance"));
-    let broker = stand_in::broker(&env);
-    let cgroup = env.cgroup().to_str().unwrap().to_owned();
-    let command = env.agent().config_file(config.to_str().unwrap());
-    let agent = command.args(&["--cgroup", &cgroup, "--broker", broker.to_str().unwrap()]).spawn_ready();
+    let write = |rules: &str| drop(write_config(&env, rules));
+    let agent = start_with_file(&env, &scoped(&sender, "GET /metadata/instance"));
     wait_allowed(&env, &pod.netns, IMDS);
     // The agent ends the listener although the broker cannot serve its successor.
     let broker = stand_in::pid(agent.pid()).expect("a broker");

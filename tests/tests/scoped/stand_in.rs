@@ -7,16 +7,13 @@ use std::{
     env, fs,
     io::{self, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
-    os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-        unix::fs::PermissionsExt as _,
-    },
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     thread,
 };
 
 use imds_broker::protocol::{FromBroker, MAX_MESSAGE, ToBroker};
-use imds_tests::TestEnv;
+use imds_tests::{TestEnv, executable::write_executable};
 use nix::{
     cmsg_space,
     sys::{
@@ -42,8 +39,7 @@ pub(crate) fn broker(test_env: &TestEnv) -> PathBuf {
 /// Writes an executable script.
 pub(crate) fn script(test_env: &TestEnv, name: &str, text: &str) -> PathBuf {
     let path = test_env.scratch_dir().join(name);
-    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    write_executable(&path, &format!("#!/bin/sh\n{text}\n"));
     path
 }
 

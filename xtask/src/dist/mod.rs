@@ -39,8 +39,6 @@ pub(crate) use release::Release;
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Maximum size of the binary in bytes.
 const MAX_BINARY_LEN: u64 = 10 << 20;
-/// Cargo profile of the binary.
-const PROFILE: &str = "static";
 /// Package and binary of the agent.
 const AGENT: &str = "imds-agent";
 /// Package and binary of the broker, which is beside the agent in all packages.
@@ -163,7 +161,9 @@ fn compile(package: &str, arches: &[Arch], source: &Path, target_dir: &Path) -> 
     flags.push("-Clink-arg=-Wl,-z,pack-relative-relocs".to_owned());
     flags.extend(cargo_home().map(|home| remap(&home, "cargo")));
     let mut build = cargo("build");
-    build.args(["--locked", "--profile", PROFILE, "--package", package, "--target-dir"]).arg(target_dir);
+    build
+        .args(["--locked", "--profile", build::SHIPPED_PROFILE, "--package", package, "--target-dir"])
+        .arg(target_dir);
     build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env("IMDS_COMMIT", build::commit());
     for arch in arches {
         arch.set_target(&mut build)?;
@@ -173,7 +173,7 @@ fn compile(package: &str, arches: &[Arch], source: &Path, target_dir: &Path) -> 
 
 /// Returns the path at which [`compile`] leaves the binary of a package.
 fn built(package: &str, arch: Arch, target_dir: &Path) -> PathBuf {
-    target_dir.join(arch.triple()).join(PROFILE).join(package)
+    target_dir.join(arch.triple()).join(build::SHIPPED_PROFILE).join(package)
 }
 
 /// Fails unless the binary is static and not too large.
@@ -230,7 +230,7 @@ fn deb(arch: Arch, dir: &Path) -> Result<()> {
     );
     let mut deb = cargo("deb");
     deb.args(["--no-build", "--no-strip", "--locked", "--package", "imds-agent", "--deb-revision", "1"]);
-    deb.args(["--profile", PROFILE, "--target", &arch.triple(), "--output"]).arg(dir);
+    deb.args(["--profile", build::SHIPPED_PROFILE, "--target", &arch.triple(), "--output"]).arg(dir);
     execute(deb.current_dir(root()))
 }
 

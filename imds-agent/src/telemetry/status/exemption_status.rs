@@ -33,15 +33,15 @@ impl StatusReport {
             exemptions.entries.into_iter().filter(|(_, record)| is_of_pod(record)).collect();
         let redirects = redirect_maps::read(maps).map_err(unreadable(MAP_REDIRECT))?;
         let is_empty = entries.is_empty() && redirects.is_empty();
-        let rules = if is_empty { Vec::new() } else { exemption_rules(maps)? };
-        let lists = if redirects.is_empty() { Vec::new() } else { allowed_requests(maps)? };
+        let tables = if is_empty { Vec::new() } else { rule_tables(maps)? };
+        let rules: Vec<_> = tables.iter().map(rule_name_of).collect();
         let sender = |(exemption, record)| self.sender(exemption, record, &rules, names);
         let mut senders: Vec<_> = entries.into_iter().map(sender).collect();
         senders.extend(redirects.into_iter().map(|(key, record)| {
-            let of_rule = (record.rule as usize).checked_sub(1).and_then(|index| lists.get(index));
+            let of_rule = (record.rule as usize).checked_sub(1).and_then(|index| tables.get(index));
             ExemptSender {
                 verdict: Verdict::Redirected.name(),
-                allow: Some(of_rule.cloned().unwrap_or_default()),
+                allow: Some(of_rule.map(allowed_requests).unwrap_or_default()),
                 other_rules: record.rules.saturating_sub(1),
                 ..self.sender(key, ExemptionRecord::new(Verdict::Exempt, record.rule), &rules, names)
             }
@@ -118,16 +118,21 @@ pub(crate) fn rule_name(number: u32, rules: &[String]) -> String {
 
 /// Returns the names of the exemptions of the effective configuration, in their order.
 pub(crate) fn exemption_rules(maps: &Maps) -> Result<Vec<String>, DatapathError> {
-    let table = effective_table(maps)?;
-    let rules = table.get("exempt").and_then(Value::as_array);
-    let name = |rule: &Value| rule.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
-    Ok(rules.into_iter().flatten().map(name).collect())
+    Ok(rule_tables(maps)?.iter().map(rule_name_of).collect())
 }
 
-/// Returns the list `allow` of each exemption of the effective configuration, in their order; empty without one.
-fn allowed_requests(maps: &Maps) -> Result<Vec<Vec<String>>, DatapathError> {
-    let table = effective_table(maps)?;
-    let rules = table.get("exempt").and_then(Value::as_array).into_iter().flatten();
-    let texts = |list: &Vec<Value>| list.iter().filter_map(Value::as_str).map(str::to_owned).collect();
-    Ok(rules.map(|rule| rule.get("allow").and_then(Value::as_array).map(texts).unwrap_or_default()).collect())
+/// Returns the tables of the exemptions of the effective configuration, in their order.
+fn rule_tables(maps: &Maps) -> Result<Vec<Value>, DatapathError> {
+    let rules = effective_table(maps)?.remove("exempt");
+    Ok(rules.and_then(|rules| rules.try_into().ok()).unwrap_or_default())
+}
+
+fn rule_name_of(rule: &Value) -> String {
+    rule.get("name").and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+/// Returns the list `allow` of a rule; empty without one.
+fn allowed_requests(rule: &Value) -> Vec<String> {
+    let list = rule.get("allow").and_then(Value::as_array).into_iter().flatten();
+    list.filter_map(Value::as_str).map(str::to_owned).collect()
 }
