@@ -1,13 +1,16 @@
 //! Requests that a scoped exemption allows.
 //!
 //! A rule is a method and a path: `GET /metadata/instance/compute` allows that path and all paths below it, compared by whole
-//! segments. The keyword `instance` stands for the harmless paths of a provider: region, zone, instance type, maintenance, tags.
+//! segments. `GET /metadata/identity/oauth2/token?resource=https://vault.azure.net` allows it with these parameters only. The keyword `instance` stands for the harmless paths of a provider: region, zone, instance type, maintenance, tags.
 //!
 //! Rules and paths are case-sensitive, also where a provider's service is not: another spelling is refused.
 
 use std::fmt;
 
-use crate::{canonical::check_path, provider::Provider};
+use crate::{
+    canonical::{canonical_query, check_path},
+    provider::Provider,
+};
 
 /// Keyword for the harmless paths of a provider.
 pub const INSTANCE: &str = "instance";
@@ -27,24 +30,31 @@ impl fmt::Display for RuleError {
 
 impl std::error::Error for RuleError {}
 
-/// Request that is allowed: a method, and a path with all paths below it.
+/// Request that is allowed: a method, a path with all paths below it, and the values of some parameters of the query.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Rule {
     method: &'static str,
     /// Canonical path without a trailing slash.
     path: String,
+    /// Parameters in canonical form, each of which the request must have.
+    query: Option<String>,
 }
 
 impl Rule {
-    /// Parses a rule such as `GET /metadata/instance/compute`. A trailing slash has no meaning.
+    /// Parses a rule such as `GET /metadata/instance/compute`. A trailing slash of the path has no meaning.
     ///
     /// # Errors
     ///
-    /// Returns an error if the text is not a known method, one space and an absolute path in canonical form, or if the path is `/`.
+    /// Returns an error if the text is not a known method, one space and an absolute path in canonical form, if the path is `/`, or
+    /// if the query is not canonical.
     pub fn parse(text: &str) -> Result<Self, RuleError> {
-        let (method, path) = text.split_once(' ').ok_or_else(|| {
+        let (method, target) = text.split_once(' ').ok_or_else(|| {
             RuleError(format!("{text:?} is not METHOD PATH, e.g. \"GET /metadata/instance\""))
         })?;
+        let (path, query) = match target.split_once('?') {
+            Some((path, query)) => (path, Some(query)),
+            None => (target, None),
+        };
         let Some(method) = METHODS.into_iter().find(|&known| known == method) else {
             return Err(RuleError(format!("method {method:?} is not GET, HEAD, POST, PUT or DELETE")));
         };
@@ -58,20 +68,28 @@ impl Rule {
                 "path \"/\" allows all paths: use an exemption without `allow`".to_owned(),
             ));
         }
-        Ok(Self { method, path: path.to_owned() })
+        let query = query.map(canonical_query).transpose().map_err(|error| {
+            RuleError(format!("query {:?} is not canonical: {error}", query.unwrap_or_default()))
+        })?;
+        Ok(Self { method, path: path.to_owned(), query })
     }
 
-    /// Reports whether the rule allows a request with a canonical path.
+    /// Reports whether the rule allows a request with a canonical path and a canonical query.
     #[must_use]
-    pub fn allows(&self, method: &str, path: &str) -> bool {
+    pub fn allows(&self, method: &str, path: &str, query: Option<&str>) -> bool {
         method == self.method
             && path.strip_prefix(&*self.path).is_some_and(|below| below.is_empty() || below.starts_with('/'))
+            && self.query.as_deref().is_none_or(|needed| {
+                let has = |parameter| query.is_some_and(|query| query.split('&').any(|own| own == parameter));
+                needed.split('&').all(has)
+            })
     }
 }
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.method, self.path)
+        write!(f, "{} {}", self.method, self.path)?;
+        self.query.as_ref().map_or(Ok(()), |query| write!(f, "?{query}"))
     }
 }
 
@@ -93,9 +111,9 @@ mod tests {
         for path in
             ["/metadata/instance/compute", "/metadata/instance/compute/", "/metadata/instance/compute/zone"]
         {
-            assert!(rule.allows("GET", path), "{path}");
+            assert!(rule.allows("GET", path, None), "{path}");
             for method in ["HEAD", "PUT", "get", ""] {
-                assert!(!rule.allows(method, path), "{method} {path}");
+                assert!(!rule.allows(method, path, None), "{method} {path}");
             }
         }
         for path in [
@@ -107,10 +125,36 @@ mod tests {
             "/metadata/instance/Compute",
             "/metadata/identity/metadata/instance/compute",
         ] {
-            assert!(!rule.allows("GET", path), "{path}");
+            assert!(!rule.allows("GET", path, None), "{path}");
         }
         assert_eq!(Rule::parse("GET /metadata/instance/compute/").unwrap(), rule);
         assert_eq!(rule.to_string(), "GET /metadata/instance/compute");
+    }
+
+    #[test]
+    fn rules_restrict_parameters() {
+        let path = "/metadata/identity/oauth2/token";
+        let rule =
+            Rule::parse(&format!("GET {path}?resource=https%3A%2F%2Fvault.azure.net&client_id=7")).unwrap();
+        let needed = "resource=https://vault.azure.net&client_id=7";
+        assert_eq!(rule.to_string(), format!("GET {path}?{needed}"));
+        for query in [needed, "api-version=2018-02-01&client_id=7&resource=https://vault.azure.net"] {
+            assert!(rule.allows("GET", path, Some(query)), "{query}");
+            assert!(!rule.allows("GET", "/metadata/identity", Some(query)), "{query}");
+        }
+        for query in [
+            "",
+            "client_id=7",
+            "resource=https://vault.azure.net",
+            "resource=https://vault.azure.net/&client_id=7",
+            "resource=https://vault.azure.net.example&client_id=7",
+            "xresource=https://vault.azure.net&client_id=7",
+            "Resource=https://vault.azure.net&client_id=7",
+            "resource=https://management.azure.com&client_id=7",
+        ] {
+            assert!(!rule.allows("GET", path, Some(query)), "{query}");
+        }
+        assert!(!rule.allows("GET", path, None));
     }
 
     #[test]
@@ -122,6 +166,9 @@ mod tests {
             ("GET  /a", "path \" /a\" does not start with /"),
             ("GET /a/../b", "path \"/a/../b\" is not canonical: the path has a segment of dots"),
             ("GET /a%20b", "path \"/a%20b\" is not canonical: the target is percent-encoded"),
+            ("GET /a?b", "query \"b\" is not canonical: the query is not of the form key=value&key=value"),
+            ("GET /a?", "query \"\" is not canonical: the query is not of the form key=value&key=value"),
+            ("GET /?a=b", "path \"/\" allows all paths: use an exemption without `allow`"),
             ("GET /", "path \"/\" allows all paths: use an exemption without `allow`"),
         ] {
             assert_eq!(Rule::parse(text).unwrap_err().to_string(), expected);
@@ -189,7 +236,7 @@ mod tests {
                 let rule = Rule::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"));
                 assert_eq!(rule.to_string(), *text);
                 for path in SECRETS {
-                    assert!(!rule.allows("GET", path), "{}: {text} allows {path}", provider.name);
+                    assert!(!rule.allows("GET", path, None), "{}: {text} allows {path}", provider.name);
                 }
                 assert!(
                     text.starts_with("GET ") || text.starts_with("PUT ") && text.ends_with("/token"),

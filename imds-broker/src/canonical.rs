@@ -3,6 +3,11 @@
 //! A metadata service may decode, normalise or lower-case a path before it routes a request. The broker therefore accepts only paths
 //! that each of these steps leaves unchanged, or that no rule allows: a path has one spelling, and the rule that allows it is compared
 //! byte by byte.
+//!
+//! Clients encode the values of a query, such as `resource=https%3A%2F%2Fvault.azure.net`. The broker decodes them once, and forwards
+//! only results that no further decoding changes.
+
+use std::borrow::Cow;
 
 use thiserror::Error;
 
@@ -18,7 +23,7 @@ pub enum NotCanonical {
     /// The path has a segment that consists of dots.
     #[error("the path has a segment of dots")]
     DotSegment,
-    /// The target has a percent sign.
+    /// The path or a name in the query has a percent sign, or a value is an encoding of another character than the allowed ones.
     #[error("the target is percent-encoded")]
     PercentEncoded,
     /// The target has a byte that is not allowed.
@@ -55,27 +60,48 @@ pub fn check_path(path: &str) -> Result<(), NotCanonical> {
     Ok(())
 }
 
-/// Checks that a query, without its question mark, is a list of parameters without repeated keys.
+/// Returns the canonical form of a query without its question mark: a list of parameters without repeated keys, with decoded values.
 ///
 /// # Errors
 ///
 /// Returns the first violation.
-pub fn check_query(query: &str) -> Result<(), NotCanonical> {
+pub fn canonical_query(query: &str) -> Result<String, NotCanonical> {
     let mut keys = Vec::new();
+    let mut canonical = String::with_capacity(query.len());
     for parameter in query.split('&') {
         let (key, value) = parameter.split_once('=').ok_or(NotCanonical::Query)?;
         if key.is_empty() {
             return Err(NotCanonical::Query);
         }
         check_characters(key, |byte| b"-._".contains(&byte))?;
-        check_characters(value, |byte| b"-._~:@,/".contains(&byte))?;
+        let value = decode(value)?;
+        check_characters(&value, |byte| b"-._~:@,/".contains(&byte))?;
+        if !canonical.is_empty() {
+            canonical.push('&');
+        }
+        canonical.extend([key, "=", &*value]);
         let key = key.to_ascii_lowercase();
         if keys.contains(&key) {
             return Err(NotCanonical::DuplicateParameter);
         }
         keys.push(key);
     }
-    Ok(())
+    Ok(canonical)
+}
+
+/// Decodes `%XX` once. The result still has percent signs if the text was encoded twice.
+fn decode(value: &str) -> Result<Cow<'_, str>, NotCanonical> {
+    let Some((first, encoded)) = value.split_once('%') else { return Ok(Cow::Borrowed(value)) };
+    let mut decoded = first.to_owned();
+    for part in encoded.split('%') {
+        let (digits, rest) = part.split_at_checked(2).ok_or(NotCanonical::PercentEncoded)?;
+        // `from_str_radix` accepts a sign.
+        let is_hex = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+        let byte = u8::from_str_radix(digits, 16).ok().filter(|byte| is_hex && byte.is_ascii());
+        decoded.push(byte.map(char::from).ok_or(NotCanonical::PercentEncoded)?);
+        decoded.push_str(rest);
+    }
+    Ok(Cow::Owned(decoded))
 }
 
 fn check_characters(text: &str, is_allowed: impl Fn(u8) -> bool) -> Result<(), NotCanonical> {
@@ -127,7 +153,7 @@ mod tests {
     #[test]
     fn queries() {
         for query in ["a=", "api-version=2021-02-01&format=text", "resource=https://management.azure.com/"] {
-            assert_eq!(check_query(query), Ok(()), "{query}");
+            assert_eq!(canonical_query(query).as_deref(), Ok(query));
         }
         for (query, expected) in [
             ("", NotCanonical::Query),
@@ -135,13 +161,41 @@ mod tests {
             ("a=1&", NotCanonical::Query),
             ("=1", NotCanonical::Query),
             ("a=1&A=2", NotCanonical::DuplicateParameter),
-            ("a=%31", NotCanonical::PercentEncoded),
+            ("%61=1", NotCanonical::PercentEncoded),
+            ("a=%", NotCanonical::PercentEncoded),
+            ("a=%3", NotCanonical::PercentEncoded),
+            ("a=%3g", NotCanonical::PercentEncoded),
+            ("a=%+1", NotCanonical::PercentEncoded),
+            ("a=%c3%a9", NotCanonical::PercentEncoded),
+            ("a=%\u{e9}", NotCanonical::PercentEncoded),
+            // Encoded twice.
+            ("a=%2541", NotCanonical::PercentEncoded),
+            ("a=1%26b=2", NotCanonical::Character),
+            ("a=1%3db", NotCanonical::Character),
+            ("a=%23", NotCanonical::Character),
+            ("a=%3f", NotCanonical::Character),
+            ("a=%2b", NotCanonical::Character),
+            ("a=%00", NotCanonical::Character),
+            ("a=%0d%0a", NotCanonical::Character),
+            ("a=%20", NotCanonical::Character),
             ("a=1+2", NotCanonical::Character),
             ("a=1?b=2", NotCanonical::Character),
             ("a=1;b=2", NotCanonical::Character),
             ("a==", NotCanonical::Character),
         ] {
-            assert_eq!(check_query(query), Err(expected), "{query:?}");
+            assert_eq!(canonical_query(query), Err(expected), "{query:?}");
+        }
+    }
+
+    #[test]
+    fn values_of_queries_are_decoded_once() {
+        for (query, canonical) in [
+            ("resource=https%3A%2F%2Fvault.azure.net", "resource=https://vault.azure.net"),
+            ("scopes=a%2cb&alt=json", "scopes=a,b&alt=json"),
+            ("a=%41%7E&b=%2e%2E", "a=A~&b=.."),
+        ] {
+            assert_eq!(canonical_query(query).as_deref(), Ok(canonical));
+            assert_eq!(canonical_query(canonical).as_deref(), Ok(canonical));
         }
     }
 }

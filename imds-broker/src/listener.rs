@@ -65,7 +65,7 @@ impl Listener {
             return Err(Refusal::TooManyRequests);
         }
         let (method, path) = (request.method().as_str(), request.path());
-        if !self.rules.iter().any(|rule| rule.allows(method, path)) {
+        if !self.rules.iter().any(|rule| rule.allows(method, path, request.query())) {
             return Err(Refusal::not_allowed(method, path));
         }
         match self.provider.unknown_parameter(request.query()) {

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::{
     allow::METHODS,
-    canonical::{NotCanonical, check_path, check_query},
+    canonical::{NotCanonical, canonical_query, check_path},
 };
 
 /// Longest head in bytes, with the empty line.
@@ -144,9 +144,9 @@ impl Request {
         let head = str::from_utf8(head).map_err(|_| Malformed::Character)?;
         let mut lines = head.trim_end_matches("\r\n").split("\r\n");
         let (method, target) = parse_request_line(lines.next().unwrap_or_default())?;
-        let path_length = check_target(target)?;
+        let (target, path_length) = canonical_target(target)?;
         let headers = parse_headers(lines)?;
-        let mut request = Self { method, target: target.to_owned(), path_length, headers, content_length: 0 };
+        let mut request = Self { method, target, path_length, headers, content_length: 0 };
         request.check_headers()?;
         request.content_length = request.parse_content_length()?;
         Ok(request)
@@ -158,7 +158,7 @@ impl Request {
         &self.method
     }
 
-    /// Returns the path and the query.
+    /// Returns the path and the query, whose values are decoded.
     #[must_use]
     pub fn target(&self) -> &str {
         &self.target
@@ -257,15 +257,18 @@ fn parse_request_line(line: &str) -> Result<(Method, &str), Malformed> {
     Ok((method, target))
 }
 
-/// Checks the path and the query, and returns the length of the path.
-fn check_target(target: &str) -> Result<usize, NotCanonical> {
+/// Returns the target in canonical form, and the length of its path.
+fn canonical_target(target: &str) -> Result<(String, usize), NotCanonical> {
     let (path, query) = match target.split_once('?') {
         Some((path, query)) => (path, Some(query)),
         None => (target, None),
     };
     check_path(path)?;
-    query.map_or(Ok(()), check_query)?;
-    Ok(path.len())
+    let target = match query {
+        Some(query) => format!("{path}?{}", canonical_query(query)?),
+        None => path.to_owned(),
+    };
+    Ok((target, path.len()))
 }
 
 fn parse_headers<'l>(lines: impl Iterator<Item = &'l str>) -> Result<Vec<(String, String)>, Malformed> {

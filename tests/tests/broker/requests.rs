@@ -71,6 +71,35 @@ fn refusals_explain() {
 }
 
 #[test]
+fn parameters_restrict_the_token() {
+    let broker = Broker::start();
+    let service = Simulator::start_echo(&broker.node);
+    let token = "/metadata/identity/oauth2/token";
+    let pod = broker.pod("azure", &[&format!("GET {token}?resource=https://vault.azure.net")]);
+    // SDKs encode the value.
+    let encoded = pod.get(&format!("{token}?api-version=2018-02-01&resource=https%3A%2F%2Fvault.azure.net"));
+    let decoded = format!("{token}?api-version=2018-02-01&resource=https://vault.azure.net");
+    assert!(encoded.ends_with(&format!("\r\n\r\n{decoded}")), "{encoded}");
+    assert_eq!(service.last().target, decoded);
+    for query in [
+        "",
+        "?api-version=2018-02-01",
+        "?resource=https%3A%2F%2Fmanagement.azure.com",
+        "?resource=https%3A%2F%2Fvault.azure.net.example",
+        "?resource=https%3A%2F%2Fvault.azure.net%26resource",
+        "?Resource=https%3A%2F%2Fvault.azure.net",
+        "?resource=https%3A%2F%2Fvault.azure.net&resource=https%3A%2F%2Fmanagement.azure.com",
+        "?resource=https%3A%2F%2Fmanagement.azure.com&RESOURCE=https%3A%2F%2Fvault.azure.net",
+        "?resource=https%253A%252F%252Fvault.azure.net",
+        "?resource=https%3A%2F%2Fvault.azure.net#",
+    ] {
+        let response = pod.get(&format!("{token}{query}"));
+        assert!([400, 403].contains(&status(&response)), "{query}: {response}");
+    }
+    assert_eq!(service.seen().len(), 1);
+}
+
+#[test]
 fn token_of_imdsv2_works() {
     let broker = Broker::start();
     let service = Simulator::start(&broker.node, crate::harness::ENDPOINT, |seen| {

@@ -159,7 +159,7 @@ proptest! {
         let rules = ALLOW.map(|rule| Rule::parse(rule).unwrap());
         let head = format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n");
         if let Ok(request) = Request::parse(head.as_bytes())
-            && rules.iter().any(|rule| rule.allows(request.method().as_str(), request.path()))
+            && rules.iter().any(|rule| rule.allows(request.method().as_str(), request.path(), request.query()))
         {
             assert_routes_are_allowed(request.target());
         }
