@@ -194,6 +194,9 @@ fn aks_profile_covers_incompatible_add_ons() {
         assert!(rules.iter().any(|rule| rule.name == name), "{name}");
     }
     assert!(rules.iter().all(|rule| matches!(rule.sender, RuleSubject::Pods(_)) && !rule.is_audited));
+    let token = "GET /metadata/identity/oauth2/token".to_owned();
+    let scopes: Vec<_> = rules.iter().filter_map(|rule| rule.allow.as_ref()).collect();
+    assert!(scopes.len() > 4 && scopes.iter().all(|scope| **scope == [token.clone()]), "{scopes:?}");
 }
 
 #[test]
