@@ -18,6 +18,7 @@ use crate::{
     node::link,
     telemetry::{
         event_record::{self, EventRecord, boot_time, wall_time},
+        http_request::RequestEvent,
         subscriber::EventSubscriber,
     },
 };
@@ -61,9 +62,11 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     };
     loop {
         let mut events = subscriber.read()?;
+        let mut requests = subscriber.read_requests()?;
         if let Some(earliest) = earliest {
             let booted = boot_time();
             events.retain(|event| wall_time(event, booted) >= earliest);
+            requests.retain(|request| request.time >= earliest);
         }
         if subscriber.missed() > 0 {
             log::warn!(
@@ -71,7 +74,7 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
                 subscriber.missed()
             );
         }
-        match print(&events, &names, args.output) {
+        match print(&events, &requests, &names, args.output) {
             Ok(()) => {}
             // A reader like `head` closes the pipe once it has enough, which is not an error.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
@@ -89,12 +92,27 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     }
 }
 
-fn print(events: &[Event], names: &pod_names::Names, output: Output) -> io::Result<()> {
+fn print(
+    events: &[Event],
+    requests: &[RequestEvent],
+    names: &pod_names::Names,
+    output: Output,
+) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let booted = boot_time();
-    for event in events {
+    let of_event = |event| {
         let pod = event_record::senders(event).find_map(|sender| names.get(sender));
-        let record = EventRecord::new(event, booted, link::name_of, pod);
+        EventRecord::new(event, booted, link::name_of, pod)
+    };
+    let of_request = |request: &RequestEvent| {
+        let pod = request.sender.subjects().find_map(|sender| names.get(sender));
+        EventRecord::of_request(request, link::name_of, pod)
+    };
+    let mut records: Vec<_> = events.iter().map(of_event).chain(requests.iter().map(of_request)).collect();
+    if !requests.is_empty() {
+        records.sort_by_key(|record| record.time);
+    }
+    for record in records {
         match output {
             Output::Text => writeln!(out, "{}", escape(&record.to_string()))?,
             Output::Json => writeln!(out, "{}", to_json(&record)?)?,

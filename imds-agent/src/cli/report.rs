@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     datapath::{
-        maps::{denial_records::Denials, endpoint_maps, interface_records},
+        maps::{denial_records::Denials, endpoint_maps, interface_records, request_log::RequestLog},
         object,
     },
     escape::escape_lines,
@@ -58,6 +58,9 @@ pub(super) async fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     };
     if args.reset {
         denials.clear()?;
+        if let Some(mut requests) = RequestLog::open(&pins)? {
+            requests.clear_counts()?;
+        }
     }
     printed
 }

@@ -150,7 +150,10 @@ impl Agent {
                 point = self.reconciler.attachment_due() => self.reconciler.attach(point).await,
                 () = future::ready(()), if self.reconciler.is_resolving() => log_error(self.reconciler.resolve_next().await),
                 () = self.reconciler.search_due() => log_error(self.reconciler.poll_exemptions().await),
-                () = self.reconciler.broker_changed() => log_error(self.reconciler.on_broker_changed().await),
+                () = self.reconciler.broker_changed() => {
+                    log_error(self.reconciler.on_broker_changed().await);
+                    self.telemetry.record_requests(self.reconciler.take_requests());
+                }
                 () = self.reconciler.kubepods_changed() => log_error(self.reconciler.on_kubepods_changed()),
                 _ = self.timer.tick() => {
                     resyncs = resyncs.wrapping_add(1);

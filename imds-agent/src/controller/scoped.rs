@@ -27,7 +27,7 @@ use crate::{
         namespace_paths::{inode_at, paths_of},
         netns,
     },
-    telemetry::agent_stats::BrokerStats,
+    telemetry::{agent_stats::BrokerStats, http_request::RequestEvent},
 };
 
 /// Interval at which the agent checks that the network namespaces of listeners are in use.
@@ -53,6 +53,8 @@ pub(super) struct ScopedState {
     /// Process id of the broker, and its cgroup if that is one of a hostNetwork pod.
     pub(super) cgroup: Option<(u32, Option<u64>)>,
     stats: BrokerStats,
+    /// Requests that telemetry has not taken yet.
+    pub(super) requests: Vec<RequestEvent>,
 }
 
 /// Listener that the broker has, or was asked to serve.
@@ -76,6 +78,7 @@ impl ScopedState {
             checked: Instant::now(),
             cgroup: None,
             stats: BrokerStats::default(),
+            requests: Vec::new(),
         }
     }
 

@@ -1,9 +1,9 @@
 //! Keeps the listeners of scoped exemptions current: opens and closes them, and redirects connections to them.
 
-use std::{future::pending, io, path::PathBuf};
+use std::{future::pending, io, mem, path::PathBuf};
 
 use imds_broker::protocol::{FromBroker, Outcome, Request, ToBroker};
-use imds_ebpf_common::{Hook, RedirectRecord};
+use imds_ebpf_common::{Hook, RedirectRecord, redirect::HTTP_PORT};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
@@ -13,8 +13,11 @@ use super::{
     scoped_rules::DesiredListener,
 };
 use crate::{
-    datapath::DatapathError, escape::escape, kube::Pod, node::namespace_paths::cgroup_with,
-    telemetry::agent_stats::BrokerStats,
+    datapath::DatapathError,
+    escape::escape,
+    kube::Pod,
+    node::namespace_paths::cgroup_with,
+    telemetry::{agent_stats::BrokerStats, http_request::RequestEvent},
 };
 
 impl Reconciler {
@@ -116,6 +119,7 @@ impl Reconciler {
             FromBroker::Request(request) => {
                 self.scoped.count_request(&request);
                 self.log_request(&request);
+                self.add_request(request);
                 Ok(())
             }
         }
@@ -144,6 +148,25 @@ impl Reconciler {
             escape(path),
             escape(reason)
         );
+    }
+
+    /// Keeps a request for telemetry, with the identity of the pod to which its listener belongs.
+    fn add_request(&mut self, request: Request) {
+        let Some(OpenListener { redirect: (cookie, endpoint), desired, .. }) =
+            self.scoped.open.get(&request.id)
+        else {
+            return;
+        };
+        let exempt = &self.exemptions.rules.exempt;
+        let rule = (desired.rule as usize).checked_sub(1).and_then(|index| exempt.get(index));
+        let rules = (rule.map(|rule| rule.name.clone()), desired.rules.saturating_sub(1));
+        let event = RequestEvent::from_broker(request, *cookie, (*endpoint, HTTP_PORT), rules);
+        self.scoped.requests.push(event);
+    }
+
+    /// Returns the requests of pods since the last call.
+    pub fn take_requests(&mut self) -> Vec<RequestEvent> {
+        mem::take(&mut self.scoped.requests)
     }
 
     /// Redirects connections to a listener that the broker serves, and closes the one before.

@@ -13,9 +13,11 @@ use super::{
     budget::{CpuBudget, thread_cpu_time},
     collector::Collector,
     denial::{Denial, WaitingDenials},
+    http_request::RequestEvent,
+    request_recorder::RequestRecorder,
     sinks::{SinkSettings, Sinks},
 };
-use crate::datapath::{object, pin::dir::PinDir};
+use crate::datapath::{maps::request_log::RequestSource, object, pin::dir::PinDir};
 
 /// Pause between two reads of events, so that a flood does not wake the thread for each event.
 const DEBOUNCE: Duration = Duration::from_millis(50);
@@ -28,6 +30,8 @@ pub(super) struct EventReader {
     budget: CpuBudget,
     next: Instant,
     waiting: WaitingDenials,
+    /// Recorder of the requests that the broker answered; `None` once the maps are closed.
+    requests: Option<RequestRecorder>,
     sinks: Sinks,
     /// True once `imds-agent unload` has closed the maps.
     is_closed: bool,
@@ -36,6 +40,7 @@ pub(super) struct EventReader {
 impl EventReader {
     pub(super) fn new(pins: PinDir, stats: Rc<EventStats>, sinks: Sinks) -> Self {
         Self {
+            requests: Some(RequestRecorder::new(pins.clone(), RequestSource::Broker)),
             pins,
             collector: None,
             stats,
@@ -115,6 +120,21 @@ impl EventReader {
         self.deliver_ready();
     }
 
+    /// Records requests that the broker answered, and hands them to the sinks. Counts against the CPU budget of later reads.
+    pub(super) fn record_requests(&mut self, requests: &[RequestEvent]) {
+        let Some(recorder) = &mut self.requests else { return };
+        let spent = thread_cpu_time();
+        for event in requests {
+            let recorded = recorder.record(event);
+            let pod = recorded.unwrap_or_else(|error| {
+                log::error!("failed to record a request: {:#}", anyhow::Error::from(error));
+                None
+            });
+            self.sinks.push_request(event, pod.as_ref());
+        }
+        self.spend_since(spent);
+    }
+
     /// Replaces the sinks. Denials that wait for a pod get the names of the new configuration.
     pub(super) fn configure_sinks(&mut self, settings: SinkSettings) {
         self.sinks.configure(settings);
@@ -163,6 +183,7 @@ impl EventReader {
 
     pub(super) fn close(&mut self) {
         self.is_closed = true;
+        self.requests = None;
         self.release();
     }
 

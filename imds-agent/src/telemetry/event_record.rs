@@ -1,4 +1,4 @@
-//! Converts events of the BPF programs to text and JSON. docs/json.md describes the fields.
+//! Converts events of the BPF programs, and HTTP requests, to text and JSON. docs/json.md describes the fields.
 
 use std::{fmt, net::Ipv6Addr};
 
@@ -10,6 +10,7 @@ use crate::{
     encode::{hook_name, nonempty_text},
     escape::escape,
     kube::pod_ref::PodRef,
+    telemetry::http_request::{HttpFields, RequestEvent},
 };
 
 /// An event, resolved for users. Later versions only add fields to the JSON form.
@@ -34,6 +35,8 @@ pub struct EventRecord {
     pub(crate) protocol: Option<String>,
     pub(crate) suppressed: u64,
     pub(crate) bytes: u64,
+    pub(crate) rule: Option<String>,
+    pub(crate) http: Option<HttpFields>,
 }
 
 impl EventRecord {
@@ -69,6 +72,50 @@ impl EventRecord {
             protocol: protocol(event.protocol),
             suppressed: event.suppressed,
             bytes: event.bytes,
+            rule: None,
+            http: None,
+        }
+    }
+
+    /// Converts a request. `interface` returns the name of an interface, and `pod` is the pod of the sender.
+    pub fn of_request(
+        event: &RequestEvent,
+        interface: impl Fn(u32) -> Option<String>,
+        pod: Option<PodRef>,
+    ) -> Self {
+        let known = |id: u64| (id != 0).then_some(id);
+        let ifindex = Some(event.sender.ifindex).filter(|&index| index != 0);
+        Self {
+            time: event.time,
+            hook: event.hook_name(),
+            verdict: event.outcome.verdict().name(),
+            ifindex,
+            interface: ifindex.and_then(interface).map(|name| escape(&name).into_owned()),
+            ingress_ifindex: None,
+            ingress_interface: None,
+            pid: None,
+            comm: None,
+            cgroup: known(event.sender.cgroup),
+            netns_cookie: known(event.sender.netns_cookie),
+            pod,
+            source: None,
+            source_port: None,
+            destination: event.endpoint.to_string(),
+            destination_port: Some(event.port),
+            protocol: Some("tcp".to_owned()),
+            suppressed: event.suppressed,
+            bytes: 0,
+            rule: event.rule.clone(),
+            http: Some(HttpFields::new(event)),
+        }
+    }
+
+    /// Formats the sender of a request: `tools/web-7d4b9`, `veth1 (4)` or `netns 7`.
+    fn write_requester(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.pod, self.ifindex) {
+            (Some(pod), _) => write!(f, "{pod}"),
+            (None, Some(index)) => write!(f, "{}", interface(self.interface.as_deref(), index)),
+            (None, None) => write!(f, "netns {}", self.netns_cookie.unwrap_or_default()),
         }
     }
 }
@@ -110,10 +157,13 @@ pub fn senders(event: &Event) -> impl Iterator<Item = Subject> {
 }
 
 impl fmt::Display for EventRecord {
-    /// Formats one line: `2026-11-23T15:04:05.123Z denied from_pod veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
+    /// Formats one line: `2026-11-23T15:04:05.123Z denied from_pod veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`, or
+    /// for a request `… denied broker tools/web-7d4b9 -> 169.254.169.254:80 refused GET /latest/user-data (status 403)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.3} {:7} {:11} ", self.time, self.verdict, self.hook)?;
-        if let Some(index) = self.ifindex {
+        if self.http.is_some() {
+            self.write_requester(f)?;
+        } else if let Some(index) = self.ifindex {
             write!(f, "{}", interface(self.interface.as_deref(), index))?;
         } else {
             let comm = self.comm.as_deref().unwrap_or("?");
@@ -124,15 +174,17 @@ impl fmt::Display for EventRecord {
         {
             write!(f, " from {}", interface(self.ingress_interface.as_deref(), ingress))?;
         }
-        if let Some(pod) = &self.pod {
+        if let Some(pod) = self.pod.as_ref().filter(|_| self.http.is_none()) {
             write!(f, " of {pod}")?;
         }
         if let Some(source) = &self.source {
             write!(f, ": {}", endpoint(source, self.source_port))?;
         }
         write!(f, " -> {}", endpoint(&self.destination, self.destination_port))?;
-        if let Some(protocol) = &self.protocol {
-            write!(f, " {protocol}")?;
+        match (&self.http, &self.protocol) {
+            (Some(http), _) => write!(f, " {http}")?,
+            (None, Some(protocol)) => write!(f, " {protocol}")?,
+            (None, None) => {}
         }
         match self.suppressed {
             0 => Ok(()),
@@ -209,6 +261,24 @@ mod tests {
         );
         let json = serde_json::to_value(&record).unwrap();
         assert_eq!((&json["interface"], &json["pid"]), (&"veth4".into(), &serde_json::Value::Null));
+    }
+
+    #[test]
+    fn request_as_line_and_json() {
+        let event = crate::telemetry::http_request::tests::refused("/latest/user-data");
+        let record = EventRecord::of_request(&event, |_| None, None);
+        assert_eq!(
+            record.to_string(),
+            "1970-01-01T00:00:01.500Z denied  broker      netns 7 -> 169.254.169.254:80 refused GET /latest/user-data \
+             (IMDSv1, status 403, no rule allows it), 3 more suppressed"
+        );
+        let json = serde_json::to_value(&record).unwrap();
+        assert_eq!((&json["rule"], &json["netns_cookie"]), (&"region".into(), &7.into()));
+        let http = serde_json::json!({
+            "method": "GET", "path": "/latest/user-data", "imds_version": 1, "outcome": "refused", "status": 403,
+            "reason": "no rule allows it", "other_rules": 1,
+        });
+        assert_eq!(json["http"], http);
     }
 
     #[test]

@@ -12,10 +12,13 @@ mod denial;
 pub mod denial_report;
 mod event_reader;
 pub mod event_record;
+pub mod http_request;
 mod http_server;
 pub(crate) mod logging;
 pub(crate) mod metrics;
 pub(crate) mod pod_events;
+mod request_reader;
+mod request_recorder;
 pub mod sinks;
 pub(crate) mod status;
 pub(crate) mod subscriber;
@@ -45,6 +48,7 @@ use tokio::{
 pub(crate) use self::collector::{Collected, Collector, CollectorError};
 use self::{
     event_reader::EventReader,
+    http_request::RequestEvent,
     http_server::Server,
     pod_events::DeniedPods,
     sinks::{SinkSettings, SinkStates, Sinks},
@@ -70,6 +74,8 @@ enum Request {
     ConfigureSinks(Box<SinkSettings>),
     /// Merges the records of senders whose pods the map of pod names has now.
     MergeResolved,
+    /// Records requests that the broker answered.
+    RecordRequests(Vec<RequestEvent>),
     /// Closes all BPF maps for `imds-agent unload`, and acknowledges it.
     CloseMaps(SyncSender<()>),
 }
@@ -149,6 +155,13 @@ impl Telemetry {
         }
     }
 
+    /// Records requests that the broker answered, and hands them to the sinks. The broker limits their number.
+    pub fn record_requests(&self, requests: Vec<RequestEvent>) {
+        if !requests.is_empty() {
+            self.send(Request::RecordRequests(requests));
+        }
+    }
+
     /// Closes the BPF maps and stops collecting events. Metrics and health are still served.
     pub fn close_maps(&self) {
         let (closed, wait) = sync_channel(1);
@@ -222,6 +235,7 @@ impl Worker {
                     Some(Request::Listen(addresses)) => self.server.listen(&addresses),
                     Some(Request::ConfigureSinks(settings)) => self.events.configure_sinks(*settings),
                     Some(Request::MergeResolved) => self.events.merge_resolved(),
+                    Some(Request::RecordRequests(requests)) => self.events.record_requests(&requests),
                     Some(Request::CloseMaps(closed)) => {
                         self.events.close();
                         // The agent waits for this message.

@@ -10,16 +10,20 @@ use nix::{
 
 use crate::{
     datapath::{maps::recent_events::Recent, pin::dir::PinDir},
-    telemetry::{Collector, CollectorError},
+    telemetry::{Collector, CollectorError, http_request::RequestEvent, request_reader::RequestReader},
 };
 
-/// Poll interval in milliseconds while another process collects the events.
-const PERIOD: u8 = 100;
+/// Poll interval in milliseconds while another process collects the events, and of the log of requests.
+const PERIOD: u16 = 100;
+/// Poll interval in milliseconds until the log of requests exists.
+const NO_LOG_PERIOD: u16 = 1000;
 
 /// Reader of recorded events. Returns unread events first.
 pub(crate) struct EventSubscriber {
     pins: PinDir,
     recent: Recent,
+    /// Reader of requests; `None` until one is recorded.
+    requests: Option<RequestReader>,
     /// Collector of this process; `None` while another process collects the events.
     collector: Option<Collector>,
     position: u64,
@@ -35,14 +39,16 @@ impl EventSubscriber {
         let recent = Recent::open(&pins)?;
         let position = recent.last_printed()?;
         let collector = Collector::open(&pins)?;
-        Ok(Self { pins, recent, collector, position, missed: None, marks: true })
+        let requests = RequestReader::open(&pins, None)?;
+        Ok(Self { pins, recent, requests, collector, position, missed: None, marks: true })
     }
 
     /// Opens a reader that starts `earlier` events before the last one. The returned events stay unread for other readers.
     pub(crate) fn open_last(pins: PinDir, earlier: u64) -> Result<Self, CollectorError> {
         let subscriber = Self::open(pins)?;
         let position = subscriber.recent.last()?.saturating_sub(earlier);
-        Ok(Self { position, marks: false, ..subscriber })
+        let requests = RequestReader::open(&subscriber.pins, Some(earlier))?;
+        Ok(Self { position, requests, marks: false, ..subscriber })
     }
 
     pub(crate) fn read(&mut self) -> Result<Vec<Event>, CollectorError> {
@@ -64,9 +70,19 @@ impl EventSubscriber {
         Ok(events)
     }
 
-    /// Returns the number of events that were overwritten before the last [`EventSubscriber::read`] could return them.
+    /// Returns the requests since the last call.
+    pub(crate) fn read_requests(&mut self) -> Result<Vec<RequestEvent>, CollectorError> {
+        if self.requests.is_none() {
+            self.requests = RequestReader::open(&self.pins, None)?;
+        }
+        let Some(requests) = &mut self.requests else { return Ok(Vec::new()) };
+        Ok(requests.read(self.marks)?)
+    }
+
+    /// Returns the number of events and requests that were overwritten before the last read could return them.
     pub(crate) fn missed(&self) -> u64 {
-        self.missed.unwrap_or_default()
+        let requests = self.requests.as_ref().map_or(0, RequestReader::missed);
+        self.missed.unwrap_or_default().saturating_add(requests)
     }
 
     /// Reports whether the last [`EventSubscriber::read`] left events in the ring buffer.
@@ -80,7 +96,8 @@ impl EventSubscriber {
         let output = PollFd::new(output, PollFlags::empty());
         let events =
             self.collector.as_ref().map(|collector| PollFd::new(collector.as_fd(), PollFlags::POLLIN));
-        let timeout = if events.is_some() { PollTimeout::NONE } else { PERIOD.into() };
+        let is_idle = events.is_some() && self.requests.is_none();
+        let timeout: PollTimeout = if is_idle { NO_LOG_PERIOD } else { PERIOD }.into();
         let mut descriptors: Vec<_> = [Some(output), events].into_iter().flatten().collect();
         match poll(&mut descriptors, timeout) {
             Ok(_) => {}

@@ -98,7 +98,7 @@ fn owner(record: &DenialRecord) -> u64 {
 ///
 /// Owners with the most records lose their oldest ones first, so that a flood of new pod names evicts only its own records.
 /// Among owners with equally many records, the oldest records are evicted.
-fn evicted<K: Copy + Ord>(mut all: Vec<(u64, u64, K)>, count: usize) -> Vec<K> {
+pub(super) fn evicted<O: Copy + Ord, K: Copy + Ord>(mut all: Vec<(O, u64, K)>, count: usize) -> Vec<K> {
     all.sort_unstable_by_key(|&(owner, last, key)| (owner, Reverse(last), key));
     let mut ranked = Vec::with_capacity(all.len());
     let (mut of, mut rank) = (None, 0_usize);

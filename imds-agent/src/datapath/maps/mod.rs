@@ -12,3 +12,4 @@ pub mod pod_names;
 pub(crate) mod policy;
 pub mod recent_events;
 pub mod redirect_maps;
+pub(crate) mod request_log;

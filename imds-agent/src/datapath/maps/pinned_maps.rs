@@ -161,6 +161,11 @@ pub(in crate::datapath) fn incompatible_maps(pins: &PinDir) -> Result<Vec<String
     Ok(reasons)
 }
 
+/// Reports whether a map with this type, key size, value size, entries and flags is pinned at `path`.
+pub(super) fn is_layout_of(path: &Path, layout: [u32; 5]) -> bool {
+    mismatch(path, layout).is_none()
+}
+
 /// Describes the difference between the map that is pinned at `path` and the `compiled` one. Returns `None` if they match.
 fn mismatch(path: &Path, compiled: [u32; 5]) -> Option<String> {
     let info = match MapInfo::from_pin(path) {

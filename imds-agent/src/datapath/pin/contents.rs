@@ -21,7 +21,10 @@ use super::{
     dir::{BPFFS_MAGIC, PinDir, PinError, REPLACEMENT_SUFFIX, io_error},
     unload_request::REQUEST,
 };
-use crate::datapath::sys::{bpf, rcu::RECORD};
+use crate::datapath::{
+    maps::request_log::REQUEST_MAPS,
+    sys::{bpf, rcu::RECORD},
+};
 
 /// Kind of the pins in one subdirectory of a pin directory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -53,7 +56,7 @@ impl PinKind {
     fn is_name(self, name: &str) -> bool {
         let name = name.strip_suffix(REPLACEMENT_SUFFIX).unwrap_or(name);
         match self {
-            Self::Map => MAPS.contains(&name),
+            Self::Map => MAPS.contains(&name) || REQUEST_MAPS.contains(&name),
             Self::Program => programs().any(|program| program == name),
             Self::Link => {
                 let has_number = |prefix: &str| {
@@ -207,6 +210,7 @@ mod tests {
     fn own_pin_names_only() {
         let [map, program, link] = [PinKind::Map, PinKind::Program, PinKind::Link];
         assert!(map.is_name("imds_policy") && map.is_name("imds_policy_new") && map.is_name("AYA_LOGS"));
+        assert!(map.is_name("imds_requests") && map.is_name("imds_req_counts_new"));
         assert!(!map.is_name("imds_other") && !map.is_name("cilium_policy"));
         assert!(program.is_name("imds_from_pod") && program.is_name("imds_host_out"));
         assert!(!program.is_name("from_pod_3"));

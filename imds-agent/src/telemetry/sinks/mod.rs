@@ -1,4 +1,4 @@
-//! Sinks: receivers of a record of each denied or audited request.
+//! Sinks: receivers of a record of each denied or audited packet or call, and of each HTTP request.
 //!
 //! Each sink has a thread, because files, sockets and name servers can block. Queues are bounded, so that a slow sink neither
 //! delays the telemetry thread nor takes memory without a limit. The CPU time of the threads counts against the budget of
@@ -35,8 +35,8 @@ use self::{
 };
 use crate::{
     config::{Config, Environment, Events, Exempt, Sink, endpoint_set::EndpointSet},
-    kube::Backoff,
-    telemetry::{budget::thread_cpu_time, denial::Denial},
+    kube::{Backoff, pod_ref::PodRef},
+    telemetry::{budget::thread_cpu_time, denial::Denial, http_request::RequestEvent},
 };
 
 /// Bounds of the delay between attempts of a failing sink.
@@ -172,7 +172,18 @@ impl Sinks {
         if self.is_empty() || !self.settings.includes(denial.event.verdict) {
             return;
         }
-        let record = Arc::new(SinkRecord::new(denial, &self.settings));
+        self.push_record(SinkRecord::new(denial, &self.settings));
+    }
+
+    /// Hands a request to all sinks. Does not block.
+    pub(super) fn push_request(&self, event: &RequestEvent, pod: Option<&PodRef>) {
+        if !self.is_empty() && self.settings.includes(event.outcome.verdict() as u8) {
+            self.push_record(SinkRecord::of_request(event, pod, &self.settings));
+        }
+    }
+
+    fn push_record(&self, record: SinkRecord) {
+        let record = Arc::new(record);
         for (_, queue) in &self.running {
             queue.push(&record);
         }

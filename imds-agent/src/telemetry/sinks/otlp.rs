@@ -207,16 +207,17 @@ fn retry(error: SinkError) -> Failure {
     Failure::Retry { error, after: None }
 }
 
-/// Returns the log record of a denial. Names of attributes are those of the semantic conventions, if these have one.
+/// Returns the log record of a denial or a request. Names of attributes are those of the semantic conventions, if these have one.
 fn log_record(record: &SinkRecord) -> Value {
-    let (number, text) = if record.is_audited() { (INFO, "INFO") } else { (WARN, "WARN") };
+    let (number, text) = if record.is_denied() { (WARN, "WARN") } else { (INFO, "INFO") };
+    let event = if record.http.is_some() { "imds_agent.request" } else { "imds_agent.denial" };
     let time = nanoseconds(record.time).to_string();
     json!({
         "timeUnixNano": time,
         "observedTimeUnixNano": time,
         "severityNumber": number,
         "severityText": text,
-        "eventName": "imds_agent.denial",
+        "eventName": event,
         "body": { "stringValue": record.to_string() },
         "attributes": attributes(record),
     })
@@ -224,7 +225,7 @@ fn log_record(record: &SinkRecord) -> Value {
 
 fn attributes(record: &SinkRecord) -> Vec<Value> {
     let SinkRecord { src_endpoint: source, dst_endpoint: destination, pod, actor, .. } = record;
-    let process = actor.process.as_ref();
+    let (process, http) = (actor.process.as_ref(), record.http.as_ref());
     let address = source.ip.map(|ip| ip.to_string());
     let texts = [
         ("imds_agent.node", Some(record.node.as_str())),
@@ -243,6 +244,10 @@ fn attributes(record: &SinkRecord) -> Vec<Value> {
         ("imds_agent.label", pod.as_ref().and_then(|pod| pod.label.as_deref())),
         ("process.linux.cgroup", actor.cgroup.as_deref()),
         ("thread.name", process.and_then(|process| process.name.as_deref())),
+        ("http.request.method", http.map(|http| http.method.as_str())),
+        ("url.path", http.map(|http| http.path.as_str())),
+        ("imds_agent.outcome", http.map(|http| http.outcome)),
+        ("imds_agent.reason", http.and_then(|http| http.reason.as_deref())),
     ];
     let numbers = [
         ("imds_agent.schema", Some(record.schema.into())),
@@ -251,6 +256,9 @@ fn attributes(record: &SinkRecord) -> Vec<Value> {
         ("source.port", source.port.map(u64::from)),
         ("destination.port", destination.port.map(u64::from)),
         ("process.pid", process.map(|process| process.pid.into())),
+        ("http.response.status_code", http.and_then(|http| http.status).map(u64::from)),
+        ("imds_agent.imds_version", http.and_then(|http| http.imds_version).map(u64::from)),
+        ("imds_agent.other_rules", http.map(|http| http.other_rules.into())),
     ];
     let mut attributes = vec![text_attribute("destination.address", &destination.ip.to_string())];
     attributes.extend(texts.into_iter().filter_map(|(key, value)| Some(text_attribute(key, value?))));

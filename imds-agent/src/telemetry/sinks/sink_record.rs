@@ -1,4 +1,4 @@
-//! Record of a denied or audited request, as sinks write it. docs/siem.md describes the fields.
+//! Record of a denied or audited packet or call, or of an HTTP request, as sinks write it. docs/siem.md describes the fields.
 
 use std::{
     fmt,
@@ -14,7 +14,11 @@ use crate::{
     encode::{hook_name, nonempty_text},
     escape::{escape, escape_bytes, to_json},
     kube::pod_ref::PodRef,
-    telemetry::{denial::Denial, event_record},
+    telemetry::{
+        denial::Denial,
+        event_record,
+        http_request::{HttpFields, RequestEvent},
+    },
 };
 
 /// Version of the fields. Removed and changed fields increase it.
@@ -36,6 +40,7 @@ pub(super) struct SinkRecord {
     pub(super) rule: Option<String>,
     pub(super) count: u64,
     pub(super) bytes: u64,
+    pub(super) http: Option<HttpFields>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -106,6 +111,31 @@ impl SinkRecord {
             rule: denial.rule.map(|number| settings.rule(number)),
             count: event.suppressed.saturating_add(1),
             bytes: event.bytes,
+            http: None,
+        }
+    }
+
+    /// Returns the record of a request of a pod, if it is known.
+    pub(super) fn of_request(event: &RequestEvent, pod: Option<&PodRef>, settings: &SinkSettings) -> Self {
+        Self {
+            schema: SCHEMA,
+            time: event.time,
+            node: escape(&settings.node).into_owned(),
+            verdict: event.outcome.verdict().name(),
+            hook: event.hook_name(),
+            protocol: Some("tcp".to_owned()),
+            src_endpoint: Source { ip: None, port: None, interface_name: None },
+            dst_endpoint: Destination {
+                name: settings.endpoint(event.endpoint).map(str::to_owned),
+                ip: event.endpoint,
+                port: Some(event.port),
+            },
+            pod: pod.map(PodFields::new),
+            actor: Actor { process: None, cgroup: None },
+            rule: event.rule.clone(),
+            count: event.suppressed.saturating_add(1),
+            bytes: 0,
+            http: Some(HttpFields::new(event)),
         }
     }
 
@@ -114,6 +144,10 @@ impl SinkRecord {
         // Cannot fail: all keys are strings.
         let json = to_json(self).unwrap_or_default();
         (json + "\n").into_bytes()
+    }
+
+    pub(super) fn is_denied(&self) -> bool {
+        self.verdict == Verdict::Denied.name()
     }
 
     pub(super) fn is_audited(&self) -> bool {
@@ -128,15 +162,22 @@ impl SinkRecord {
                 + pod.service_account.len()
                 + pod.label.as_ref().map_or(0, String::len)
         });
-        size_of::<Self>() + pod + self.node.len() + self.actor.cgroup.as_ref().map_or(0, String::len)
+        let http = self.http.as_ref().map_or(0, |http| {
+            http.method.len() + http.path.len() + http.reason.as_ref().map_or(0, String::len)
+        });
+        size_of::<Self>() + pod + http + self.node.len() + self.actor.cgroup.as_ref().map_or(0, String::len)
     }
 }
 
 impl fmt::Display for SinkRecord {
-    /// Formats one line: `denied tcp 10.244.0.7:40312 -> 169.254.169.254:80 (imds) at from_pod, pod default/web, 3 times`.
+    /// Formats one line: `denied tcp 10.244.0.7:40312 -> 169.254.169.254:80 (imds) at from_pod, pod default/web, 3 times`. A
+    /// request has its outcome, method and path at the start: `refused GET /latest/user-data (IMDSv1, status 403) -> …`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { src_endpoint: source, dst_endpoint: destination, .. } = self;
-        write!(f, "{} {} ", self.verdict, self.protocol.as_deref().unwrap_or("packet"))?;
+        match &self.http {
+            Some(http) => write!(f, "{http} -> ")?,
+            None => write!(f, "{} {} ", self.verdict, self.protocol.as_deref().unwrap_or("packet"))?,
+        }
         if let Some(ip) = source.ip {
             write!(f, "{} -> ", event_record::endpoint(&ip.to_string(), source.port))?;
         }

@@ -22,14 +22,15 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time in milliseconds after which a connection fails if the receiver acknowledges nothing.
 const ACKNOWLEDGE_TIMEOUT: u32 = 30_000;
-/// Facility `authpriv` (RFC 5424, 6.2.1) and severities `warning` and `notice`.
+/// Facility `authpriv` (RFC 5424, 6.2.1) and severities `warning`, `notice` and `informational`.
 const FACILITY: u8 = 10;
 const WARNING: u8 = 4;
 const NOTICE: u8 = 5;
+const INFORMATIONAL: u8 = 6;
 const APP_NAME: &str = "imds-agent";
-const MESSAGE_ID: &str = "denial";
-/// Name of the structured data. 32473 is the number for documentation (RFC 5612), because the project has none of its own.
-const DATA_ID: &str = "denial@32473";
+/// Enterprise number in the name of the structured data: the one for documentation (RFC 5612), because the project has none of
+/// its own.
+const ENTERPRISE: u32 = 32473;
 
 pub(super) struct SyslogSink {
     address: SyslogAddress,
@@ -138,10 +139,15 @@ fn is_closed(stream: &TcpStream) -> bool {
 
 /// Returns the message of a record.
 fn message(record: &SinkRecord, hostname: &str, pid: u32) -> String {
-    let severity = if record.is_audited() { NOTICE } else { WARNING };
+    let severity = match record {
+        record if record.is_denied() => WARNING,
+        record if record.is_audited() => NOTICE,
+        _ => INFORMATIONAL,
+    };
     let priority = FACILITY * 8 + severity;
     let time = record.time;
-    let mut text = format!("<{priority}>1 {time:.6} {hostname} {APP_NAME} {pid} {MESSAGE_ID} [{DATA_ID}");
+    let id = if record.http.is_some() { "request" } else { "denial" };
+    let mut text = format!("<{priority}>1 {time:.6} {hostname} {APP_NAME} {pid} {id} [{id}@{ENTERPRISE}");
     for (name, value) in parameters(record) {
         // Writing to a string does not fail.
         let _ok = write!(text, " {name}=\"{}\"", escaped(&value));
@@ -153,7 +159,7 @@ fn message(record: &SinkRecord, hostname: &str, pid: u32) -> String {
 fn parameters(record: &SinkRecord) -> Vec<(&'static str, String)> {
     let SinkRecord { src_endpoint: source, dst_endpoint: destination, pod, actor, .. } = record;
     let port = |port: Option<u16>| port.map(|port| port.to_string());
-    let process = actor.process.as_ref();
+    let (process, http) = (actor.process.as_ref(), record.http.as_ref());
     let all = [
         ("schema", Some(record.schema.to_string())),
         ("node", Some(record.node.clone())),
@@ -176,6 +182,13 @@ fn parameters(record: &SinkRecord) -> Vec<(&'static str, String)> {
         ("process", process.and_then(|process| process.name.clone())),
         ("cgroup", actor.cgroup.clone()),
         ("rule", record.rule.clone()),
+        ("http_method", http.map(|http| http.method.clone())),
+        ("http_path", http.map(|http| http.path.clone())),
+        ("imds_version", http.and_then(|http| http.imds_version).map(|version| version.to_string())),
+        ("outcome", http.map(|http| http.outcome.to_owned())),
+        ("http_status", http.and_then(|http| http.status).map(|status| status.to_string())),
+        ("reason", http.and_then(|http| http.reason.clone())),
+        ("other_rules", http.map(|http| http.other_rules.to_string())),
         ("count", Some(record.count.to_string())),
         ("bytes", Some(record.bytes.to_string())),
     ];

@@ -63,7 +63,7 @@ fn packet_as_line_and_sentence() {
             "pod": { "namespace": "default", "name": "web", "uid": "u-1", "service_account": "robot", "container": null,
                      "label": "app=web" },
             "actor": { "process": null, "cgroup": null },
-            "rule": null, "count": 42, "bytes": 3108
+            "rule": null, "count": 42, "bytes": 3108, "http": null
         })
     );
     assert_eq!(
