@@ -8,6 +8,7 @@ use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
 use imds_broker::{
     protocol::Outcome,
+    provider::{AWS, AWS_TOKEN_PATH},
     request::{HeadScanner, MAX_HEAD, Malformed, Request, describe_malformed},
 };
 use tokio::{
@@ -218,8 +219,8 @@ impl Connection<'_> {
 
     fn imds_version(&self, request: &Request) -> Option<u8> {
         let has_token = request.header("x-aws-ec2-metadata-token").is_some();
-        let is_version_2 = has_token || request.path() == "/latest/api/token";
-        (self.listener.provider.name == "aws").then_some(if is_version_2 { 2 } else { 1 })
+        let is_version_2 = has_token || request.path() == AWS_TOKEN_PATH;
+        (self.listener.provider.name == AWS).then_some(if is_version_2 { 2 } else { 1 })
     }
 }
 

@@ -25,6 +25,11 @@ const MAX_COMMON_VALUE: usize = 256;
 /// Only value of `Authorization` that is forwarded: a constant of the metadata service of Oracle.
 const ORACLE_AUTHORIZATION: &str = "Bearer Oracle";
 
+/// Name of the provider AWS, whose service has two versions.
+pub const AWS: &str = "aws";
+/// Path of AWS for session tokens, which version 2 needs.
+pub const AWS_TOKEN_PATH: &str = "/latest/api/token";
+
 const UNKNOWN: Provider = Provider { name: "generic", headers: &[], query: &[], instance: &[] };
 
 /// All providers with properties of their own.
@@ -55,7 +60,7 @@ pub const PROVIDERS: &[Provider] = &[
         ],
     },
     Provider {
-        name: "aws",
+        name: AWS,
         headers: &["x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds"],
         query: &[],
         instance: &[

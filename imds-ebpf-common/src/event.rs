@@ -76,7 +76,7 @@ impl RateLimitKey {
 /// interface contains their rate limiter.
 pub const MAX_RATE_LIMITERS: usize = 4096;
 
-/// Rate limiter for the events and replies of one source on one CPU: a fixed window of one second.
+/// Rate limiter for the events, replies and request lines of one source on one CPU: a fixed window of one second.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct RateLimiter {
@@ -90,8 +90,8 @@ pub struct RateLimiter {
     pub bytes: u64,
     /// Number of events emitted in this window.
     pub emitted: u32,
-    /// Number of replies sent in this window.
-    pub replies: u32,
+    /// Number of replies sent in this window, or for verdicts without replies, of starts of requests emitted in it.
+    pub sent: u32,
 }
 
 impl RateLimiter {
@@ -102,6 +102,8 @@ impl RateLimiter {
     /// Largest number of replies to one source from one CPU in a window: the default of the kernel's global limit of ICMP
     /// errors (`icmp_msgs_per_sec`, Linux 5.10).
     pub const MAX_REPLIES: u32 = 1000;
+    /// Largest number of starts of requests of one source on one CPU in a window.
+    pub const MAX_REQUESTS: u32 = 10;
 
     /// Returns a rate limiter without events, for BPF programs. The zeros are hidden from the compiler, because LLVM writes
     /// many zeros with a call to memset, which BPF does not have.
@@ -110,14 +112,7 @@ impl RateLimiter {
     #[expect(clippy::cast_possible_truncation, reason = "zero")]
     pub fn new() -> Self {
         let zero = opaque(0);
-        Self {
-            start: zero,
-            tick: zero,
-            pending: zero,
-            bytes: zero,
-            emitted: zero as u32,
-            replies: zero as u32,
-        }
+        Self { start: zero, tick: zero, pending: zero, bytes: zero, emitted: zero as u32, sent: zero as u32 }
     }
 
     /// Counts an event of `bytes` bytes at timer tick `tick`. Returns `true` if the caller should emit the event; the
@@ -153,8 +148,19 @@ impl RateLimiter {
     /// starts a new window when the old one has ended.
     #[inline(always)]
     pub fn allow_reply(&mut self) -> bool {
-        let is_allowed = self.replies < Self::MAX_REPLIES;
-        self.replies += u32::from(is_allowed);
+        self.allow_one(Self::MAX_REPLIES)
+    }
+
+    /// Variant of [`RateLimiter::allow_reply`] for the start of a request. Sources with requests get no replies.
+    #[inline(always)]
+    pub fn allow_request(&mut self) -> bool {
+        self.allow_one(Self::MAX_REQUESTS)
+    }
+
+    #[inline(always)]
+    fn allow_one(&mut self, limit: u32) -> bool {
+        let is_allowed = self.sent < limit;
+        self.sent += u32::from(is_allowed);
         is_allowed
     }
 
@@ -164,7 +170,7 @@ impl RateLimiter {
         if time.wrapping_sub(self.start) >= Self::WINDOW {
             self.start = time;
             self.emitted = 0;
-            self.replies = 0;
+            self.sent = 0;
         }
     }
 }
@@ -261,6 +267,16 @@ mod tests {
             allow(&mut limiter, second * RateLimiter::WINDOW);
             let sent = (0..2 * RateLimiter::MAX_REPLIES).filter(|_| limiter.allow_reply()).count();
             assert_eq!(sent, RateLimiter::MAX_REPLIES as usize);
+        }
+    }
+
+    #[test]
+    fn requests_are_limited_per_window() {
+        let mut limiter = RateLimiter::default();
+        for second in 1..3 {
+            allow(&mut limiter, second * RateLimiter::WINDOW);
+            let sent = (0..2 * RateLimiter::MAX_REQUESTS).filter(|_| limiter.allow_request()).count();
+            assert_eq!(sent, RateLimiter::MAX_REQUESTS as usize);
         }
     }
 }

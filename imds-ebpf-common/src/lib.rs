@@ -37,6 +37,7 @@ pub mod policy;
 pub mod policy_lookup;
 pub mod redirect;
 pub mod reply;
+pub mod request;
 pub mod verdict;
 
 pub use address::Address;
@@ -56,4 +57,5 @@ pub use packet::{NoHeader, Packet, find_header, flow, is_unrelated_fast, is_unre
 pub use policy::{DenyAction, DenyErrno, Hook, Mode, TcHook, TcHookSet, Verdict};
 pub use policy_lookup::{InMemoryPolicy, PolicyLookup};
 pub use redirect::{ListenerKey, RedirectRecord};
+pub use request::RequestStart;
 pub use verdict::{EndpointMatch, by_mode, classify, classify_address, classify_slow, lookup_endpoint};

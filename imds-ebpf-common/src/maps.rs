@@ -4,7 +4,7 @@ use crate::{Hook, TcHook, Verdict, event::RateLimiter};
 
 /// Version of the map layouts. Increment it with every change of meaning that does not change a size, so that the agent
 /// never misreads pinned maps of another version.
-pub const MAP_SCHEMA_VERSION: u32 = 10;
+pub const MAP_SCHEMA_VERSION: u32 = 11;
 
 /// Effective settings of the programs, which read them only for packets and calls to a protected endpoint.
 #[repr(C)]

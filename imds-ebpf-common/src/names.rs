@@ -104,6 +104,8 @@ pub const MAP_DENIALS: &str = "imds_denials";
 
 /// Ring buffer of [`Event`](crate::Event)s, written by the programs.
 pub const MAP_EVENTS: &str = "imds_events";
+/// Ring buffer of [`RequestStart`](crate::RequestStart)s, written by the programs.
+pub const MAP_REQUEST_STARTS: &str = "imds_req_starts";
 /// Per-CPU LRU hash of [`RateLimitKey`](crate::event::RateLimitKey) to [`RateLimiter`](crate::event::RateLimiter).
 pub const MAP_RATELIMIT: &str = "imds_ratelimit";
 
@@ -170,7 +172,7 @@ pub fn programs() -> impl Iterator<Item = &'static str> {
 }
 
 /// All maps of the object, except the section of its constants.
-pub const MAPS: [&str; 25] = [
+pub const MAPS: [&str; 26] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
@@ -194,6 +196,7 @@ pub const MAPS: [&str; 25] = [
     MAP_RECENT_IDX,
     MAP_DENIALS,
     MAP_EVENTS,
+    MAP_REQUEST_STARTS,
     MAP_RATELIMIT,
     MAP_LOGS,
 ];

@@ -298,6 +298,19 @@ fn plain_service<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Service
     has_ports(protocol).then(|| Service::new(protocol, u16::from_be_bytes([port_0, port_1])))
 }
 
+/// Returns the protocol and the offset of the TCP or UDP header of a packet with an IP header at `ip`. Does not skip IPv6
+/// extension headers.
+///
+/// Returns `None` for other protocols, for fragments other than the first, and for malformed and truncated packets.
+#[inline(always)]
+pub(crate) fn plain_transport<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<(u8, usize)> {
+    if !ip.is_v6() {
+        return payload_v4(packet, ip.offset());
+    }
+    let [next] = packet.fetch(ip.offset() + offset_of!(Ipv6Hdr, next_hdr))?;
+    has_ports(next).then_some((next, ip.offset() + Ipv6Hdr::LEN))
+}
+
 /// Returns the protocol and the offset of the payload of an IPv4 header.
 #[inline(always)]
 fn payload_v4<P: Packet + ?Sized>(packet: &P, header: usize) -> Option<(u8, usize)> {

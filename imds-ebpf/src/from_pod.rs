@@ -8,6 +8,7 @@ use crate::{
     packet::{ReceivedSkb, Skb},
     probe,
     reject::ReplyDirection,
+    requests,
     tc_hook::{Classified, TcProgram, action, finish},
 };
 
@@ -38,6 +39,9 @@ impl TcProgram for FromPod {
         // At this hook each interface is one source, so its counter also contains the rate limiter.
         // SAFETY: the map owns the counter, and does not free it while the program that looked it up runs.
         let limiter = counter.map(|counter| unsafe { &raw mut (*counter).limiter });
-        finish(&Classified { skb, ip, hook, verdict }, limiter, ReplyDirection::Egress)
+        let classified = Classified { skb, ip, hook, verdict };
+        let action = finish(&classified, limiter, ReplyDirection::Egress);
+        requests::report(&classified, &destination, limiter);
+        action
     }
 }

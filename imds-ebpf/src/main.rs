@@ -27,6 +27,7 @@ mod packet;
 mod probe;
 mod redirect;
 mod reject;
+mod requests;
 mod sender;
 mod socket;
 mod tc_hook;

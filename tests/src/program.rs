@@ -4,7 +4,7 @@ use std::{path::Path, time::Instant};
 
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{Array, HashMap, MapData, PerCpuHashMap},
+    maps::{Array, HashMap, MapData, PerCpuHashMap, RingBuf},
     programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
 };
 
@@ -63,6 +63,11 @@ impl Object {
         let map: PerCpuHashMap<&MapData, K, V> =
             self.ebpf.map(map).expect("a map of this name").try_into().expect("a per-CPU hash of this type");
         map.get(key, 0).map(|values| values.to_vec()).unwrap_or_default()
+    }
+
+    /// Returns the reader of a ring buffer.
+    pub fn ring(&mut self, map: &str) -> RingBuf<&mut MapData> {
+        self.ebpf.map_mut(map).expect("a map of this name").try_into().expect("a ring buffer")
     }
 
     /// Returns the number of instructions that the verifier processed for a program, if the kernel counts them.

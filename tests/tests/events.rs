@@ -1,7 +1,7 @@
 //! Events of denied packets and calls. Their sum must match the counters.
 
 use std::{
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     process::{Child, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
@@ -11,7 +11,7 @@ use std::{
 use imds_tests::{
     METADATA, PacketSocket, Pod, PodLink, TestEnv, packets,
     poll::poll_until,
-    probe::{LONG, SHORT, http_get, icmp_echo},
+    probe::{LONG, SHORT, connect, http_get, icmp_echo},
     skip_without_netns_cookie,
 };
 use serde_json::Value;
@@ -207,4 +207,44 @@ fn events_fail_without_agent() {
     let output = env.imds_agent(&["events"]).output();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("nothing is loaded"));
+}
+
+#[test]
+fn requests_that_pass_are_shown() {
+    const SECRETS: [&str; 2] = ["q3ry", "t0k3n"];
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().config("mode = 'audit'\nprovider = 'aws'").hooks(&["from_pod"]).spawn_ready();
+    let follower = Follower::start(&env);
+    let exchange = |request: &str| {
+        let mut stream = pod.netns.run(|| connect(METADATA, LONG)).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.read_to_end(&mut Vec::new()).unwrap();
+    };
+    for (request, method, path, version) in [
+        ("GET /latest/a?q3ry HTTP/1.1\r\nHost: a\r\n\r\n", "GET", "/latest/a", 1),
+        ("GET /latest/b HTTP/1.1\r\nx-aws-ec2-metadata-token: t0k3n\r\n\r\n", "GET", "/latest/b", 2),
+        ("PUT /latest/api/token HTTP/1.1\r\nContent-Length: 0\r\n\r\n", "PUT", "/latest/api/token", 2),
+    ] {
+        exchange(request);
+        let shown = loop {
+            let event = follower.next();
+            let text = event.to_string();
+            assert!(!SECRETS.iter().any(|secret| text.contains(secret)), "{text}");
+            if event["http"].is_object() {
+                break event;
+            }
+        };
+        let is = |field: &str, value: Value| assert_eq!(shown[field], value, "{field} of {shown}");
+        is("hook", "from_pod".into());
+        is("verdict", "audited".into());
+        is("interface", pod.host_ifname.as_str().into());
+        is("destination", METADATA.to_string().into());
+        is("destination_port", 80.into());
+        let http = &shown["http"];
+        assert_eq!((&http["method"], &http["path"]), (&method.into(), &path.into()));
+        assert_eq!((&http["imds_version"], &http["outcome"]), (&version.into(), &"audited".into()));
+    }
+    drop(agent);
 }

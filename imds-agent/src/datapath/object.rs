@@ -14,7 +14,9 @@ use imds_ebpf_common::{
 
 pub(super) use super::{maps::pinned_maps::incompatible_maps, program_features::tc_has_cookie};
 pub use super::{
-    maps::pinned_maps::{Maps, is_loaded, open_events, open_map, present, rejected_programs, removed},
+    maps::pinned_maps::{
+        Maps, is_loaded, open_events, open_map, open_request_starts, present, rejected_programs, removed,
+    },
     program_features::{can_choose_errno, cgroup_has_cookie, kernel_features},
     programs::{Programs, pinned_program},
 };

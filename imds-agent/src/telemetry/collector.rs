@@ -24,13 +24,19 @@ use imds_ebpf_common::{
     event_log::{DenialKey, DenialRecord},
 };
 use jiff::Timestamp;
-use nix::fcntl::Flock;
+use nix::{
+    errno::Errno,
+    fcntl::Flock,
+    sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags},
+};
 use thiserror::Error;
 
 use super::{
     audit_rules::AuditRules,
     cgroup_units::CgroupUnits,
     denial::Denial,
+    http_request::RequestEvent,
+    request_starts::RequestStarts,
     totals::Totals,
     unresolved::{Sharing, Unresolved},
 };
@@ -60,10 +66,14 @@ pub(crate) enum CollectorError {
     Pin(#[from] PinError),
     #[error("failed to record events")]
     Map(#[from] MapError),
+    #[error("failed to wait for events")]
+    Wait(#[from] Errno),
 }
 
 /// Maximum number of events of one call of [`Collector::collect`]: some milliseconds of work.
 const MAX_EVENTS: u32 = 256;
+/// Maximum number of starts of requests of one call of [`Collector::collect`].
+const MAX_REQUESTS: u32 = 64;
 
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Collected {
@@ -75,6 +85,9 @@ pub(crate) struct Collected {
 /// Reader of the event ring buffer, and writer of the maps of recorded events and denials.
 pub(crate) struct Collector {
     ring: RingBuf<MapData>,
+    starts: RequestStarts,
+    /// Readable while one of the two ring buffers is.
+    readable: Epoll,
     recent: Recent,
     denials: Denials,
     names: Names,
@@ -85,6 +98,8 @@ pub(crate) struct Collector {
     has_more: bool,
     /// Denials since the last [`Collector::take_denials`]; `None` if no process takes them.
     denials_to_take: Option<Vec<Denial>>,
+    /// Requests since the last [`Collector::take_requests`], while denials are kept.
+    requests_to_take: Vec<(RequestEvent, Option<PodRef>)>,
     rules: AuditRules,
     _lock: Flock<File>,
 }
@@ -94,8 +109,15 @@ impl Collector {
     /// lock.
     pub(crate) fn open(pins: &PinDir) -> Result<Option<Self>, CollectorError> {
         let Some(lock) = pins.try_lock_events()? else { return Ok(None) };
+        let (ring, starts) = (object::open_events(pins)?, RequestStarts::open(pins)?);
+        let readable = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        for descriptor in [ring.as_fd(), starts.as_fd()] {
+            readable.add(descriptor, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        }
         Ok(Some(Self {
-            ring: object::open_events(pins)?,
+            ring,
+            starts,
+            readable,
             recent: Recent::open(pins)?,
             denials: Denials::open(pins)?,
             names: Names::open(pins)?,
@@ -105,6 +127,7 @@ impl Collector {
             collected: Collected::default(),
             has_more: false,
             denials_to_take: None,
+            requests_to_take: Vec::new(),
             rules: AuditRules::open(pins)?,
             _lock: lock,
         }))
@@ -127,6 +150,11 @@ impl Collector {
     /// Returns the denials that were collected since the last call, if they are kept.
     pub(super) fn take_denials(&mut self) -> Vec<Denial> {
         self.denials_to_take.as_mut().map(mem::take).unwrap_or_default()
+    }
+
+    /// Returns the requests that were collected since the last call, with their pods, if denials are kept.
+    pub(super) fn take_requests(&mut self) -> Vec<(RequestEvent, Option<PodRef>)> {
+        mem::take(&mut self.requests_to_take)
     }
 
     /// Returns the pod of a denial's sender, if it is known now.
@@ -168,6 +196,17 @@ impl Collector {
                 break;
             }
         }
+        self.collect_requests(booted)
+    }
+
+    fn collect_requests(&mut self, booted: Timestamp) -> Result<(), CollectorError> {
+        let Self { starts, requests_to_take, denials_to_take, .. } = self;
+        let read = starts.record(booted, MAX_REQUESTS, |event, pod| {
+            if denials_to_take.is_some() {
+                requests_to_take.push((event, pod));
+            }
+        })?;
+        self.has_more |= read == MAX_REQUESTS;
         Ok(())
     }
 
@@ -286,13 +325,13 @@ impl Collector {
 
 impl AsFd for Collector {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.ring.as_fd()
+        self.readable.0.as_fd()
     }
 }
 
 impl AsRawFd for Collector {
     fn as_raw_fd(&self) -> RawFd {
-        self.ring.as_raw_fd()
+        self.readable.0.as_raw_fd()
     }
 }
 

@@ -72,7 +72,7 @@ impl EventReader {
         // The process that collected events until now added to the records.
         self.stats.totals.borrow_mut().raise_to(&collector.recorded()?);
         let collector = collector.with_totals(Rc::clone(&self.stats.totals));
-        // SAFETY: the descriptor is that of the ring buffer, which the collector owns and never replaces.
+        // SAFETY: the collector owns the descriptor and never replaces it.
         Ok(Some(unsafe { AsyncFd::register(collector) }.map_err(io::Error::from)?))
     }
 
@@ -99,6 +99,9 @@ impl EventReader {
         collector.get_mut().keep_denials(has_consumers);
         collector.get_mut().collect()?;
         let denials = collector.get_mut().take_denials();
+        for (event, pod) in collector.get_mut().take_requests() {
+            self.sinks.push_request(&event, pod.as_ref());
+        }
         self.deliver(denials);
         self.spend_since(spent);
         if let Some(collector) = &self.collector {

@@ -130,7 +130,12 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
 
 /// Returns the wall-clock time of an event. `booted` is the wall-clock time of boot.
 pub fn wall_time(event: &Event, booted: Timestamp) -> Timestamp {
-    let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
+    since_boot(event.time, booted)
+}
+
+/// Returns the wall-clock time that is this number of nanoseconds after `booted`.
+pub(super) fn since_boot(nanoseconds: u64, booted: Timestamp) -> Timestamp {
+    let since_boot = SignedDuration::from_nanos(nanoseconds.try_into().unwrap_or(i64::MAX));
     booted.checked_add(since_boot).unwrap_or(Timestamp::MAX)
 }
 

@@ -19,6 +19,8 @@ pub(crate) mod metrics;
 pub(crate) mod pod_events;
 mod request_reader;
 mod request_recorder;
+pub mod request_start;
+mod request_starts;
 pub mod sinks;
 pub(crate) mod status;
 pub(crate) mod subscriber;

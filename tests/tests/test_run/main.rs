@@ -2,6 +2,7 @@
 //! for each packet.
 
 mod budget;
+mod requests;
 
 use std::time::Duration;
 

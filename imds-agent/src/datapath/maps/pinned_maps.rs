@@ -13,8 +13,8 @@ use imds_ebpf_common::{
     names::{
         MAP_CGROUP, MAP_CONFIG, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES,
         MAP_FILTER, MAP_INTERFACES, MAP_KUBERNETES, MAP_LISTENERS, MAP_NODE_ALLOW, MAP_PODS, MAP_POLICY,
-        MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_RATELIMIT, MAP_REDIRECT, MAP_REJECTED, MAPS, in_object,
-        programs_of,
+        MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_RATELIMIT, MAP_REDIRECT, MAP_REJECTED, MAP_REQUEST_STARTS,
+        MAPS, in_object, programs_of,
     },
 };
 
@@ -239,6 +239,11 @@ pub fn removed(result: Result<(), MapError>) -> Result<(), MapError> {
 /// Opens the pinned ring buffer of events.
 pub fn open_events(pins: &PinDir) -> Result<RingBuf<MapData>, ObjectError> {
     open_map(pins, MAP_EVENTS, Map::RingBuf)
+}
+
+/// Opens the ring buffer of the starts of requests.
+pub fn open_request_starts(pins: &PinDir) -> Result<RingBuf<MapData>, ObjectError> {
+    open_map(pins, MAP_REQUEST_STARTS, Map::RingBuf)
 }
 
 /// Reports whether maps of an agent are pinned, which implies that programs are loaded.
