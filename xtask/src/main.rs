@@ -69,6 +69,7 @@ enum Command {
     Bench(bench::Bench),
     Soak(soak::Soak),
     Vm(vm::Vm),
+    InstallCheck(vm::InstallCheck),
 }
 
 impl Command {
@@ -93,6 +94,7 @@ impl Command {
             Self::Bench(bench) => bench.run(),
             Self::Soak(soak) => soak.run(),
             Self::Vm(vm) => return vm.run(),
+            Self::InstallCheck(check) => check.run(),
         }?;
         Ok(ExitCode::SUCCESS)
     }

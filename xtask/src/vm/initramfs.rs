@@ -33,6 +33,7 @@ const TOOLS: [&str; 11] = [
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
+const SYMLINK: u32 = 0o120_777;
 
 /// Builds the archive of all files that run with `kernel`.
 pub(super) fn archive(tools: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec<u8>> {
@@ -85,14 +86,14 @@ fn libraries(program: &Path, tools: &Tools) -> Result<BTreeMap<String, PathBuf>>
 
 /// An archive in the kernel's "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst).
 #[derive(Debug, Default)]
-struct Cpio {
+pub(super) struct Cpio {
     bytes: Vec<u8>,
     paths: BTreeSet<String>,
 }
 
 impl Cpio {
     /// Adds an executable, and its parent directories if they are missing.
-    fn add(&mut self, path: &str, content: &[u8]) {
+    pub(super) fn add(&mut self, path: &str, content: &[u8]) {
         let path = path.trim_start_matches('/');
         for (end, _) in path.match_indices('/') {
             self.entry(&path[..end], DIRECTORY, &[]);
@@ -100,14 +101,22 @@ impl Cpio {
         self.entry(path, EXECUTABLE, content);
     }
 
-    fn copy(&mut self, path: &str, from: &Path) -> Result<()> {
+    pub(super) fn add_directory(&mut self, path: &str) {
+        self.entry(path, DIRECTORY, &[]);
+    }
+
+    pub(super) fn add_symlink(&mut self, path: &str, target: &str) {
+        self.entry(path, SYMLINK, target.as_bytes());
+    }
+
+    pub(super) fn copy(&mut self, path: &str, from: &Path) -> Result<()> {
         let content = fs::read(from).with_context(|| format!("failed to read {}", from.display()))?;
         self.add(path, &content);
         Ok(())
     }
 
     /// Adds a program with its libraries.
-    fn copy_program(&mut self, path: &str, from: &Path, tools: &Tools) -> Result<()> {
+    pub(super) fn copy_program(&mut self, path: &str, from: &Path, tools: &Tools) -> Result<()> {
         self.copy(path, from)?;
         for (path, library) in libraries(from, tools)? {
             self.copy(&path, &library)?;
@@ -115,7 +124,7 @@ impl Cpio {
         Ok(())
     }
 
-    fn finish(mut self) -> Vec<u8> {
+    pub(super) fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);
         self.bytes
     }

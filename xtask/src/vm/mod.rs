@@ -5,6 +5,7 @@ mod archive;
 mod console;
 mod host;
 mod initramfs;
+mod install_check;
 mod kernels;
 mod modules;
 mod payload;
@@ -21,6 +22,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+
+pub(crate) use install_check::InstallCheck;
 
 use crate::{
     arch::Arch,
