@@ -107,7 +107,7 @@ fn archive(tools: &Tools, kernel: &Kernel, root: &Path, dir: &Path) -> Result<Ve
     let mut order = String::new();
     for module in modules::load_order(&kernel.modules)? {
         cpio.add(&format!("modules/{}.ko", module.name), &module.content);
-        order += &format!("{}\n", module.name);
+        order.extend([module.name.as_str(), "\n"]);
     }
     cpio.add("modules/order", order.as_bytes());
     for (name, suffix) in [("imds-agent.tar.gz", ".tar.gz"), ("imds-agent.deb", ".deb")] {
