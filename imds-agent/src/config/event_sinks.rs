@@ -1,4 +1,4 @@
-//! `[events]`: sinks that receive a record of each denied or audited request.
+//! `[events]`: sinks that receive a record of each denied or audited request, and of each HTTP request.
 
 mod otlp_target;
 #[cfg(test)]
@@ -22,8 +22,9 @@ use crate::escape::escape_path;
 
 /// Upper bound of the number of sinks. Each has a thread.
 const MAX_SINKS: usize = 8;
-/// Verdicts whose requests the programs report.
-const VERDICTS: [Verdict; 2] = [Verdict::Denied, Verdict::Audited];
+/// Verdicts that can be recorded. The last two are those of HTTP requests only.
+const VERDICTS: [Verdict; 4] = [Verdict::Denied, Verdict::Audited, Verdict::Allowed, Verdict::Exempt];
+const DEFAULT_VERDICTS: [Verdict; 2] = [Verdict::Denied, Verdict::Audited];
 const TYPES: [&str; 4] = ["stdout", "file", "syslog", "otlp"];
 const MIB: u64 = 1 << 20;
 const DEFAULT_SIZE_MIB: u32 = 64;
@@ -154,7 +155,7 @@ struct SinkTable {
 
 impl Default for EventsTable {
     fn default() -> Self {
-        let verdicts = VERDICTS.map(|verdict| Spanned::new(0..0, verdict.name().to_owned()));
+        let verdicts = DEFAULT_VERDICTS.map(|verdict| Spanned::new(0..0, verdict.name().to_owned()));
         Self { verdicts: Spanned::new(0..0, verdicts.into()), sinks: Vec::new() }
     }
 }

@@ -128,8 +128,7 @@ impl EventReader {
         let Some(recorder) = &mut self.requests else { return };
         let spent = thread_cpu_time();
         for event in requests {
-            let recorded = recorder.record(event);
-            let pod = recorded.unwrap_or_else(|error| {
+            let pod = recorder.record(event).unwrap_or_else(|error| {
                 log::error!("failed to record a request: {:#}", anyhow::Error::from(error));
                 None
             });

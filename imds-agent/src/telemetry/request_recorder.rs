@@ -55,12 +55,12 @@ impl RequestRecorder {
             closed => closed.insert((RequestLog::open_or_create(&self.pins)?, Names::open(&self.pins)?)),
         };
         let pod = event.sender.subjects().find_map(|subject| names.get(subject));
-        log.push(self.source, event.to_record())?;
+        log.push(self.source, &event.to_record())?;
         let key = key(event, pod.as_ref());
-        add(log, &mut self.known, key, (event, pod.as_ref()), 1)?;
+        add(log, &mut self.known, &key, (event, pod.as_ref()), 1)?;
         if event.suppressed > 0 {
-            let other = RequestKey { imds_version: 0, ..other(key) };
-            add(log, &mut self.known, other, (event, pod.as_ref()), event.suppressed)?;
+            let other = RequestKey { imds_version: 0, ..other(&key) };
+            add(log, &mut self.known, &other, (event, pod.as_ref()), event.suppressed)?;
         }
         Ok(pod)
     }
@@ -70,7 +70,7 @@ impl RequestRecorder {
 fn add(
     log: &mut RequestLog,
     known: &mut KnownRequests,
-    key: RequestKey,
+    key: &RequestKey,
     (event, pod): (&RequestEvent, Option<&PodRef>),
     requests: u64,
 ) -> Result<(), CollectorError> {
@@ -80,7 +80,7 @@ fn add(
         // Counts may have been evicted or cleared since.
         known.by_sender.clear();
         for key in log.keys() {
-            known.counted_as(key?);
+            known.counted_as(&key?);
         }
         counted = known.counted_as(key);
         before = log.count(&counted)?;
@@ -121,22 +121,22 @@ fn key(event: &RequestEvent, pod: Option<&PodRef>) -> RequestKey {
 }
 
 /// Returns the key of the sender's requests without a count of their own.
-fn other(key: RequestKey) -> RequestKey {
-    RequestKey { method: [0; _], path: [0; _], ..key }
+fn other(key: &RequestKey) -> RequestKey {
+    RequestKey { method: [0; _], path: [0; _], ..*key }
 }
 
 impl KnownRequests {
     /// Returns the key under which a request is counted: its own, or the key of the sender's other requests.
-    fn counted_as(&mut self, key: RequestKey) -> RequestKey {
-        if key == other(key) {
-            return key;
+    fn counted_as(&mut self, key: &RequestKey) -> RequestKey {
+        if *key == other(key) {
+            return *key;
         }
         let requests = self.by_sender.entry(key.sender).or_default();
         let request = self.hasher.hash_one((key.method, key.path));
         if requests.len() < MAX_REQUESTS {
             requests.insert(request);
         }
-        if requests.contains(&request) { key } else { other(key) }
+        if requests.contains(&request) { *key } else { other(key) }
     }
 }
 
@@ -149,14 +149,14 @@ mod tests {
         let mut known = KnownRequests::default();
         let of = |sender, number: usize| RequestKey { sender, ..key(&refused(&format!("/{number}")), None) };
         for number in 0..2 * MAX_REQUESTS {
-            let counted = known.counted_as(of(1, number));
-            assert_eq!(counted == other(counted), number >= MAX_REQUESTS, "{number}");
+            let counted = known.counted_as(&of(1, number));
+            assert_eq!(counted == other(&counted), number >= MAX_REQUESTS, "{number}");
         }
         // Other outcomes of a known request have counts of their own, and other senders their own limit.
         let allowed = RequestKey { outcome: 1, ..of(1, 0) };
-        assert_eq!(known.counted_as(allowed), allowed);
-        assert_eq!(known.counted_as(of(2, 99)), of(2, 99));
-        assert_eq!(known.counted_as(other(of(3, 0))), other(of(3, 0)));
+        assert_eq!(known.counted_as(&allowed), allowed);
+        assert_eq!(known.counted_as(&of(2, 99)), of(2, 99));
+        assert_eq!(known.counted_as(&other(&of(3, 0))), other(&of(3, 0)));
     }
 
     #[test]

@@ -50,7 +50,7 @@ fn sinks_of_all_types() {
 #[test]
 fn inline_tables_are_the_same() {
     let config = parse("[events]\nsinks = [\n  { type = 'stdout' },\n]").unwrap();
-    assert_eq!(config.events, Events { verdicts: VERDICTS.into(), sinks: vec![Sink::Stdout] });
+    assert_eq!(config.events, Events { verdicts: DEFAULT_VERDICTS.into(), sinks: vec![Sink::Stdout] });
     assert_eq!(parse("").unwrap().events.sinks, []);
 }
 
@@ -129,7 +129,7 @@ fn errors_name_line_and_key() {
         ),
         (
             "[events]\nverdicts = ['deneid']".to_owned(),
-            "f:2:13: events.verdicts: \"deneid\" is not one of denied, audited; did you mean \"denied\"?",
+            "f:2:13: events.verdicts: \"deneid\" is not one of denied, audited, allowed, exempt; did you mean \"denied\"?",
         ),
         ("[events]\nverdicts = []".to_owned(), "f:2:12: events.verdicts: the list is empty"),
         ("[events]\nsink = []".to_owned(), "did you mean \"sinks\"?"),

@@ -32,7 +32,7 @@ const COUNTS: usize = 4096;
 /// Longest method and path in bytes, as the broker reports them.
 pub(crate) const METHOD_LEN: usize = 16;
 pub(crate) const PATH_LEN: usize = 256;
-const REASON_LEN: usize = 128;
+const REASON_LEN: usize = 256;
 /// `BPF_F_NO_PREALLOC`: memory is allocated with the entries.
 const NO_PREALLOC: u32 = 1;
 
@@ -138,7 +138,7 @@ pub(crate) struct RequestCount {
     pub(crate) pod: [u8; LONG_NAME_LEN],
 }
 
-const _: () = assert!(size_of::<RequestRecord>() == 72 + 64 + 16 + 256 + 128);
+const _: () = assert!(size_of::<RequestRecord>() == 72 + 64 + 16 + 256 + 256);
 const _: () = assert!(size_of::<RequestKey>() == 32 + 16 + 256);
 const _: () = assert!(size_of::<RequestCount>() == 32 + 64 + 256 + 192 + 256);
 
@@ -229,9 +229,9 @@ impl RequestLog {
     }
 
     /// Adds a request. Only one process at a time may call this for a source.
-    pub(crate) fn push(&mut self, source: RequestSource, record: RequestRecord) -> Result<(), MapError> {
+    pub(crate) fn push(&mut self, source: RequestSource, record: &RequestRecord) -> Result<(), MapError> {
         let number = self.last(source)?.saturating_add(1);
-        self.requests.set(source.slot(number), Slot { number, record, number_again: number }, 0)?;
+        self.requests.set(source.slot(number), Slot { number, record: *record, number_again: number }, 0)?;
         self.positions.set(source.write_pos(), number, 0)
     }
 

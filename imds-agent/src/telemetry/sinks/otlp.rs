@@ -208,7 +208,7 @@ fn retry(error: SinkError) -> Failure {
 }
 
 /// Returns the log record of a denial or a request. Names of attributes are those of the semantic conventions, if these have one.
-fn log_record(record: &SinkRecord) -> Value {
+pub(super) fn log_record(record: &SinkRecord) -> Value {
     let (number, text) = if record.is_denied() { (WARN, "WARN") } else { (INFO, "INFO") };
     let event = if record.http.is_some() { "imds_agent.request" } else { "imds_agent.denial" };
     let time = nanoseconds(record.time).to_string();

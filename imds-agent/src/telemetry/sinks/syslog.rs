@@ -138,7 +138,7 @@ fn is_closed(stream: &TcpStream) -> bool {
 }
 
 /// Returns the message of a record.
-fn message(record: &SinkRecord, hostname: &str, pid: u32) -> String {
+pub(super) fn message(record: &SinkRecord, hostname: &str, pid: u32) -> String {
     let severity = match record {
         record if record.is_denied() => WARNING,
         record if record.is_audited() => NOTICE,

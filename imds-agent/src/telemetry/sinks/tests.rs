@@ -5,7 +5,12 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::*;
-use crate::{causes::with_causes, config::LogFile, kube::pod_ref::PodRef};
+use crate::{
+    causes::with_causes,
+    config::LogFile,
+    kube::pod_ref::PodRef,
+    telemetry::http_request::{RequestOutcome, tests::refused},
+};
 
 fn settings() -> SinkSettings {
     let config = Config::parse("[kubernetes]\nnode_name = 'node-0'", "f".as_ref()).unwrap();
@@ -98,6 +103,57 @@ fn call_has_process_cgroup_and_rule() {
     assert_eq!((&value["rule"], &value["count"]), (&"agents".into(), &1.into()));
     assert_eq!(value["src_endpoint"], json!({ "ip": null, "port": null, "interface_name": null }));
     assert_eq!(record.to_string(), r"audited tcp 169.254.169.254:80 (imds) at socket, process a\nb] (pid 7)");
+}
+
+#[test]
+fn request_has_first_line_and_outcome() {
+    let mut event = refused("/latest/a\"]\n");
+    let record = SinkRecord::of_request(&event, Some(&pod("web")), &settings());
+    let line = String::from_utf8(record.line()).unwrap();
+    let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(
+        value["http"],
+        json!({
+            "method": "GET", "path": r#"/latest/a"]\n"#, "imds_version": 1, "outcome": "refused", "status": 403,
+            "reason": "no rule allows it", "other_rules": 1,
+        })
+    );
+    assert_eq!((&value["verdict"], &value["hook"]), (&"denied".into(), &"broker".into()));
+    assert_eq!((&value["rule"], &value["count"]), (&"region".into(), &4.into()));
+    assert_eq!(value["dst_endpoint"], json!({ "name": "imds", "ip": "169.254.169.254", "port": 80 }));
+    assert_eq!(
+        record.to_string(),
+        r#"refused GET /latest/a"]\n (IMDSv1, status 403, no rule allows it) -> 169.254.169.254:80 (imds) at broker, pod default/web, 4 times"#
+    );
+    let message = syslog::message(&record, "h", 1);
+    assert!(message.starts_with("<84>1 ") && message.contains(" request [request@32473 "), "{message}");
+    assert!(
+        message.contains(
+            r#" http_method="GET" http_path="/latest/a\"\]\\n" imds_version="1" outcome="refused" "#
+        ),
+        "{message}"
+    );
+    event.outcome = RequestOutcome::Allowed;
+    let record = SinkRecord::of_request(&event, None, &settings());
+    assert!(syslog::message(&record, "h", 1).starts_with("<86>1 "));
+    let log = otlp::log_record(&record);
+    assert_eq!((&log["severityNumber"], &log["eventName"]), (&9.into(), &"imds_agent.request".into()));
+    let path = json!({ "key": "url.path", "value": { "stringValue": r#"/latest/a"]\n"# } });
+    assert!(log["attributes"].as_array().unwrap().contains(&path), "{log}");
+}
+
+#[test]
+fn verdicts_select_requests() {
+    let mut settings = settings();
+    for (verdicts, expected) in [
+        (vec![Verdict::Denied], [true, false, false]),
+        (vec![Verdict::Allowed], [false, true, true]),
+        (vec![Verdict::Audited, Verdict::Exempt], [false; 3]),
+    ] {
+        settings.events.verdicts = verdicts;
+        let outcomes = [RequestOutcome::Refused, RequestOutcome::Allowed, RequestOutcome::Failed];
+        assert_eq!(outcomes.map(|outcome| settings.includes(outcome.verdict() as u8)), expected);
+    }
 }
 
 #[test]
