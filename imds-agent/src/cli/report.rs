@@ -1,4 +1,4 @@
-//! `imds-agent report`: prints the recorded denials and suggested rules.
+//! `imds-agent report`: prints the recorded denials and requests, and suggested rules.
 
 use std::process::ExitCode;
 
@@ -14,17 +14,18 @@ use crate::{
         maps::{denial_records::Denials, endpoint_maps, interface_records, request_log::RequestLog},
         object,
     },
+    encode::field_text,
     escape::escape_lines,
     node::netlink::Netlink,
-    telemetry::{Collector, denial_report::DenialReport},
+    telemetry::{Collector, denial_report::DenialReport, request_report::ReportedRequest},
 };
 
 #[derive(Args, Debug)]
 pub(super) struct ReportArgs {
-    /// Print only the rules that would exempt all denied senders, in the syntax of the configuration file
+    /// Print only the rules that would exempt all denied senders, and allow the requests of pods, in the syntax of the configuration file
     #[arg(long, conflicts_with = "output")]
     rules: bool,
-    /// Clear the recorded denials after printing them
+    /// Clear the recorded denials and requests after printing them
     #[arg(long)]
     reset: bool,
     #[command(flatten)]
@@ -49,7 +50,12 @@ pub(super) async fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     for pair in Netlink::connect()?.links().await?.iter().filter(|link| link.is_pair()) {
         pods.remove(&pair.name);
     }
-    let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoints, &pods);
+    let mut log = RequestLog::open(&pins)?;
+    let counts = log.iter().flat_map(RequestLog::counts).collect::<Result<Vec<_>, _>>()?;
+    let requests = ReportedRequest::from_counts(&counts, &endpoints);
+    let provider = field_text(&maps.provider.get(&0, 0)?.effective);
+    let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoints, &pods)
+        .with_requests(requests, &provider, &pods);
     let printed = if args.rules {
         write_stdout(&*escape_lines(&report.rules))?;
         Ok(ExitCode::SUCCESS)
@@ -58,8 +64,8 @@ pub(super) async fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     };
     if args.reset {
         denials.clear()?;
-        if let Some(mut requests) = RequestLog::open(&pins)? {
-            requests.clear_counts()?;
+        if let Some(log) = &mut log {
+            log.clear_counts()?;
         }
     }
     printed

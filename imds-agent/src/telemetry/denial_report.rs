@@ -1,4 +1,4 @@
-//! Report of denied senders, and of senders that audit mode would deny, with the rules that would exempt them.
+//! Report of denied senders, of senders that audit mode would deny, and of HTTP requests, with the rules that would exempt them.
 //! docs/json.md describes the fields of the JSON form.
 
 #[cfg(test)]
@@ -6,7 +6,6 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt::Write as _,
     net::IpAddr,
     path::PathBuf,
 };
@@ -19,6 +18,10 @@ use imds_ebpf_common::{
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::{
+    proposed_rules::rules,
+    request_report::{self, ReportedRequest},
+};
 use crate::{
     config::endpoint_set::Endpoint,
     encode::{field_text, hook_name, ip_address, nonempty_text, raw_field_text, timestamp},
@@ -37,6 +40,7 @@ pub struct DenialReport {
     pub(crate) schema: u32,
     pub(crate) pin_dir: PathBuf,
     pub(crate) denials: Vec<Denial>,
+    pub(crate) requests: Vec<ReportedRequest>,
     /// Rules that would exempt all these senders, in the syntax of the configuration file.
     pub rules: String,
 }
@@ -108,14 +112,38 @@ impl DenialReport {
         }
         let mut denials: Vec<_> = merged.into_values().collect();
         denials.sort_by_key(|denial| std::cmp::Reverse(denial.last));
-        let rules = rules(&denials, pods);
-        Self { schema: SCHEMA, pin_dir, denials, rules }
+        let rules = rules(&denials, &[], "", pods);
+        Self { schema: SCHEMA, pin_dir, denials, requests: Vec::new(), rules }
+    }
+
+    /// Adds requests to endpoints of `provider`. At these endpoints, the rules allow single requests to their senders.
+    #[must_use]
+    pub(crate) fn with_requests(
+        self,
+        requests: Vec<ReportedRequest>,
+        provider: &str,
+        pods: &BTreeSet<String>,
+    ) -> Self {
+        let rules = rules(&self.denials, &requests, provider, pods);
+        Self { requests, rules, ..self }
     }
 
     /// Returns the report as text that ends with a newline.
     pub fn table(&self) -> String {
-        if self.denials.is_empty() {
+        let mut parts = vec![self.denial_table(), request_report::table(&self.requests)];
+        parts.retain(|part| !part.is_empty());
+        if parts.is_empty() {
             return "no denials are recorded\n".to_owned();
+        }
+        if !self.rules.is_empty() {
+            parts.push(format!("rules that would exempt these senders:\n\n{}", self.rules));
+        }
+        parts.join("\n")
+    }
+
+    fn denial_table(&self) -> String {
+        if self.denials.is_empty() {
+            return String::new();
         }
         let hooks: BTreeSet<_> =
             self.denials.iter().flat_map(|denial| denial.counts.keys().copied()).collect();
@@ -132,12 +160,7 @@ impl DenialReport {
             let times = [denial.first, denial.last].map(|time| format!("{time:.0}"));
             table.add_row(known.chain(counts).chain([denial.bytes.to_string()]).chain(times));
         }
-        let mut text = format!("{}\n", table.trim_fmt());
-        if !self.rules.is_empty() {
-            text += "\nrules that would exempt these senders:\n\n";
-            text += &self.rules;
-        }
-        text
+        format!("{}\n", table.trim_fmt())
     }
 }
 
@@ -183,7 +206,7 @@ impl DenialSubject {
 
     /// Returns the selector of a rule for this sender, and a caution if the rule also covers other senders. Returns `None` if
     /// no rule can match the sender.
-    fn rule(&self, pods: &BTreeSet<String>) -> Option<(String, Option<&'static str>)> {
+    pub(super) fn rule(&self, pods: &BTreeSet<String>) -> Option<(String, Option<&'static str>)> {
         if self.is_escaped {
             return None;
         }
@@ -208,7 +231,7 @@ impl DenialSubject {
         Some((line("interface", &globset::escape(interface)), Some(caution)))
     }
 
-    fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         let application = self.label.as_deref().and_then(|label| Some(label.split_once('=')?.1));
         let parts: Vec<&str> = match &self.namespace {
             Some(namespace) => {
@@ -237,35 +260,4 @@ impl std::fmt::Display for DenialSubject {
             }
         }
     }
-}
-
-/// Returns one rule per sender, for all endpoints at which it was denied.
-fn rules(denials: &[Denial], pods: &BTreeSet<String>) -> String {
-    let mut endpoints: BTreeMap<&DenialSubject, BTreeSet<&str>> = BTreeMap::new();
-    for denial in denials {
-        if let Some(endpoint) = &denial.endpoint {
-            endpoints.entry(&denial.sender).or_default().insert(endpoint);
-        }
-    }
-    let (mut text, mut names, mut seen) = (String::new(), BTreeSet::new(), BTreeSet::new());
-    for (sender, endpoints) in endpoints {
-        let Some((lines, caution)) = sender.rule(pods) else { continue };
-        // One rule by cgroup covers all threads in it.
-        if !seen.insert(lines.clone()) {
-            continue;
-        }
-        let name = sender.name();
-        let numbered = (2..).map(|number| format!("{name}-{number}"));
-        let name = std::iter::once(name.clone()).chain(numbered).find(|name| names.insert(name.clone()));
-        let endpoints: Vec<_> = endpoints.into_iter().map(toml::Value::from).collect();
-        let endpoints = toml::Value::from(endpoints);
-        // Writing to a string does not fail.
-        let _ok = caution.iter().try_for_each(|caution| writeln!(text, "# This rule exempts {caution}."));
-        let _ok = writeln!(
-            text,
-            "[[exempt]]\nname = \"{}\"\n{lines}endpoints = {endpoints}\n",
-            name.unwrap_or_default()
-        );
-    }
-    text
 }

@@ -58,7 +58,7 @@ fn documented_commands_print_names() {
     let _agent = node.agent().spawn_ready();
     node.send_requests();
     let (env, maps) = (&node.env, node.maps());
-    let optional = ["/progs/imds_host_", "/progs/imds_node_", "/links/"];
+    let optional = ["/maps/imds_requests", "/progs/imds_host_", "/progs/imds_node_", "/links/"];
     for pin in pins(&document.blocks[0]).filter(|pin| !optional.iter().any(|start| pin.starts_with(start))) {
         assert!(fs::exists(env.pin_dir().join(&pin[1..])).unwrap(), "{pin} does not exist");
     }

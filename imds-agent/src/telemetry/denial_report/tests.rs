@@ -5,7 +5,9 @@ use imds_ebpf_common::{Address, Hook};
 use super::*;
 use crate::{
     config::{Config, PodSelector, RuleSubject as Rule, provider::Dmi},
+    datapath::maps::request_log::{RequestCount, RequestKey},
     encode::text_field,
+    telemetry::{http_request::RequestOutcome, request_report::tests::entry},
 };
 
 fn record(namespace: &str, account: &str, label: &str) -> DenialRecord {
@@ -106,4 +108,52 @@ fn unprotected_address_gets_no_rule() {
     let report = report(&[(gone, record("a", "s", ""))]);
     assert!(report.rules.is_empty() && report.table().contains("10.0.0.9"));
     assert!(DenialReport::new("/pins".into(), &[], &[], &BTreeSet::new()).table().starts_with("no denials"));
+}
+
+fn with_requests(
+    denials: &[(DenialKey, DenialRecord)],
+    requests: &[(RequestKey, RequestCount)],
+) -> DenialReport {
+    let protected = Config::default().resolve(&Dmi::default()).unwrap().0;
+    let requests = ReportedRequest::from_counts(requests, &protected.endpoints);
+    report(denials).with_requests(requests, "aws", &BTreeSet::new())
+}
+
+#[test]
+fn known_requests_get_a_list_instead_of_an_exemption() {
+    let denied = (key(Hook::Socket, Verdict::Denied), record("a", "web", ""));
+    let requests = [
+        entry("a", "PUT", "/latest/api/token", RequestOutcome::Allowed),
+        entry("a", "GET", "/latest/meta-data/ami-id", RequestOutcome::Refused),
+    ];
+    let report = with_requests(&[denied], &requests);
+    let expected = "[[exempt]]\nname = \"a-web\"\nnamespace = \"a\"\nservice_account = \"web\"\n\
+                    endpoints = [\"imds\"]\nallow = [\"instance\"]\n\n";
+    assert_eq!(report.rules, expected);
+    let user_data = entry("a", "GET", "/latest/user-data", RequestOutcome::Refused);
+    let report = with_requests(&[denied], &[&requests[..], &[user_data]].concat());
+    let expected = "# grants credentials or identity: GET /latest/user-data\n\
+                    [[exempt]]\nname = \"a-web\"\nnamespace = \"a\"\nservice_account = \"web\"\n\
+                    endpoints = [\"imds\"]\n\
+                    allow = [\"GET /latest/meta-data/ami-id\", \"PUT /latest/api/token\"]\n\n";
+    assert_eq!(report.rules, expected);
+    proposed_rules(&report);
+    let table = report.table();
+    assert!(
+        table.contains("SOCKET") && table.contains("REQUEST") && table.ends_with(&report.rules),
+        "{table}"
+    );
+}
+
+#[test]
+fn credentials_get_no_rule() {
+    let user_data = entry("a", "GET", "/latest/user-data", RequestOutcome::Refused);
+    let unknown = entry("", "GET", "/latest/meta-data/ami-id", RequestOutcome::Refused);
+    let malformed = entry("b", "GET", "/a/../b", RequestOutcome::Refused);
+    let report = with_requests(&[], &[user_data, unknown, malformed]);
+    let expected = "# No rule for a/web at imds, because none of its requests is harmless:\n\
+                    # grants credentials or identity: GET /latest/user-data\n\n";
+    assert_eq!(report.rules, expected);
+    assert!(proposed_rules(&report).is_empty());
+    assert!(report.table().contains("/a/../b"));
 }

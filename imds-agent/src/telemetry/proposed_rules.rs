@@ -1,0 +1,126 @@
+//! Rules that the report proposes, in the syntax of the configuration file.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    iter,
+};
+
+use super::{
+    denial_report::{Denial, DenialSubject},
+    request_report::ReportedRequest,
+    request_rules::ProposedRequests,
+};
+
+/// Names of the endpoints of each rule of a sender: one rule for all requests, and rules for listed requests.
+#[derive(Default)]
+struct SenderRules<'r> {
+    all_requests: BTreeSet<&'r str>,
+    listed_requests: BTreeMap<ProposedRequests, BTreeSet<&'r str>>,
+}
+
+/// Returns one rule for each sender and list of requests. A sender with known requests to an endpoint of `provider` gets a rule
+/// for these, otherwise one for all requests.
+pub(super) fn rules(
+    denials: &[Denial],
+    requests: &[ReportedRequest],
+    provider: &str,
+    pods: &BTreeSet<String>,
+) -> String {
+    let mut proposed = Proposed { pods, text: String::new(), names: BTreeSet::new(), seen: BTreeSet::new() };
+    for (sender, SenderRules { all_requests, listed_requests }) in by_sender(denials, requests, provider) {
+        if !all_requests.is_empty() {
+            proposed.add(sender, &all_requests, None);
+        }
+        for (requests, endpoints) in listed_requests {
+            proposed.add(sender, &endpoints, Some(&requests));
+        }
+    }
+    proposed.text
+}
+
+fn by_sender<'r>(
+    denials: &'r [Denial],
+    requests: &'r [ReportedRequest],
+    provider: &str,
+) -> BTreeMap<&'r DenialSubject, SenderRules<'r>> {
+    let mut listed: BTreeMap<(&DenialSubject, &str), Vec<_>> = BTreeMap::new();
+    for request in requests {
+        if let (Some(endpoint), Some(line)) = (&request.endpoint, request.request()) {
+            listed.entry((&request.sender, endpoint)).or_default().push(line);
+        }
+    }
+    let mut rules: BTreeMap<_, SenderRules<'_>> = BTreeMap::new();
+    for denial in denials {
+        if let Some(endpoint) = &denial.endpoint
+            && !listed.contains_key(&(&denial.sender, endpoint.as_str()))
+        {
+            rules.entry(&denial.sender).or_default().all_requests.insert(endpoint);
+        }
+    }
+    for ((sender, endpoint), requests) in listed {
+        let requests = ProposedRequests::new(requests, provider);
+        if !requests.is_empty() {
+            rules.entry(sender).or_default().listed_requests.entry(requests).or_default().insert(endpoint);
+        }
+    }
+    rules
+}
+
+/// Text of the rules so far.
+struct Proposed<'p> {
+    pods: &'p BTreeSet<String>,
+    text: String,
+    names: BTreeSet<String>,
+    seen: BTreeSet<(String, Vec<String>)>,
+}
+
+impl Proposed<'_> {
+    /// Adds a rule for a sender at endpoints: for all requests, or for those in `requests`.
+    fn add(
+        &mut self,
+        sender: &DenialSubject,
+        endpoints: &BTreeSet<&str>,
+        requests: Option<&ProposedRequests>,
+    ) {
+        let Some((lines, caution)) = sender.rule(self.pods) else { return };
+        // A list of requests works with none of the other senders.
+        if requests.is_some() && sender.namespace.is_none() {
+            return;
+        }
+        let allow = requests.map(|requests| requests.allow.clone()).unwrap_or_default();
+        // One rule by cgroup covers all threads in it.
+        if !self.seen.insert((lines.clone(), allow.clone())) {
+            return;
+        }
+        let comment = |text: &str| format!("# {text}\n");
+        let cautions: String =
+            requests.into_iter().flat_map(ProposedRequests::cautions).map(|text| comment(&text)).collect();
+        if requests.is_some() && allow.is_empty() {
+            let endpoints = endpoints.iter().copied().collect::<Vec<_>>().join(", ");
+            self.text += &comment(&format!(
+                "No rule for {sender} at {endpoints}, because none of its requests is harmless:"
+            ));
+            self.text += &cautions;
+            self.text.push('\n');
+            return;
+        }
+        let name = sender.name();
+        let numbered = (2..).map(|number| format!("{name}-{number}"));
+        let mut names = iter::once(name.clone()).chain(numbered);
+        let name = names.find(|name| self.names.insert(name.clone())).unwrap_or_default();
+        if let Some(caution) = caution {
+            self.text += &comment(&format!("This rule exempts {caution}."));
+        }
+        self.text += &cautions;
+        let endpoints =
+            toml::Value::from(endpoints.iter().copied().map(toml::Value::from).collect::<Vec<_>>());
+        // Writing to a string does not fail.
+        let _ok = writeln!(self.text, "[[exempt]]\nname = \"{name}\"\n{lines}endpoints = {endpoints}");
+        if requests.is_some() {
+            let allow = toml::Value::from(allow.into_iter().map(toml::Value::from).collect::<Vec<_>>());
+            let _ok = writeln!(self.text, "allow = {allow}");
+        }
+        self.text.push('\n');
+    }
+}
