@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, fmt};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::report::requests::NodeRequests;
 use crate::fleet::{AskError, Fleet, Target, check_schema};
 
 /// Report of a node.
@@ -12,6 +13,9 @@ use crate::fleet::{AskError, Fleet, Target, check_schema};
 pub(super) struct ReportDocument {
     schema: u64,
     pub(super) denials: Vec<Denial>,
+    /// Missing in the reports of older agents.
+    #[serde(default)]
+    pub(super) requests: Vec<NodeRequests>,
     /// Rules that would exempt the senders, as TOML.
     pub(super) rules: String,
 }

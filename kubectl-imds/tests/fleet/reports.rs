@@ -61,6 +61,58 @@ endpoints = ["imds", "wireserver"]
 }
 
 #[test]
+fn requests_are_merged() {
+    let cluster = Cluster::new(&["n1", "n2", "n3"]);
+    let request = |path: &str, version: u8, count: u64| {
+        json!({
+            "namespace": "tools", "service_account": "web", "label": "app=web", "interface": null, "comm": null,
+            "cgroup": null, "netns_cookie": null, "pod": "web-1", "endpoint": "imds", "address": "169.254.169.254",
+            "method": "GET", "path": path, "imds_version": version, "outcome": "refused", "count": count,
+            "first": "2026-11-23T15:04:05Z", "last": "2026-11-23T16:04:05Z",
+        })
+    };
+    let report = |requests: &[Value], rules: &str| {
+        let requests = Value::from(requests);
+        json!({ "schema": 1, "pin_dir": "/sys/fs/bpf/imds", "denials": [], "requests": requests, "rules": rules })
+    };
+    let (region, user_data) = ("/latest/meta-data/placement/region", "/latest/user-data");
+    let allow = |list: &str| RULE.replace("\n\n", &format!("\nallow = [\"{list}\"]\n\n"));
+    let caution = format!("# grants credentials or identity: GET {user_data}\n");
+    let first = report(&[request(region, 2, 2)], &allow("instance"));
+    let second = report(
+        &[request(region, 2, 3), request(user_data, 1, 1)],
+        &format!("{caution}{}", allow(&format!("GET {region}"))),
+    );
+    cluster.answers("n1", &[("report -o json", &first, 0)]);
+    cluster.answers("n2", &[("report -o json", &second, 0)]);
+    // An agent of an older version has no requests.
+    cluster.answers("n3", &[("report -o json", &self::report(&json!([]), ""), 0)]);
+    let (stdout, _) = cluster.run("report", 0);
+    let expected = r#" SENDER             ENDPOINT  REQUEST                                 IMDS  OUTCOME  NODES  COUNT  LAST
+ tools/web app=web  imds      GET /latest/meta-data/placement/region  v2    refused  2      5      2026-11-23T16:04:05Z
+ tools/web app=web  imds      GET /latest/user-data                   v1    refused  1      1      2026-11-23T16:04:05Z
+
+2 requests on 3 nodes
+
+rules that would exempt these senders:
+
+# grants credentials or identity: GET /latest/user-data
+# Suggested by 2 of 3 nodes.
+[[exempt]]
+name = "tools-web"
+namespace = "tools"
+service_account = "web"
+endpoints = ["imds"]
+allow = ["GET /latest/meta-data/placement/region", "instance"]
+"#;
+    assert_eq!(stdout, expected);
+    let json = cluster.json("report", 0);
+    assert_eq!((&json["requests"][0]["nodes"], &json["requests"][0]["count"]), (&json!(2), &json!(5)));
+    let (stdout, _) = cluster.run("report --rules", 0);
+    assert!(stdout.starts_with("# grants credentials or identity: GET /latest/user-data\n"), "{stdout}");
+}
+
+#[test]
 fn exemption_rules_are_counted() {
     let cluster = Cluster::new(&["n1", "n2"]);
     let config = json!({ "mode": "enforce", "exempt": [{ "name": "backup", "cgroup": "/backup" }] });

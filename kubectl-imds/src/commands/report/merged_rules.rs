@@ -13,10 +13,15 @@ use crate::{escape::escape, fleet::AskError};
 const HEADER: &str = "[[exempt]]";
 /// Longest name of a rule, see docs/configuration.md, less a number at its end.
 const MAX_NAME: usize = 58;
-/// Keys of a rule that the agent suggests.
+/// Keys of a rule that the agent suggests, beside `name`, `endpoints` and `allow`.
 const SELECTORS: [&str; 5] = ["namespace", "service_account", "pod_selector", "cgroup", "interface"];
 /// Rules that the set can have. Beyond them, a compromised node could exhaust the memory.
 const MAX_RULES: usize = 10_000;
+/// Entries of a list `allow`, and the length of one, see docs/configuration.md.
+const MAX_REQUESTS: usize = 32;
+const MAX_REQUEST: usize = 256;
+/// Entry of a list `allow` for the harmless requests of the provider.
+const INSTANCE: &str = "instance";
 
 /// A rule that the agent of one node suggests.
 #[derive(Clone, Debug)]
@@ -26,36 +31,55 @@ pub(super) struct SuggestedRule {
     selector: String,
     /// Endpoints of the rule; `None` for all.
     endpoints: Option<BTreeSet<String>>,
-    /// Comments of the agent about senders that the rule also covers.
+    /// Requests that the rule allows; `None` for all.
+    allow: Option<BTreeSet<String>>,
+    /// Comments of the agent about senders that the rule also covers, and about requests that it does not allow.
     cautions: BTreeSet<String>,
 }
+
+/// Suggestions of one node.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Suggestions {
+    rules: Vec<SuggestedRule>,
+    /// Comments about senders without a rule: the first line, and the others.
+    notes: Vec<(String, BTreeSet<String>)>,
+}
+
+/// Selector of a rule. A rule with a list of requests has its endpoints too, because the list must not apply to others.
+type RuleKey = (String, Option<Option<BTreeSet<String>>>);
 
 /// Rules by selector.
 #[derive(Debug, Default)]
 pub(super) struct MergedRules {
     nodes: usize,
-    rules: BTreeMap<String, (usize, SuggestedRule)>,
+    rules: BTreeMap<RuleKey, (usize, SuggestedRule)>,
+    notes: BTreeMap<String, BTreeSet<String>>,
     dropped: usize,
 }
 
 /// Parses the rules of one node. Each key is checked: a compromised node must not add other settings to the set.
-pub(super) fn parse(text: &str) -> Result<Vec<SuggestedRule>, AskError> {
-    let mut rules = Vec::<(BTreeSet<String>, String)>::new();
-    // Comments before the header belong to its rule.
-    let mut cautions = BTreeSet::new();
+pub(super) fn parse(text: &str) -> Result<Suggestions, AskError> {
+    let mut rules = Vec::<(Vec<String>, String)>::new();
+    let mut notes = Vec::new();
+    // Comments before a header belong to its rule, and those before an empty line to no rule.
+    let mut comments = Vec::new();
     for line in text.lines() {
         if line == HEADER {
-            rules.push((std::mem::take(&mut cautions), String::new()));
+            rules.push((std::mem::take(&mut comments), String::new()));
         } else if let Some(comment) = line.strip_prefix('#') {
-            cautions.insert(comment.trim().to_owned());
+            comments.push(comment.trim().to_owned());
+        } else if line.trim().is_empty() {
+            let mut comments = std::mem::take(&mut comments).into_iter();
+            notes.extend(comments.next().map(|first| (first, comments.collect())));
         } else if let Some((_, body)) = rules.last_mut() {
             body.push_str(line);
             body.push('\n');
-        } else if !line.trim().is_empty() {
+        } else {
             return Err(invalid("text before the first rule"));
         }
     }
-    rules.into_iter().map(|(cautions, body)| parse_rule(&body, cautions)).collect()
+    let rules = rules.into_iter().map(|(comments, body)| parse_rule(&body, comments.into_iter().collect()));
+    Ok(Suggestions { rules: rules.collect::<Result<_, _>>()?, notes })
 }
 
 fn parse_rule(body: &str, cautions: BTreeSet<String>) -> Result<SuggestedRule, AskError> {
@@ -63,17 +87,11 @@ fn parse_rule(body: &str, cautions: BTreeSet<String>) -> Result<SuggestedRule, A
     let Some(Value::String(name)) = table.remove("name") else {
         return Err(invalid("a rule without a name"));
     };
-    let endpoints = match table.remove("endpoints") {
-        Some(Value::Array(names)) => {
-            let names = names.into_iter().map(|name| match name {
-                Value::String(name) => Ok(name),
-                _ => Err(invalid("an endpoint without a name")),
-            });
-            Some(names.collect::<Result<_, _>>()?)
-        }
-        Some(_) => return Err(invalid("endpoints without names")),
-        None => None,
-    };
+    let endpoints = parse_texts(table.remove("endpoints"), "an endpoint without a name")?;
+    let allow = parse_texts(table.remove("allow"), "a list that is no list of requests")?;
+    if let Some(request) = allow.iter().flatten().find(|request| !is_request(request)) {
+        return Err(invalid(&format!("the request {request:?}")));
+    }
     let selectors = ["namespace", "cgroup", "interface"].iter().filter(|key| table.contains_key(**key));
     if selectors.count() != 1 {
         return Err(invalid("a rule without a selector"));
@@ -87,7 +105,33 @@ fn parse_rule(body: &str, cautions: BTreeSet<String>) -> Result<SuggestedRule, A
         return Err(invalid("an interface with wildcards"));
     }
     let lines = table.iter().map(|(key, value)| format!("{key} = {value}\n"));
-    Ok(SuggestedRule { name: plain(&name), selector: lines.collect(), endpoints, cautions })
+    Ok(SuggestedRule { name: plain(&name), selector: lines.collect(), endpoints, allow, cautions })
+}
+
+/// Returns the texts of a list; `None` if the key is missing.
+fn parse_texts(list: Option<Value>, mistake: &str) -> Result<Option<BTreeSet<String>>, AskError> {
+    match list {
+        Some(Value::Array(texts)) => {
+            let texts = texts.into_iter().map(|text| match text {
+                Value::String(text) => Ok(text),
+                _ => Err(invalid(mistake)),
+            });
+            texts.collect::<Result<_, _>>().map(Some)
+        }
+        Some(_) => Err(invalid(mistake)),
+        None => Ok(None),
+    }
+}
+
+/// Reports whether a text has the form of an entry of `allow`, whose path is in canonical form.
+fn is_request(text: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-._~:@,=+".contains(c);
+    let is_segment = |segment: &str| !segment.chars().all(|c| c == '.') && segment.chars().all(is_plain);
+    let has_form = |(method, path): (&str, &str)| {
+        ["GET", "HEAD", "POST", "PUT", "DELETE"].contains(&method)
+            && path.strip_prefix('/').is_some_and(|path| path.split('/').all(is_segment))
+    };
+    text == INSTANCE || text.len() <= MAX_REQUEST && text.split_once(' ').is_some_and(has_form)
 }
 
 fn invalid(found: &str) -> AskError {
@@ -115,28 +159,66 @@ fn plain(name: &str) -> String {
     if name.is_empty() { "sender".to_owned() } else { name }
 }
 
+impl SuggestedRule {
+    fn key(&self) -> RuleKey {
+        (self.selector.clone(), self.allow.is_some().then(|| self.endpoints.clone()))
+    }
+
+    /// Adds the rule of another node with an equal key.
+    fn merge(&mut self, other: Self) {
+        self.cautions.extend(other.cautions);
+        // No list stands for all endpoints.
+        self.endpoints = self.endpoints.take().zip(other.endpoints).map(united);
+        self.allow = self.allow.take().zip(other.allow).map(united);
+        // Answers arrive in any order, but each run must print the same name.
+        self.name = std::cmp::min(other.name, std::mem::take(&mut self.name));
+    }
+
+    fn write(&self, text: &mut String, name: &str, nodes: &str) {
+        // Writing to a string does not fail.
+        let _ok = self.cautions.iter().try_for_each(|caution| writeln!(text, "# {}", escape(caution)));
+        let others = self.allow.as_ref().map_or(0, |allow| allow.len().saturating_sub(MAX_REQUESTS));
+        if others > 0 {
+            let _ok = writeln!(text, "# {others} more requests are left out.");
+        }
+        let _ok = writeln!(text, "# Suggested by {nodes} nodes.");
+        let _ok = write!(text, "{HEADER}\nname = \"{name}\"\n{}", self.selector);
+        for (key, list) in [("endpoints", &self.endpoints), ("allow", &self.allow)] {
+            if let Some(list) = list {
+                let list = list.iter().map(|text| Value::from(&**text));
+                let list = if key == "allow" { list.take(MAX_REQUESTS).collect() } else { list.collect() };
+                let _ok = writeln!(text, "{key} = {}", Value::Array(list));
+            }
+        }
+        text.push('\n');
+    }
+}
+
+fn united((mut all, more): (BTreeSet<String>, BTreeSet<String>)) -> BTreeSet<String> {
+    all.extend(more);
+    all
+}
+
 impl MergedRules {
     /// Adds the rules of a node.
-    pub(super) fn add(&mut self, rules: Vec<SuggestedRule>) {
+    pub(super) fn add(&mut self, Suggestions { rules, notes }: Suggestions) {
         self.nodes += 1;
-        for SuggestedRule { name, selector, endpoints, cautions } in rules {
-            if self.rules.len() >= MAX_RULES && !self.rules.contains_key(&selector) {
+        for rule in rules {
+            let key = rule.key();
+            if self.rules.len() >= MAX_RULES && !self.rules.contains_key(&key) {
                 self.dropped += 1;
-                continue;
-            }
-            if let Some((nodes, rule)) = self.rules.get_mut(&selector) {
+            } else if let Some((nodes, before)) = self.rules.get_mut(&key) {
                 *nodes += 1;
-                rule.cautions.extend(cautions);
-                // No list stands for all endpoints.
-                rule.endpoints = rule.endpoints.take().zip(endpoints).map(|(mut all, more)| {
-                    all.extend(more);
-                    all
-                });
-                // Answers arrive in any order, but each run must print the same name.
-                rule.name = std::cmp::min(name, std::mem::take(&mut rule.name));
+                before.merge(rule);
             } else {
-                let rule = SuggestedRule { name, selector: selector.clone(), endpoints, cautions };
-                self.rules.insert(selector, (1, rule));
+                self.rules.insert(key, (1, rule));
+            }
+        }
+        for (first, others) in notes {
+            if self.notes.len() >= MAX_RULES && !self.notes.contains_key(&first) {
+                self.dropped += 1;
+            } else {
+                self.notes.entry(first).or_default().extend(others);
             }
         }
     }
@@ -147,23 +229,38 @@ impl MergedRules {
         if self.dropped > 0 {
             text = format!("# {} more rules are left out.\n\n", self.dropped);
         }
-        let mut rules: Vec<_> = self.rules.values().collect();
-        rules.sort_by(|(_, a), (_, b)| (&a.name, &a.selector).cmp(&(&b.name, &b.selector)));
-        for (nodes, SuggestedRule { name, selector, endpoints, cautions }) in rules {
+        let mut rules: Vec<_> =
+            self.rules.values().filter_map(|(nodes, rule)| Some((nodes, self.narrowed(rule)?))).collect();
+        rules.sort_by(|(_, a), (_, b)| {
+            (&a.name, &a.selector, &a.endpoints).cmp(&(&b.name, &b.selector, &b.endpoints))
+        });
+        for (nodes, rule) in rules {
+            let name = &rule.name;
             let numbered = (2..).map(|number| format!("{name}-{number}"));
             let name = std::iter::once(name.clone()).chain(numbered).find(|name| names.insert(name.clone()));
+            rule.write(&mut text, &name.unwrap_or_default(), &format!("{nodes} of {}", self.nodes));
+        }
+        for (first, others) in &self.notes {
             // Writing to a string does not fail.
-            let _ok = cautions.iter().try_for_each(|caution| writeln!(text, "# {}", escape(caution)));
-            let _ok = writeln!(text, "# Suggested by {nodes} of {} nodes.", self.nodes);
-            let _ok = write!(text, "{HEADER}\nname = \"{}\"\n{selector}", name.unwrap_or_default());
-            if let Some(endpoints) = endpoints {
-                let names =
-                    Value::from(endpoints.iter().map(|name| Value::from(&**name)).collect::<Vec<_>>());
-                let _ok = writeln!(text, "endpoints = {names}");
-            }
+            let mut lines = std::iter::once(first).chain(others);
+            let _ok = lines.try_for_each(|line| writeln!(text, "# {}", escape(line)));
             text.push('\n');
         }
         text
+    }
+
+    /// Returns a rule without the endpoints for which another node suggests a list of requests. Returns `None` if it then has none.
+    fn narrowed(&self, rule: &SuggestedRule) -> Option<SuggestedRule> {
+        let Some(endpoints) = rule.endpoints.as_ref().filter(|_| rule.allow.is_none()) else {
+            return Some(rule.clone());
+        };
+        let of_selector = self.rules.range((rule.selector.clone(), Some(None))..);
+        let lists = of_selector.take_while(|((selector, _), _)| *selector == rule.selector);
+        let listed: BTreeSet<_> =
+            lists.filter_map(|(_, (_, rule))| rule.endpoints.as_ref()).flatten().collect();
+        let endpoints: BTreeSet<_> =
+            endpoints.iter().filter(|name| !listed.contains(name)).cloned().collect();
+        (!endpoints.is_empty()).then(|| SuggestedRule { endpoints: Some(endpoints), ..rule.clone() })
     }
 }
 
@@ -231,12 +328,41 @@ endpoints = [\"imds\", \"wireserver\"]
             ("[[exempt]]\nname = \"a\"\ninterface = \"*\"\n", "wildcards"),
             ("[[exempt]]\nname = \"a\"\ninterface = \"[!x]\"\n", "wildcards"),
             ("[[exempt]]\nname = \n", "no TOML"),
+            ("[[exempt]]\nname = \"a\"\nnamespace = \"b\"\nallow = 1\n", "no list of requests"),
+            ("[[exempt]]\nname = \"a\"\nnamespace = \"b\"\nallow = [\"GET /a/../b\"]\n", "the request"),
+            ("[[exempt]]\nname = \"a\"\nnamespace = \"b\"\nallow = [\"GET /\"]\n", "the request"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{text}: {error}");
         }
         let escaped = "[[exempt]]\nname = \"a\nb\"\n".replace("a\nb", "a b") + "interface = \"tap[*]0\"\n";
         assert!(merged(&[&escaped]).contains("name = \"a-b\"\ninterface = \"tap[*]0\"\n"));
+    }
+
+    #[test]
+    fn lists_of_requests_are_united() {
+        let scoped = |allow: &str| WEB.replace("[\"imds\"]\n", &format!("[\"imds\"]\nallow = [{allow}]\n"));
+        let caution = "# grants credentials or identity: GET /latest/user-data\n";
+        let [one, other] = [
+            scoped("\"GET /a\", \"GET /b\""),
+            scoped("\"GET /b\", \"instance\"").replace("[[", &format!("{caution}[[")),
+        ];
+        // A node on which the sender made no request suggests an exemption for another endpoint, too.
+        let full = WEB.replace("[\"imds\"]", "[\"imds\", \"wireserver\"]");
+        let note = "# No rule for a/b at imds, because none of its requests is harmless:\n# grants credentials or identity: GET /x\n\n";
+        let text = merged(&[&one, &format!("{note}{other}"), &full, note]);
+        let selector = "namespace = \"tools\"\npod_selector = { match_labels = { app = \"web\" } }\n";
+        let exempts = "# This rule exempts every pod of the namespace with the default service account.\n";
+        let expected = format!(
+            "{exempts}{caution}# Suggested by 2 of 4 nodes.\n[[exempt]]\nname = \"tools-web\"\n{selector}\
+             endpoints = [\"imds\"]\nallow = [\"GET /a\", \"GET /b\", \"instance\"]\n\n\
+             {exempts}# Suggested by 1 of 4 nodes.\n[[exempt]]\nname = \"tools-web-2\"\n{selector}\
+             endpoints = [\"wireserver\"]\n\n{note}"
+        );
+        assert_eq!(text, expected);
+        let many: Vec<_> = (10..50).map(|number| format!("\"GET /{number}\"")).collect();
+        let text = merged(&[&scoped(&many.join(", "))]);
+        assert!(text.contains("# 8 more requests are left out.\n") && !text.contains("GET /42"), "{text}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
-//! `kubectl imds report`: denials of all nodes, and the rules that would exempt their senders.
+//! `kubectl imds report`: denials and requests of all nodes, and the rules that would exempt their senders.
 
 mod merged_rules;
+pub(super) mod requests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +13,10 @@ use anyhow::Result;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use self::merged_rules::MergedRules;
+use self::{
+    merged_rules::MergedRules,
+    requests::{MergedRequest, MergedRequests},
+};
 use super::{
     denial::{self, Denial, DenialKey},
     output::{Columns, Format, SCHEMA, count, errors_text, exit_code, print, write_stderr, write_stdout},
@@ -29,6 +33,7 @@ struct FleetReport {
     /// Nodes that answered.
     nodes: usize,
     denials: Vec<MergedDenial>,
+    requests: Vec<MergedRequest>,
     /// Rules of the configuration file that would exempt all senders.
     rules: String,
     errors: Vec<NodeError>,
@@ -57,6 +62,7 @@ struct Sum {
 struct Merged {
     nodes: usize,
     denials: BTreeMap<DenialKey, Sum>,
+    requests: MergedRequests,
     dropped: usize,
 }
 
@@ -67,10 +73,11 @@ pub(crate) async fn report(fleet: &Fleet, format: Format) -> Result<ExitCode> {
         .ask(
             async |target| {
                 let document = denial::ask(fleet, target).await?;
-                Ok((document.denials, merged_rules::parse(&document.rules)?))
+                Ok((document.denials, document.requests, merged_rules::parse(&document.rules)?))
             },
-            |_, (denials, of_node)| {
+            |_, (denials, requests, of_node)| {
                 merged.add(denials);
+                merged.requests.add(requests);
                 rules.add(of_node);
             },
         )
@@ -130,12 +137,16 @@ impl Merged {
             let text = format!("{} more denials of other senders are not shown", self.dropped);
             limitations.push(text);
         }
+        let (requests, dropped) = self.requests.finish();
+        if dropped > 0 {
+            limitations.push(format!("{dropped} more requests are not shown"));
+        }
         let mut denials: Vec<_> =
             self.denials.into_iter().map(|(key, sum)| MergedDenial { key, sum }).collect();
         denials.sort_by_key(|denial| {
             std::cmp::Reverse(denial.sum.counts.values().copied().fold(0, u64::saturating_add))
         });
-        FleetReport { schema: SCHEMA, nodes: self.nodes, denials, rules, errors, limitations }
+        FleetReport { schema: SCHEMA, nodes: self.nodes, denials, requests, rules, errors, limitations }
     }
 }
 
@@ -162,12 +173,19 @@ impl FleetReport {
             );
         }
         let nodes = count(self.nodes, "node");
-        if self.denials.is_empty() {
+        if self.denials.is_empty() && self.requests.is_empty() {
             return format!("no denials are recorded on {nodes}\n{}", errors_text(&self.errors));
         }
         let mut text = columns.finish();
         // Writing to a string does not fail.
-        let _ok = writeln!(text, "\n{} on {nodes}", count(self.denials.len(), "sender"));
+        if !self.denials.is_empty() {
+            let _ok = writeln!(text, "\n{} on {nodes}", count(self.denials.len(), "sender"));
+        }
+        if !self.requests.is_empty() {
+            text += if text.is_empty() { "" } else { "\n" };
+            text += &requests::table(&self.requests);
+            let _ok = writeln!(text, "\n{} on {nodes}", count(self.requests.len(), "request"));
+        }
         if !self.rules.is_empty() {
             text += "\nrules that would exempt these senders:\n\n";
             text += self.rules.trim_end();
