@@ -9,6 +9,7 @@ mod kubernetes;
 mod lifecycle;
 mod limits;
 mod node;
+mod requests;
 mod stand_in;
 
 use std::{

@@ -12,7 +12,7 @@ use std::{
     thread,
 };
 
-use imds_broker::protocol::{FromBroker, MAX_MESSAGE, ToBroker};
+use imds_broker::protocol::{FromBroker, MAX_MESSAGE, Outcome, Request, ToBroker};
 use imds_tests::{TestEnv, executable::write_executable};
 use nix::{
     cmsg_space,
@@ -60,14 +60,14 @@ fn serve() {
     let mut listeners: BTreeMap<u32, OwnedFd> = BTreeMap::new();
     while let Some((message, descriptor)) = receive() {
         match message {
-            ToBroker::Listen { id, endpoint, allow, .. } => {
+            ToBroker::Listen { id, endpoint, allow, provider } => {
                 let listener = TcpListener::from(descriptor.expect("a listener"));
                 listener.set_nonblocking(false).unwrap();
                 listeners.insert(id, listener.try_clone().unwrap().into());
                 thread::spawn(move || {
                     while let Ok((client, _)) = listener.accept() {
-                        let allow = allow.clone();
-                        thread::spawn(move || answer(client, endpoint, &allow));
+                        let (allow, is_aws) = (allow.clone(), provider == "aws");
+                        thread::spawn(move || answer(id, client, endpoint, &allow, is_aws));
                     }
                 });
                 tell(&FromBroker::Listening { id });
@@ -105,7 +105,7 @@ fn receive() -> Option<(ToBroker, Option<OwnedFd>)> {
     (length > 0).then(|| (serde_json::from_slice(&buffer[..length]).unwrap(), descriptor))
 }
 
-fn answer(mut client: TcpStream, endpoint: SocketAddr, allow: &[String]) {
+fn answer(id: u32, mut client: TcpStream, endpoint: SocketAddr, allow: &[String], is_aws: bool) {
     let mut request = Vec::new();
     let mut buffer = [0; 4096];
     while !request.windows(4).any(|window| window == b"\r\n\r\n") {
@@ -114,9 +114,22 @@ fn answer(mut client: TcpStream, endpoint: SocketAddr, allow: &[String]) {
             _ => return,
         }
     }
+    let head = String::from_utf8_lossy(&request).to_ascii_lowercase();
     let line = String::from_utf8_lossy(&request).lines().next().unwrap_or_default().to_owned();
     let target = line.rsplit_once(' ').map_or("", |(target, _)| target);
-    if allow.iter().any(|allowed| allowed == target) {
+    let is_allowed = allow.iter().any(|allowed| allowed == target);
+    let (method, path) = target.split_once(' ').unwrap_or_default();
+    tell(&FromBroker::Request(Request {
+        id,
+        method: method.to_owned(),
+        path: path.to_owned(),
+        imds_version: is_aws.then(|| if head.contains("\nx-aws-ec2-metadata-token:") { 2 } else { 1 }),
+        outcome: if is_allowed { Outcome::Allowed } else { Outcome::Refused },
+        status: if is_allowed { 200 } else { 403 },
+        reason: if is_allowed { String::new() } else { "not allowed".to_owned() },
+        suppressed: 0,
+    }));
+    if is_allowed {
         let mut upstream = TcpStream::connect(endpoint).unwrap();
         upstream.write_all(&request).unwrap();
         let mut response = Vec::new();
