@@ -192,6 +192,8 @@ fn check_data(env: &TestEnv, document: &Document, block: &Block) -> Result<(), S
             serde_json::from_str::<serde_json::Value>(&text).map(drop).map_err(|error| error.to_string())
         }
         ("docs/commands.md", section, None) if OUTPUT.contains(&section) => Ok(()),
+        // The tests of scoped exemptions look for these lines, which need a broker.
+        ("docs/commands.md", "Events of requests" | "Reported requests", None) => Ok(()),
         ("docs/fleet.md", "status", None) => plugin_cli::check_titles(&text),
         ("docs/fleet.md", "Permissions", None) => plugin_cli::check_permissions(&text),
         ("README.md", "Demo", None) => check_demo(block),

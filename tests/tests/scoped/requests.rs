@@ -150,6 +150,9 @@ fn requests_are_reported() {
     );
     let text = output(env, &["report"]);
     assert!(text.contains("\nrequests without a session token (IMDSv1): kube-system/agent\n"), "{text}");
+    let has_header =
+        |line: &str| line.split_whitespace().eq("SENDER ENDPOINT REQUEST IMDS OUTCOME COUNT LAST".split(' '));
+    assert!(text.lines().any(has_header), "{text}");
     let rules = output(env, &["report", "--rules"]);
     let expected = format!(
         "# grants credentials or identity: GET {USER_DATA}\n[[exempt]]\nname = \"kube-system-agent\"\n\
