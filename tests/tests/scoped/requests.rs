@@ -5,6 +5,7 @@ use std::{
     io::{Read as _, Write as _},
     net::TcpStream,
     process::Stdio,
+    time::Duration,
 };
 
 use imds_tests::{
@@ -17,7 +18,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-use crate::{IMDS, agent, scoped};
+use crate::{IMDS, agent, scoped, start};
 
 const RULE: &str = "namespace = 'kube-system'\nservice_account = 'agent'";
 /// Request that `instance` stands for at AWS.
@@ -170,4 +171,57 @@ fn requests_are_reported() {
     assert_eq!(report["requests"], Value::Array(Vec::new()));
     env.unload();
     assert!(!env.pin_dir().exists());
+}
+
+/// Returns the requests in the report.
+fn reported(env: &TestEnv) -> Vec<Value> {
+    let report: Value = serde_json::from_str(&output(env, &["report", "-o", "json"])).unwrap();
+    report["requests"].as_array().unwrap().clone()
+}
+
+fn sum(requests: &[Value]) -> u64 {
+    requests.iter().map(|request| request["count"].as_u64().unwrap()).sum()
+}
+
+#[test]
+fn counts_are_bounded_and_survive_the_agent() {
+    const PATHS: u64 = 60;
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let running = start(&env, &pod);
+    poll_until(LONG, "the first request", || (!reported(&env).is_empty()).then_some(()));
+    output(&env, &["report", "--reset"]);
+    let answer = |path: &str| get(&env, &pod.netns, path, "");
+    for number in 0..PATHS {
+        assert_eq!(answer(&format!("/{number}")).as_deref(), Some("HTTP/1.1 403"));
+    }
+    // The broker reports the requests that its limit suppressed with a later one.
+    let requests = poll_until(LONG, "all requests", || {
+        assert_eq!(answer("/0").as_deref(), Some("HTTP/1.1 403"));
+        std::thread::sleep(Duration::from_millis(200));
+        Some(reported(&env)).filter(|requests| sum(requests) >= PATHS)
+    });
+    let (own, other): (Vec<_>, Vec<_>) = requests.iter().partition(|request| request["path"].is_string());
+    assert!((20..=32).contains(&own.len()) && other.len() == 1, "{requests:#?}");
+    assert!(requests.iter().all(|one| one["namespace"].is_null() && one["netns_cookie"].is_u64()));
+    assert!(output(&env, &["report", "--rules"]).is_empty(), "no rule can name the sender");
+
+    // A later agent continues the counts. It creates a map again whose pin another program has removed.
+    drop(running);
+    let _running = start(&env, &pod);
+    let count = |path: &str| {
+        let requests = reported(&env);
+        let one = requests.iter().find(|one| one["path"] == *path && one["outcome"] == "refused");
+        one.map_or(0, |one| one["count"].as_u64().unwrap())
+    };
+    let before = count("/0");
+    assert!(before > 0);
+    assert_eq!(answer("/0").as_deref(), Some("HTTP/1.1 403"));
+    poll_until(LONG, "another request", || (count("/0") == before + 1).then_some(()));
+    fs::remove_file(env.pin_dir().join("maps/imds_req_counts")).unwrap();
+    assert_eq!(answer("/0").as_deref(), Some("HTTP/1.1 403"));
+    poll_until(LONG, "a new map", || (count("/0") == 1).then_some(()));
 }

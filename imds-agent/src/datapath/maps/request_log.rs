@@ -158,9 +158,10 @@ pub(crate) struct RequestLog {
 }
 
 impl RequestLog {
-    /// Opens the pinned maps. Returns `None` if no request was recorded yet.
+    /// Opens the pinned maps. Returns `None` if no request was recorded yet, and for maps of another version.
     pub(crate) fn open(pins: &PinDir) -> Result<Option<Self>, ObjectError> {
-        if !pins.map(MAP_REQUEST_COUNTS).exists() {
+        let mut maps = REQUEST_MAPS.into_iter().zip(layouts());
+        if !maps.all(|(name, layout)| is_layout_of(&pins.map(name), layout)) {
             return Ok(None);
         }
         Self::new(|name, _| {
