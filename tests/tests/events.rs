@@ -246,5 +246,11 @@ fn requests_that_pass_are_shown() {
         assert_eq!((&http["method"], &http["path"]), (&method.into(), &path.into()));
         assert_eq!((&http["imds_version"], &http["outcome"]), (&version.into(), &"audited".into()));
     }
+    let report = env.imds_agent(&["report", "-o", "json"]).output();
+    let report: Value = serde_json::from_slice(&report.stdout).unwrap();
+    let mut requests: Vec<_> =
+        report["requests"].as_array().unwrap().iter().map(|request| &request["path"]).collect();
+    requests.sort_by_key(ToString::to_string);
+    assert_eq!(requests, ["/latest/a", "/latest/api/token", "/latest/b"], "{report}");
     drop(agent);
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    io::{self, Write as _},
     time::{Duration, Instant},
 };
 
@@ -18,7 +19,7 @@ use imds_tests::{
     http::{DEFAULT, try_get},
     kubelet::{Driver, Kubelet, new_uid},
     poll::poll_until,
-    probe::{LONG, SHORT, http_get},
+    probe::{LONG, SHORT, connect, http_get},
     skip_without_netns_cookie,
 };
 use serde_json::Value;
@@ -298,11 +299,24 @@ fn audit_to_rules_to_enforcement() {
     let table = report(&env, &[]);
     assert!(table.contains("tools/agent app=agent") && table.contains("[[exempt]]"), "{table}");
 
-    // The proposed rules, used unmodified, exempt exactly the denied senders from the moment of enforcement.
-    write("enforce", &report(&env, &["--rules", "--reset"]));
+    // The proposed rules, used unmodified, allow exactly the requests of the denied senders.
+    let rules = report(&env, &["--rules", "--reset"]);
+    assert!(rules.contains("allow = [\"GET /metadata/instance\"]"), "{rules}");
+    write("enforce", &rules);
     poll_until(LONG, "enforcement", || (!reaches(&env, &pods[1].netns)).then_some(()));
     env.assert_nothing_arrives(|| assert!(!reaches(&env, &pods[1].netns)));
-    assert!(reaches(&env, &pods[0].netns), "{}", agent.log());
+    // The broker opens its listener after the change of the mode. Until then, the pod is denied.
+    poll_until(LONG, "an answer of the broker", || {
+        let answer = env.in_cgroup(|| -> io::Result<String> {
+            let mut stream = pods[0].netns.run(|| connect(METADATA, SHORT))?;
+            stream.set_read_timeout(Some(LONG))?;
+            stream.write_all(b"GET /metadata/instance HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")?;
+            io::read_to_string(stream)
+        });
+        answer.is_ok_and(|answer| answer.starts_with("HTTP/1.1 200 ")).then_some(())
+    });
+    report(&env, &["--reset"]);
+    assert!(!reaches(&env, &pods[1].netns));
     let denied = || {
         let denials = denials(&env);
         denials.into_iter().filter(|denial| denial["verdict"] == "denied").collect::<Vec<_>>()

@@ -3,20 +3,24 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use imds_ebpf_common::Role;
+use imds_ebpf_common::{Hook, Role};
 
 use super::{
     Failure,
     output::{OutputArgs, write_stdout},
 };
 use crate::{
+    config::Hooks,
     datapath::{
         maps::{denial_records::Denials, endpoint_maps, interface_records, request_log::RequestLog},
         object,
     },
     encode::field_text,
     escape::escape_lines,
-    node::netlink::Netlink,
+    node::{
+        netlink::Netlink,
+        netns::{self, OwnNetns},
+    },
     telemetry::{Collector, denial_report::DenialReport, request_report::ReportedRequest},
 };
 
@@ -54,8 +58,13 @@ pub(super) async fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     let counts = log.iter().flat_map(RequestLog::counts).collect::<Result<Vec<_>, _>>()?;
     let requests = ReportedRequest::from_counts(&counts, &endpoints);
     let provider = field_text(&maps.provider.get(&0, 0)?.effective);
-    let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoints, &pods)
-        .with_requests(requests, &provider, &pods);
+    let applies_lists = matches!(netns::identity()?, Some(OwnNetns::Cookie(_)))
+        && Hooks::from_bits(maps.policy.get(&0, 0)?.hooks).contains(Hook::Socket);
+    let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoints, &pods).with_requests(
+        requests,
+        applies_lists.then_some(&*provider),
+        &pods,
+    );
     let printed = if args.rules {
         write_stdout(&*escape_lines(&report.rules))?;
         Ok(ExitCode::SUCCESS)

@@ -116,15 +116,17 @@ impl DenialReport {
         Self { schema: SCHEMA, pin_dir, denials, requests: Vec::new(), rules }
     }
 
-    /// Adds requests to endpoints of `provider`. At these endpoints, the rules allow single requests to their senders.
+    /// Adds requests to endpoints of `provider`. At these endpoints, the rules allow single requests to their senders, unless
+    /// `provider` is `None`, for a node that cannot apply such rules.
     #[must_use]
     pub(crate) fn with_requests(
         self,
         requests: Vec<ReportedRequest>,
-        provider: &str,
+        provider: Option<&str>,
         pods: &BTreeSet<String>,
     ) -> Self {
-        let rules = rules(&self.denials, &requests, provider, pods);
+        let rules =
+            provider.map(|provider| rules(&self.denials, &requests, provider, pods)).unwrap_or(self.rules);
         Self { requests, rules, ..self }
     }
 

@@ -9,7 +9,7 @@ use std::{
 use super::{
     denial_report::{Denial, DenialSubject},
     request_report::ReportedRequest,
-    request_rules::ProposedRequests,
+    request_rules::{ProposedRequests, SeenRequest},
 };
 
 /// Names of the endpoints of each rule of a sender: one rule for all requests, and rules for listed requests.
@@ -47,7 +47,9 @@ fn by_sender<'r>(
     let mut listed: BTreeMap<(&DenialSubject, &str), Vec<_>> = BTreeMap::new();
     for request in requests {
         if let (Some(endpoint), Some(line)) = (&request.endpoint, request.request()) {
-            listed.entry((&request.sender, endpoint)).or_default().push(line);
+            let (method, path) = line;
+            let seen = SeenRequest { method, path, passed: request.has_passed() };
+            listed.entry((&request.sender, endpoint)).or_default().push(seen);
         }
     }
     let mut rules: BTreeMap<_, SenderRules<'_>> = BTreeMap::new();
@@ -60,7 +62,9 @@ fn by_sender<'r>(
     }
     for ((sender, endpoint), requests) in listed {
         let requests = ProposedRequests::new(requests, provider);
-        if !requests.is_empty() {
+        if requests.needs_all {
+            rules.entry(sender).or_default().all_requests.insert(endpoint);
+        } else if !requests.is_empty() {
             rules.entry(sender).or_default().listed_requests.entry(requests).or_default().insert(endpoint);
         }
     }
@@ -88,7 +92,7 @@ impl Proposed<'_> {
         if requests.is_some() && sender.namespace.is_none() {
             return;
         }
-        let allow = requests.map(|requests| requests.allow.clone()).unwrap_or_default();
+        let allow: Vec<_> = requests.into_iter().flat_map(ProposedRequests::allow).cloned().collect();
         // One rule by cgroup covers all threads in it.
         if !self.seen.insert((lines.clone(), allow.clone())) {
             return;
@@ -99,7 +103,7 @@ impl Proposed<'_> {
         if requests.is_some() && allow.is_empty() {
             let endpoints = endpoints.iter().copied().collect::<Vec<_>>().join(", ");
             self.text += &comment(&format!(
-                "No rule for {sender} at {endpoints}, because none of its requests is harmless:"
+                "No rule for {sender} at {endpoints}, because it makes no request that is known to be harmless:"
             ));
             self.text += &cautions;
             self.text.push('\n');

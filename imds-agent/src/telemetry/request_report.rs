@@ -84,6 +84,11 @@ impl ReportedRequest {
         }
     }
 
+    /// Reports whether the programs let the requests pass.
+    pub(super) fn has_passed(&self) -> bool {
+        [RequestOutcome::Exempt, RequestOutcome::Audited].iter().any(|outcome| self.outcome == outcome.name())
+    }
+
     /// Returns method and path, unless this is the row of the other requests.
     pub(super) fn request(&self) -> Option<(&str, &str)> {
         self.method.as_deref().zip(self.path.as_deref())

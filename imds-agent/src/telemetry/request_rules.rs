@@ -13,24 +13,45 @@ const MIN_SEGMENTS: usize = 2;
 #[derive(Clone, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) struct ProposedRequests {
     /// Requests in the provider's list of harmless ones, or the keyword for this list.
-    pub(super) allow: Vec<String>,
-    /// Other requests, which may return credentials, user data or keys.
-    pub(super) others: Vec<String>,
+    harmless: Vec<String>,
+    /// Other requests that the sender makes today. They may return credentials, user data or keys.
+    needed: Vec<String>,
+    /// Other requests that the broker refuses today.
+    refused: Vec<String>,
+    /// True if the sender makes requests today that no list can contain.
+    pub(super) needs_all: bool,
+}
+
+/// Request that a sender made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SeenRequest<'r> {
+    pub(super) method: &'r str,
+    pub(super) path: &'r str,
+    /// True if the sender is exempt or audited, so that the request reached the endpoint.
+    pub(super) passed: bool,
 }
 
 impl ProposedRequests {
-    /// Returns the list for requests, each a method and a path. Leaves out requests that no rule can allow.
-    pub(super) fn new<'r>(requests: impl IntoIterator<Item = (&'r str, &'r str)>, provider: &str) -> Self {
+    /// Returns the list for the requests of a sender. Leaves out requests that no rule can allow.
+    pub(super) fn new<'r>(requests: impl IntoIterator<Item = SeenRequest<'r>>, provider: &str) -> Self {
         let listed = instance_rules(provider).unwrap_or_default();
         let instance: Vec<_> = listed.iter().filter_map(|rule| Rule::parse(rule).ok()).collect();
-        let is_harmless = |method: &str, path: &str| instance.iter().any(|rule| rule.allows(method, path));
-        let (mut harmless, mut others) = (Paths::default(), Paths::default());
-        for (method, path) in requests {
+        let is_harmless =
+            |method: &str, path: &str| instance.iter().any(|rule| rule.allows(method, path, None));
+        let (mut harmless, mut needed, mut refused) = (Paths::default(), Paths::default(), Paths::default());
+        let mut needs_all = false;
+        for SeenRequest { method, path, passed } in requests {
+            let text = format!("{method} {path}");
             // A path of the largest length may be truncated.
-            if path.len() >= PATH_LEN || Rule::parse(&format!("{method} {path}")).is_err() {
+            if path.len() >= PATH_LEN || Rule::parse(&text).is_err() {
+                needs_all |= passed;
                 continue;
             }
-            let paths = if is_harmless(method, path) { &mut harmless } else { &mut others };
+            let paths = match (is_harmless(method, path), passed) {
+                (true, _) => &mut harmless,
+                (false, true) => &mut needed,
+                (false, false) => &mut refused,
+            };
             paths.add(method, path);
         }
         // A directory with both harmless and other documents replaces nothing, because it covers too much.
@@ -38,22 +59,32 @@ impl ProposedRequests {
             let directory = format!("{method} {path}/");
             listed.iter().any(|rule| rule.starts_with(&directory))
         };
-        let others = others.rules(|method, path| !is_mixed(method, path));
-        let allow = if others.is_empty() && !harmless.0.is_empty() {
-            vec![INSTANCE.to_owned()]
-        } else {
-            harmless.rules(is_harmless)
-        };
-        Self { allow, others }
+        let [needed, mut refused] =
+            [needed, refused].map(|paths| paths.rules(|method, path| !is_mixed(method, path)));
+        refused.retain(|request| !needed.contains(request));
+        let are_all_harmless = needed.is_empty() && refused.is_empty() && !harmless.0.is_empty();
+        let harmless = if are_all_harmless { vec![INSTANCE.to_owned()] } else { harmless.rules(is_harmless) };
+        Self { harmless, needed, refused, needs_all }
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.allow.is_empty() && self.others.is_empty()
+        self.allow().next().is_none() && self.refused.is_empty()
     }
 
-    /// Returns a comment for each request that the rule does not allow.
+    /// Returns the entries of the list.
+    pub(super) fn allow(&self) -> impl Iterator<Item = &String> {
+        self.harmless.iter().chain(&self.needed)
+    }
+
+    /// Returns a comment for each request that the operator has to decide on.
     pub(super) fn cautions(&self) -> impl Iterator<Item = String> {
-        self.others.iter().map(|request| format!("grants credentials or identity: {request}"))
+        let needed =
+            self.needed.iter().map(|request| format!("may grant credentials or identity: {request}"));
+        let refused = self
+            .refused
+            .iter()
+            .map(|request| format!("left out, because it may grant credentials or identity: {request}"));
+        needed.chain(refused)
     }
 }
 
@@ -123,10 +154,18 @@ impl Node {
 mod tests {
     use super::*;
 
+    fn seen(request: &str, passed: bool) -> SeenRequest<'_> {
+        let (method, path) = request.split_once(' ').unwrap();
+        SeenRequest { method, path, passed }
+    }
+
+    /// Returns the harmless and the refused requests of a scoped pod.
     fn proposed(provider: &str, requests: &[&str]) -> (Vec<String>, Vec<String>) {
-        let requests = requests.iter().map(|request| request.split_once(' ').unwrap());
-        let ProposedRequests { allow, others } = ProposedRequests::new(requests, provider);
-        (allow, others)
+        let requests = requests.iter().map(|request| seen(request, false));
+        let ProposedRequests { harmless, refused, needed, needs_all } =
+            ProposedRequests::new(requests, provider);
+        assert!(needed.is_empty() && !needs_all);
+        (harmless, refused)
     }
 
     fn texts(texts: &[&str]) -> Vec<String> {
@@ -166,8 +205,35 @@ mod tests {
     fn requests_that_no_rule_can_allow_are_left_out() {
         let long = format!("GET /{}", "a".repeat(PATH_LEN - 1));
         for request in ["BREW /a", "GET /a/../b", "GET /a%20b", "GET /", "GET a", "GET /a\\n", &long] {
-            assert!(ProposedRequests::new([request.split_once(' ').unwrap()], "aws").is_empty(), "{request}");
+            assert!(ProposedRequests::new([seen(request, false)], "aws").is_empty(), "{request}");
         }
+    }
+
+    #[test]
+    fn requests_that_pass_stay_allowed() {
+        let role = "GET /latest/meta-data/iam/security-credentials/role";
+        let requests = [
+            seen("GET /latest/meta-data/placement/region", true),
+            seen(role, true),
+            seen(role, false),
+            seen("GET /latest/user-data", false),
+        ];
+        let proposed = ProposedRequests::new(requests, "aws");
+        let allow: Vec<_> = proposed.allow().map(String::as_str).collect();
+        assert_eq!(allow, ["GET /latest/meta-data/placement/region", role]);
+        let cautions: Vec<_> = proposed.cautions().collect();
+        assert_eq!(
+            cautions,
+            [
+                &format!("may grant credentials or identity: {role}"),
+                "left out, because it may grant credentials or identity: GET /latest/user-data",
+            ]
+        );
+        assert!(!proposed.needs_all);
+        // A part of a longer path, which no list can contain.
+        let truncated = "GET /latest/meta-da*";
+        assert!(ProposedRequests::new([seen(role, true), seen(truncated, true)], "aws").needs_all);
+        assert!(!ProposedRequests::new([seen(role, true), seen(truncated, false)], "aws").needs_all);
     }
 
     #[test]

@@ -77,7 +77,7 @@ fn requests_are_merged() {
     };
     let (region, user_data) = ("/latest/meta-data/placement/region", "/latest/user-data");
     let allow = |list: &str| RULE.replace("\n\n", &format!("\nallow = [\"{list}\"]\n\n"));
-    let caution = format!("# grants credentials or identity: GET {user_data}\n");
+    let caution = format!("# left out, because it may grant credentials or identity: GET {user_data}\n");
     let first = report(&[request(region, 2, 2)], &allow("instance"));
     let second = report(
         &[request(region, 2, 3), request(user_data, 1, 1)],
@@ -96,7 +96,7 @@ fn requests_are_merged() {
 
 rules that would exempt these senders:
 
-# grants credentials or identity: GET /latest/user-data
+# left out, because it may grant credentials or identity: GET /latest/user-data
 # Suggested by 2 of 3 nodes.
 [[exempt]]
 name = "tools-web"
@@ -109,7 +109,11 @@ allow = ["GET /latest/meta-data/placement/region", "instance"]
     let json = cluster.json("report", 0);
     assert_eq!((&json["requests"][0]["nodes"], &json["requests"][0]["count"]), (&json!(2), &json!(5)));
     let (stdout, _) = cluster.run("report --rules", 0);
-    assert!(stdout.starts_with("# grants credentials or identity: GET /latest/user-data\n"), "{stdout}");
+    assert!(
+        stdout
+            .starts_with("# left out, because it may grant credentials or identity: GET /latest/user-data\n"),
+        "{stdout}"
+    );
 }
 
 #[test]

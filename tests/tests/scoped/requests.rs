@@ -156,7 +156,7 @@ fn requests_are_reported() {
     assert!(text.lines().any(has_header), "{text}");
     let rules = output(env, &["report", "--rules"]);
     let expected = format!(
-        "# grants credentials or identity: GET {USER_DATA}\n[[exempt]]\nname = \"kube-system-agent\"\n\
+        "# left out, because it may grant credentials or identity: GET {USER_DATA}\n[[exempt]]\nname = \"kube-system-agent\"\n\
          namespace = \"kube-system\"\nservice_account = \"agent\"\nendpoints = [\"imds\"]\n\
          allow = [\"GET {INSTANCE_ID}\"]\n"
     );

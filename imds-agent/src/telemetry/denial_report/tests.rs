@@ -116,7 +116,7 @@ fn with_requests(
 ) -> DenialReport {
     let protected = Config::default().resolve(&Dmi::default()).unwrap().0;
     let requests = ReportedRequest::from_counts(requests, &protected.endpoints);
-    report(denials).with_requests(requests, "aws", &BTreeSet::new())
+    report(denials).with_requests(requests, Some("aws"), &BTreeSet::new())
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn known_requests_get_a_list_instead_of_an_exemption() {
     assert_eq!(report.rules, expected);
     let user_data = entry("a", "GET", "/latest/user-data", RequestOutcome::Refused);
     let report = with_requests(&[denied], &[&requests[..], &[user_data]].concat());
-    let expected = "# grants credentials or identity: GET /latest/user-data\n\
+    let expected = "# left out, because it may grant credentials or identity: GET /latest/user-data\n\
                     [[exempt]]\nname = \"a-web\"\nnamespace = \"a\"\nservice_account = \"web\"\n\
                     endpoints = [\"imds\"]\n\
                     allow = [\"GET /latest/meta-data/ami-id\", \"PUT /latest/api/token\"]\n\n";
@@ -146,13 +146,28 @@ fn known_requests_get_a_list_instead_of_an_exemption() {
 }
 
 #[test]
+fn requests_that_pass_get_a_list_or_an_exemption() {
+    let audited = (key(Hook::FromPod, Verdict::Audited), record("a", "web", ""));
+    let role = entry("a", "GET", "/latest/meta-data/iam/security-credentials/r", RequestOutcome::Audited);
+    let report = with_requests(&[audited], &[role]);
+    let expected = "# may grant credentials or identity: GET /latest/meta-data/iam/security-credentials/r\n\
+                    [[exempt]]\nname = \"a-web\"\nnamespace = \"a\"\nservice_account = \"web\"\n\
+                    endpoints = [\"imds\"]\n\
+                    allow = [\"GET /latest/meta-data/iam/security-credentials/r\"]\n\n";
+    assert_eq!(report.rules, expected);
+    let encoded = entry("a", "GET", "/latest/%6deta-data", RequestOutcome::Audited);
+    let report = with_requests(&[audited], &[role, encoded]);
+    assert!(!report.rules.contains("allow") && report.rules.contains("name = \"a-web\""), "{}", report.rules);
+}
+
+#[test]
 fn credentials_get_no_rule() {
     let user_data = entry("a", "GET", "/latest/user-data", RequestOutcome::Refused);
     let unknown = entry("", "GET", "/latest/meta-data/ami-id", RequestOutcome::Refused);
     let malformed = entry("b", "GET", "/a/../b", RequestOutcome::Refused);
     let report = with_requests(&[], &[user_data, unknown, malformed]);
-    let expected = "# No rule for a/web at imds, because none of its requests is harmless:\n\
-                    # grants credentials or identity: GET /latest/user-data\n\n";
+    let expected = "# No rule for a/web at imds, because it makes no request that is known to be harmless:\n\
+                    # left out, because it may grant credentials or identity: GET /latest/user-data\n\n";
     assert_eq!(report.rules, expected);
     assert!(proposed_rules(&report).is_empty());
     assert!(report.table().contains("/a/../b"));

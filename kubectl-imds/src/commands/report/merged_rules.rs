@@ -342,14 +342,14 @@ endpoints = [\"imds\", \"wireserver\"]
     #[test]
     fn lists_of_requests_are_united() {
         let scoped = |allow: &str| WEB.replace("[\"imds\"]\n", &format!("[\"imds\"]\nallow = [{allow}]\n"));
-        let caution = "# grants credentials or identity: GET /latest/user-data\n";
+        let caution = "# left out, because it may grant credentials or identity: GET /latest/user-data\n";
         let [one, other] = [
             scoped("\"GET /a\", \"GET /b\""),
             scoped("\"GET /b\", \"instance\"").replace("[[", &format!("{caution}[[")),
         ];
         // A node on which the sender made no request suggests an exemption for another endpoint, too.
         let full = WEB.replace("[\"imds\"]", "[\"imds\", \"wireserver\"]");
-        let note = "# No rule for a/b at imds, because none of its requests is harmless:\n# grants credentials or identity: GET /x\n\n";
+        let note = "# No rule for a/b at imds, because it makes no request that is known to be harmless:\n# left out, because it may grant credentials or identity: GET /x\n\n";
         let text = merged(&[&one, &format!("{note}{other}"), &full, note]);
         let selector = "namespace = \"tools\"\npod_selector = { match_labels = { app = \"web\" } }\n";
         let exempts = "# This rule exempts every pod of the namespace with the default service account.\n";
