@@ -99,8 +99,8 @@ impl Enum {
                 ("attach_mode", [None, Tcx, Clsact, Netkit].map(|mode| (mode.name(), mode as u32)).into())
             }
             Self::DenyAction => {
-                use DenyAction::{Drop, Reject};
-                ("on_deny", [Drop, Reject].map(|action| (action.name(), action as u32)).into())
+                use DenyAction::{Drop, Explain, Reject};
+                ("on_deny", [Drop, Reject, Explain].map(|action| (action.name(), action as u32)).into())
             }
             Self::DenyErrno => {
                 use DenyErrno::{Econnrefused, Ehostunreach, Enetunreach, Eperm};

@@ -51,6 +51,9 @@ pub enum DenyAction {
     Drop = 0,
     /// TCP reset or ICMP error.
     Reject = 1,
+    /// As [`DenyAction::Reject`]. Connections to the HTTP port of a metadata service get a response that explains the denial, see
+    /// [`RedirectRecord::EXPLAINS`](crate::RedirectRecord::EXPLAINS).
+    Explain = 2,
 }
 
 impl DenyAction {
@@ -60,6 +63,7 @@ impl DenyAction {
     pub const fn from_u32(action: u32) -> Self {
         match action {
             1 => Self::Reject,
+            2 => Self::Explain,
             _ => Self::Drop,
         }
     }
@@ -70,6 +74,17 @@ impl DenyAction {
         match self {
             Self::Drop => "drop",
             Self::Reject => "reject",
+            Self::Explain => "explain",
+        }
+    }
+
+    /// Reports whether a denied packet gets a reply.
+    #[inline(always)]
+    #[must_use]
+    pub const fn replies(self) -> bool {
+        match self {
+            Self::Drop => false,
+            Self::Reject | Self::Explain => true,
         }
     }
 }
@@ -247,7 +262,8 @@ pub enum Verdict {
     Allowed = 4,
     /// Passed because the sender is exempt.
     Exempt = 5,
-    /// Call that passed with another destination: the listener of a scoped exemption. Packets never get this verdict.
+    /// Call that passed with another destination: the listener of a scoped exemption. Packets never get this verdict. A call that
+    /// a listener only explains counts as [`Self::Denied`].
     Redirected = 6,
 }
 

@@ -1,8 +1,8 @@
-//! Scoped exemptions: the listeners to which the socket hook redirects denied connections of pods.
+//! Scoped exemptions and explained denials: the listeners to which the socket hook redirects denied connections of pods.
 
 use crate::endpoint::{Service, TCP};
 
-/// Largest number of listeners: one for each pod with a scoped exemption and each endpoint.
+/// Largest number of listeners: one for each pod with a scoped exemption or an explained denial, and each endpoint.
 pub const MAX_LISTENERS: usize = 1024;
 
 /// Service at an endpoint whose connections are redirected.
@@ -17,12 +17,18 @@ pub const HTTP_PORT: u16 = 80;
 pub struct RedirectRecord {
     /// Port of the listener, in host byte order; never 0.
     pub port: u32,
-    /// Number of the exemption rule in the configuration, from 1: the first one that matches the pod.
+    /// Number of the exemption rule in the configuration, from 1: the first one that matches the pod. [`RedirectRecord::EXPLAINS`]
+    /// without a rule.
     pub rule: u32,
     /// Number of the rules whose lists of allowed requests the listener merges.
     pub rules: u32,
     /// Explicit padding, always written as 0.
     pub reserved: u32,
+}
+
+impl RedirectRecord {
+    /// [`RedirectRecord::rule`] of a listener that allows no request, and only explains the denial: its connections count as denied.
+    pub const EXPLAINS: u32 = 0;
 }
 
 /// Address of a listener, by which getpeername(2) programs find the endpoint.

@@ -238,11 +238,12 @@ pub(crate) fn is_exempt_use_recent(ifindex: u32) -> bool {
     unsafe { EXEMPT_USE.get(ifindex) }.is_some_and(|&used| now().saturating_sub(used) < MAX_TRANSIT_NS)
 }
 
-/// Returns the port of the listener for connections to the endpoint in `key` from the network namespace in it; 0 for none.
+/// Returns the port of the listener for connections to the endpoint in `key` from the network namespace in it, and the rule; the
+/// port is 0 for none.
 #[inline(always)]
-pub(crate) fn listener_port(key: &ExemptionKey) -> u32 {
-    // SAFETY: the value is an aligned integer, which stays valid if user space replaces the entry in the meantime.
-    unsafe { REDIRECTS.get(key) }.map_or(0, |record| record.port)
+pub(crate) fn listener(key: &ExemptionKey) -> (u32, u32) {
+    // SAFETY: the values are aligned integers, which stay valid if user space replaces the entry in the meantime.
+    unsafe { REDIRECTS.get(key) }.map_or((0, 0), |record| (record.port, record.rule))
 }
 
 /// Returns the endpoint whose connections are redirected to a listener.
@@ -304,10 +305,10 @@ pub(crate) fn denied_retval() -> i32 {
     POLICY.get(0).map_or(0, |policy| (policy.on_deny_errno & MAX_ERRNO).cast_signed().wrapping_neg())
 }
 
-/// Returns the action for denied packets.
+/// Reports whether denied packets get a reply.
 #[inline(always)]
-pub(crate) fn on_deny() -> DenyAction {
-    POLICY.get(0).map_or(DenyAction::Drop, |policy| DenyAction::from_u32(policy.on_deny))
+pub(crate) fn replies_to_denied() -> bool {
+    POLICY.get(0).is_some_and(|policy| DenyAction::from_u32(policy.on_deny).replies())
 }
 
 /// Counts a packet of `bytes` bytes, and returns this CPU's counter. Returns `None` without counting if the map is full; the

@@ -1,6 +1,8 @@
-//! Scoped exemptions: connects denied callers to a listener in their own network namespace, and shows them the endpoint as peer.
+//! Scoped exemptions and explained denials: connects denied callers to a listener in their own network namespace, and shows them
+//! the endpoint as peer.
 //!
-//! The listener decides about each request. The programs deny all packets of the caller to the endpoint as before.
+//! The listener decides about each request, or refuses all of them. The programs deny all packets of the caller to the endpoint as
+//! before.
 
 use core::ptr;
 
@@ -8,7 +10,8 @@ use aya_ebpf::{
     bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
 };
 use imds_ebpf_common::{
-    Address, ExemptionKey, ListenerKey, Subject, SubjectKind, opaque::opaque, redirect::HTTP_PORT,
+    Address, ExemptionKey, ListenerKey, RedirectRecord, Subject, SubjectKind, opaque::opaque,
+    redirect::HTTP_PORT,
 };
 
 use crate::maps;
@@ -20,39 +23,59 @@ const MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 /// Last word of `::1`, in network byte order.
 const LOOPBACK_V6: u32 = u32::from_ne_bytes([0, 0, 0, 1]);
 
-/// Redirects a connect(2) to the endpoint `address` from the network namespace with this cookie. Returns `false` if it has no
-/// listener.
-#[inline(always)]
-pub(crate) fn connect_v4(call: *mut bpf_sock_addr, cookie: u64, address: &Address) -> bool {
-    let port = find_port(cookie, address);
-    if port == 0 {
-        return false;
+/// Listener to which a call was redirected.
+#[derive(Clone, Copy)]
+pub(crate) struct Listener(u32);
+
+impl Listener {
+    /// The call was not redirected.
+    pub(crate) const NONE: Self = Self(0);
+    /// Flag beside the port of a listener that only explains the denial.
+    const EXPLAINS: u32 = 1 << 16;
+
+    #[inline(always)]
+    pub(crate) const fn is_some(self) -> bool {
+        self.0 != 0
     }
-    set_v4(call, LOOPBACK_V4);
-    set_port(call, port);
-    true
+
+    /// Reports whether the listener only explains the denial.
+    #[inline(always)]
+    pub(crate) const fn explains(self) -> bool {
+        self.0 & Self::EXPLAINS != 0
+    }
+}
+
+/// Redirects a connect(2) to the endpoint `address` from the network namespace with this cookie, if it has a listener.
+#[inline(always)]
+pub(crate) fn connect_v4(call: *mut bpf_sock_addr, cookie: u64, address: &Address) -> Listener {
+    let listener = Listener(find_listener(cookie, address));
+    if listener.is_some() {
+        set_v4(call, LOOPBACK_V4);
+        set_port(call, listener.0);
+    }
+    listener
 }
 
 /// IPv6 variant of [`connect_v4`]. IPv4 endpoints have a listener at 127.0.0.1, which IPv6 sockets
 /// reach only in the IPv4-mapped form. The other forms that embed an IPv4 address stay denied.
 #[inline(always)]
-pub(crate) fn connect_v6(call: *mut bpf_sock_addr, cookie: u64, address: &Address) -> bool {
+pub(crate) fn connect_v6(call: *mut bpf_sock_addr, cookie: u64, address: &Address) -> Listener {
     // Read again, because few callers get here, and keeping the words would cost all of them.
     // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let words = unsafe { (*call).user_ip6 };
     let [first, second, third, last] = words.map(u64::from);
     if address.halves() != [first | second << 32, third | last << 32] {
-        return false;
+        return Listener::NONE;
     }
-    let port = find_port(cookie, address);
-    if port == 0 {
-        return false;
+    let listener = Listener(find_listener(cookie, address));
+    if !listener.is_some() {
+        return listener;
     }
     let is_mapped = is_mapped(words);
     let (third, last) = if is_mapped { (MAPPED, LOOPBACK_V4) } else { (0, LOOPBACK_V6) };
     set_v6(call, [0, 0, third, last]);
-    set_port(call, port);
-    true
+    set_port(call, listener.0);
+    listener
 }
 
 /// Replaces the peer of an IPv4 socket by the endpoint if it is a listener of a scoped exemption.
@@ -92,13 +115,14 @@ pub(crate) fn restore_peer_v6(ctx: &SockAddrContext) {
     }
 }
 
-/// Returns the port of the listener, or 0. A separate function, because few calls need it.
+/// Returns the port of the listener with [`Listener::EXPLAINS`] if that applies, or 0. A separate function, because few calls need it.
 #[inline(never)]
-fn find_port(cookie: u64, address: &Address) -> u32 {
-    maps::listener_port(&ExemptionKey {
+fn find_listener(cookie: u64, address: &Address) -> u32 {
+    let (port, rule) = maps::listener(&ExemptionKey {
         address: *address,
         subject: Subject::new(SubjectKind::Netns, cookie),
-    })
+    });
+    if port != 0 && rule == RedirectRecord::EXPLAINS { port | Listener::EXPLAINS } else { port }
 }
 
 /// Returns the endpoint of the listener that is the peer of the socket.

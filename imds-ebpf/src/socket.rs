@@ -14,7 +14,10 @@ use imds_ebpf_common::{
     event::RateLimitKey, opaque::opaque_xor, redirect::REDIRECTED_SERVICE,
 };
 
-use crate::{diagnostics, event_source, events, exempt, maps, netns, node_process, probe, redirect};
+use crate::{
+    diagnostics, event_source, events, exempt, maps, netns, node_process, probe,
+    redirect::{self, Listener},
+};
 
 /// 1 if `connect` and `sendmsg` programs may call `bpf_set_retval` (Linux 6.1). The loader sets it before loading. The
 /// verifier treats it as a constant, and ignores the call as dead code if it is 0.
@@ -25,10 +28,11 @@ static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 pub(crate) fn classify_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let destination = unsafe { (*ctx.sock_addr).user_ip4 };
-    classify(ctx, hook, Address::from_ipv4(destination.to_ne_bytes()), |_, _, verdict| verdict)
+    classify(ctx, hook, Address::from_ipv4(destination.to_ne_bytes()), unredirected)
 }
 
-/// Variant of [`classify_v4`] for connect(2) at [`Hook::Socket`], which redirects to the listener of a scoped exemption.
+/// Variant of [`classify_v4`] for connect(2) at [`Hook::Socket`], which redirects to the listener of a scoped exemption or of an
+/// explained denial.
 #[inline(always)]
 pub(crate) fn connect_v4(ctx: &SockAddrContext) -> Verdict {
     // SAFETY: the kernel passes a valid context, and the verifier checks the access.
@@ -42,10 +46,10 @@ pub(crate) fn connect_v4(ctx: &SockAddrContext) -> Verdict {
 pub(crate) fn classify_v6(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let words = unsafe { (*ctx.sock_addr).user_ip6 };
-    classify(ctx, hook, address_of(words), |_, _, verdict| verdict)
+    classify(ctx, hook, address_of(words), unredirected)
 }
 
-/// Variant of [`classify_v6`] for connect(2) at [`Hook::Socket`], which redirects to the listener of a scoped exemption.
+/// Variant of [`classify_v6`] for connect(2) at [`Hook::Socket`], which redirects like [`connect_v4`].
 #[inline(always)]
 pub(crate) fn connect_v6(ctx: &SockAddrContext) -> Verdict {
     // SAFETY: the kernel passes a valid context, and the verifier checks the access.
@@ -66,13 +70,13 @@ fn address_of(words: [u32; 4]) -> Address {
 }
 
 /// Returns the verdict on a call: [`Verdict::Unrelated`] if another hook covers the socket's network namespace. `redirect` takes
-/// the netns cookie, the destination and the verdict on it, and returns the verdict after a redirection.
+/// the netns cookie, the destination and the verdict on it, and returns the outcome.
 #[inline(always)]
 fn classify(
     ctx: &SockAddrContext,
     hook: Hook,
     destination: Address,
-    redirect: impl FnOnce(u64, (&Address, Service), Verdict) -> Verdict,
+    redirect: impl FnOnce(u64, (&Address, Service), Verdict) -> Outcome,
 ) -> Verdict {
     let service = service(ctx.sock_addr);
     let verdict = classify_address(destination, Some(service), &maps::Maps);
@@ -107,35 +111,52 @@ fn classify(
         Hook::NodeAllow => node_process::apply_to_caller(hide_bounds(verdict, cookie)),
         Hook::FromPod | Hook::NodeEgress | Hook::Socket | Hook::HostNetwork | Hook::LocalService => verdict,
     };
-    let verdict = hide_bounds(redirect(cookie, (&destination, service), verdict), cookie);
-    let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, 0);
-    if matches!(verdict, Verdict::Denied) {
+    let Outcome { reported, applied } = redirect(cookie, (&destination, service), verdict);
+    let _uncounted = maps::count(CounterKey::DELETED, hook, reported, 0);
+    if matches!(applied, Verdict::Denied) {
         choose_errno();
     }
     let source = event_source::of_caller(id);
-    let Some(limiter) = events::rate_limiter(&RateLimitKey::new(source, hook, verdict)) else {
+    let Some(limiter) = events::rate_limiter(&RateLimitKey::new(source, hook, reported)) else {
         diagnostics::warn_map_full(hook as u32);
-        return verdict;
+        return applied;
     };
     let flow = Flow::to(destination.octets());
     let flow = Flow { destination_port: service.port, protocol: service.protocol, ..flow };
     // SAFETY: the rate limiter belongs to this CPU, and the map does not free it while the program that looked it up runs.
-    events::report_call(hook, verdict, cookie, flow, unsafe { &mut *limiter });
-    verdict
+    events::report_call(hook, reported, cookie, flow, unsafe { &mut *limiter });
+    applied
 }
 
-/// Returns the verdict on a call after `redirect`, which takes the netns cookie and the endpoint of a denied call to
-/// [`REDIRECTED_SERVICE`], and reports whether it has rewritten the destination.
+/// Verdicts on a call after a possible redirection. The verifier does not know their values.
+struct Outcome {
+    /// Verdict that is counted and reported.
+    reported: Verdict,
+    /// Verdict that decides whether the call passes. It differs for an explained denial, which passes to a listener.
+    applied: Verdict,
+}
+
+/// Returns the outcome of a call that is not redirected.
+#[inline(always)]
+fn unredirected(cookie: u64, _call: (&Address, Service), verdict: Verdict) -> Outcome {
+    let verdict = hide_bounds(verdict, cookie);
+    Outcome { reported: verdict, applied: verdict }
+}
+
+/// Returns the outcome of a call after `redirect`, which takes the netns cookie and the endpoint of a denied call to
+/// [`REDIRECTED_SERVICE`].
 #[inline(always)]
 fn redirected(
     cookie: u64,
     (destination, service): (&Address, Service),
     verdict: Verdict,
-    redirect: impl FnOnce(u64, &Address) -> bool,
-) -> Verdict {
-    let is_redirected =
-        matches!(verdict, Verdict::Denied) && service == REDIRECTED_SERVICE && redirect(cookie, destination);
-    if is_redirected { Verdict::Redirected } else { verdict }
+    redirect: impl FnOnce(u64, &Address) -> Listener,
+) -> Outcome {
+    let may_redirect = matches!(verdict, Verdict::Denied) && service == REDIRECTED_SERVICE;
+    let listener = if may_redirect { redirect(cookie, destination) } else { Listener::NONE };
+    let applied = if listener.is_some() { Verdict::Redirected } else { verdict };
+    let reported = if listener.explains() { Verdict::Denied } else { applied };
+    Outcome { reported: hide_bounds(reported, cookie), applied: hide_bounds(applied, cookie) }
 }
 
 /// Sets the error of the denied call, which is `EPERM` by default. Calls of `imds-agent verify` always fail with `EPERM`.

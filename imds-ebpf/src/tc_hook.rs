@@ -8,8 +8,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use imds_ebpf_common::{
-    DenyAction, Hook, IpOffset, LinkLayer, NoHeader, Packet, Verdict, by_mode, event::RateLimiter,
-    find_header, is_unrelated_fast, is_unrelated_frame, packet::MAX_EXTENSION_HEADERS,
+    Hook, IpOffset, LinkLayer, NoHeader, Packet, Verdict, by_mode, event::RateLimiter, find_header,
+    is_unrelated_fast, is_unrelated_frame, packet::MAX_EXTENSION_HEADERS,
 };
 
 use crate::{
@@ -138,6 +138,6 @@ pub(crate) fn finish(
     let limiter = unsafe { &mut *limiter };
     events::report_packet(skb, ip, hook, verdict, limiter);
     let action = action(verdict);
-    let may_reply = action == TC_ACT_SHOT && maps::on_deny() == DenyAction::Reject && limiter.allow_reply();
+    let may_reply = action == TC_ACT_SHOT && maps::replies_to_denied() && limiter.allow_reply();
     if may_reply { reject::send_reply(skb, ip, direction) } else { action }
 }

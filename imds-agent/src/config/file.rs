@@ -237,6 +237,7 @@ enum ModeName {
 enum DenyActionName {
     Drop,
     Reject,
+    Explain,
 }
 
 /// Names of [`DenyErrno`] in the file.
