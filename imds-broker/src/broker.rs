@@ -17,15 +17,16 @@ use tokio::{
 
 use crate::{
     control::{Control, Received, set_nonblocking},
-    limits::{MAX_ALL_CONNECTIONS, MAX_LISTENERS},
+    limits::{MAX_ALL_CONNECTIONS, MAX_ALL_EXPLAINED_CONNECTIONS, MAX_LISTENERS},
     listener::{Listener, serve},
 };
 
 /// State of the program.
 struct Broker {
     control: Arc<Control>,
-    /// Connections of all listeners that may still be accepted.
+    /// Connections of all listeners that may still be accepted, and of those that only explain.
     free_connections: Arc<Semaphore>,
+    free_explained: Arc<Semaphore>,
     /// Open listeners. Each sender closes its listener when it is dropped; `None` if that has happened.
     open: HashMap<u32, Option<oneshot::Sender<()>>>,
     tasks: JoinSet<u32>,
@@ -38,6 +39,7 @@ pub(crate) async fn run(control: Control) -> Result<()> {
     let mut broker = Broker {
         control: Arc::clone(&control),
         free_connections: Arc::new(Semaphore::new(MAX_ALL_CONNECTIONS)),
+        free_explained: Arc::new(Semaphore::new(MAX_ALL_EXPLAINED_CONNECTIONS)),
         open: HashMap::new(),
         tasks: JoinSet::new(),
     };
@@ -93,10 +95,11 @@ impl Broker {
     ) -> Result<()> {
         anyhow::ensure!(self.open.len() < MAX_LISTENERS, "there are {MAX_LISTENERS} listeners");
         anyhow::ensure!(!self.open.contains_key(&id), "listener {id} is open");
-        let rules = allow.iter().map(|rule| Rule::parse(rule)).collect::<Result<_, _>>()?;
+        let rules = allow.iter().map(|rule| Rule::parse(rule)).collect::<Result<Vec<_>, _>>()?;
         let socket = listening_socket(descriptors)?;
         let (close, closed) = oneshot::channel();
-        let (provider, free_connections) = (Provider::named(provider), Arc::clone(&self.free_connections));
+        let of_all = if rules.is_empty() { &self.free_explained } else { &self.free_connections };
+        let (provider, free_connections) = (Provider::named(provider), Arc::clone(of_all));
         let listener = Listener::new(id, endpoint, provider, rules, &self.control, free_connections);
         self.open.insert(id, Some(close));
         self.tasks.spawn(async move {

@@ -3,7 +3,7 @@
 use std::{io, time::Duration};
 
 use bytes::Bytes;
-use http::Method;
+use http::{Method, StatusCode};
 use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
 use imds_broker::{
@@ -18,6 +18,7 @@ use tokio::{
 };
 
 use crate::{
+    explanation,
     limits::{IDLE_TIMEOUT, LINGER_TIMEOUT, REQUEST_TIMEOUT},
     listener::Listener,
     reports::Report,
@@ -54,6 +55,11 @@ impl Connection<'_> {
         self.stream.socket.set_nodelay(true)?;
         let mut wait = REQUEST_TIMEOUT;
         while let Some(received) = self.receive(wait).await? {
+            if self.listener.explains() {
+                self.explain(received.as_ref().ok().map(|(request, _)| request)).await?;
+                // The limit for connections is one for requests, too.
+                break;
+            }
             let keeps_alive = match received {
                 Ok((request, body)) => self.respond(&request, body).await?,
                 Err(refusal) => {
@@ -213,6 +219,20 @@ impl Connection<'_> {
         let response = response::error(self.listener.provider, status, &reason, is_head, keeps_alive);
         let status = status.as_u16();
         let outcome = Outcome::Refused;
+        self.listener.reporter.send(Report { method, path, imds_version, outcome, status, reason });
+        self.stream.write(&response).await
+    }
+
+    /// Answers a request, or a malformed one without `request`, with the reason why the pod is denied.
+    async fn explain(&mut self, request: Option<&Request>) -> io::Result<()> {
+        let (method, path) = match request {
+            Some(request) => (request.method().to_string(), request.path().to_owned()),
+            None => describe_malformed(&self.received),
+        };
+        let imds_version = request.and_then(|request| self.imds_version(request));
+        let reason = explanation::reason(&method, &path);
+        let response = explanation::response(self.listener.provider, &path, &reason, method == "HEAD");
+        let (outcome, status) = (Outcome::Refused, StatusCode::FORBIDDEN.as_u16());
         self.listener.reporter.send(Report { method, path, imds_version, outcome, status, reason });
         self.stream.write(&response).await
     }

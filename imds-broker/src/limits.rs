@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 pub(crate) const MAX_CONNECTIONS: usize = 32;
 /// Connections of all listeners at the same time. Each has at most about 64 KiB of memory.
 pub(crate) const MAX_ALL_CONNECTIONS: usize = 1024;
+/// Connections at the same time of one listener that only explains, and of all of them: they must not make those of scoped exemptions wait.
+pub(crate) const MAX_EXPLAINED_CONNECTIONS: usize = 8;
+pub(crate) const MAX_ALL_EXPLAINED_CONNECTIONS: usize = 256;
 /// Listeners at the same time.
 pub(crate) const MAX_LISTENERS: usize = 4096;
 /// Time in which a client must send the head and the body of a request after its first byte, and the first byte on a new connection.

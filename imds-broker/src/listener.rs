@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     connection,
     control::Control,
-    limits::{ACCEPT_BACKOFF, MAX_CONNECTIONS, RateLimiter},
+    limits::{ACCEPT_BACKOFF, MAX_CONNECTIONS, MAX_EXPLAINED_CONNECTIONS, RateLimiter},
     reports::Reporter,
     response::Refusal,
 };
@@ -46,15 +46,21 @@ impl Listener {
         control: &Arc<Control>,
         all_free_connections: Arc<Semaphore>,
     ) -> Self {
+        let limit = if rules.is_empty() { MAX_EXPLAINED_CONNECTIONS } else { MAX_CONNECTIONS };
         Self {
             endpoint,
             provider,
             reporter: Reporter::new(id, Arc::clone(control)),
             rules,
             requests: Mutex::new(RateLimiter::for_requests(Instant::now())),
-            free_connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            free_connections: Arc::new(Semaphore::new(limit)),
             all_free_connections,
         }
+    }
+
+    /// Reports whether the listener forwards no request, and explains the denial instead.
+    pub(crate) fn explains(&self) -> bool {
+        self.rules.is_empty()
     }
 
     /// Decides whether a request may be forwarded.

@@ -1,4 +1,4 @@
-//! Broker of scoped exemptions: serves listeners in the network namespaces of pods without any privilege.
+//! Broker of scoped exemptions and explained denials: serves listeners in the network namespaces of pods without any privilege.
 //!
 //! The agent starts this program with a socket as its standard input; `imds_broker::protocol` describes the messages. The program has
 //! no other input: no arguments, files or environment variables, and ends when the agent closes the socket.
@@ -11,6 +11,7 @@ use tokio::runtime;
 mod broker;
 mod connection;
 mod control;
+mod explanation;
 mod limits;
 mod listener;
 mod reports;

@@ -23,7 +23,8 @@ pub enum ToBroker {
         endpoint: SocketAddr,
         /// Name of the provider, such as `azure`. It decides which headers the broker forwards.
         provider: String,
-        /// Requests that the pod may make, in the form that [`crate::allow`] describes. Keywords are already expanded.
+        /// Requests that the pod may make, in the form that [`crate::allow`] describes. Keywords are already expanded. Without any,
+        /// the broker answers each request with an explanation of the denial, and never connects to the metadata service.
         allow: Vec<String>,
     },
     /// Closes a listener and all its connections.

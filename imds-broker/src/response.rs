@@ -101,6 +101,20 @@ pub(crate) fn error(
     response
 }
 
+/// Returns a response with the status 403, after which the connection ends.
+pub(crate) fn forbidden(headers: &[(&str, &str)], body: &str, is_head: bool) -> Vec<u8> {
+    let mut response = status_line(StatusCode::FORBIDDEN);
+    for (name, value) in headers {
+        write_header(&mut response, name, value.as_bytes());
+    }
+    write_header(&mut response, "content-length", body.len().to_string().as_bytes());
+    end_head(&mut response, false);
+    if !is_head {
+        response.extend_from_slice(body.as_bytes());
+    }
+    response
+}
+
 /// Delimits the body of a response.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Framing {
