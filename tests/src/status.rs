@@ -16,6 +16,9 @@ pub struct Status {
     pub configuration: Option<Configuration>,
     pub mode: Option<String>,
     pub on_deny: Option<String>,
+    /// Missing in the output of earlier versions.
+    #[serde(default)]
+    pub explained: Option<Explained>,
     pub provider: Option<Provider>,
     pub endpoints: Vec<Endpoint>,
     pub exemptions: Vec<ExemptSender>,
@@ -31,6 +34,14 @@ pub struct Status {
     pub deleted: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
+}
+
+/// Pods whose denials are explained.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Explained {
+    pub pods: usize,
+    pub reason: Option<String>,
 }
 
 /// Status of the pod watch.

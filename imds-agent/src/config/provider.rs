@@ -30,6 +30,8 @@ const DNS: &[Service] = &[Service::new(UDP, 53), Service::new(TCP, 53)];
 const DNS_DHCP: &[Service] = &[Service::new(UDP, 53), Service::new(TCP, 53), Service::new(UDP, 67)];
 
 const IMDS: &str = "169.254.169.254";
+const WIRESERVER: &str = "wireserver";
+const EQUINIX: &str = "equinix";
 
 /// Fallback for an unknown provider: the address that nearly all providers use, without allowed ports.
 pub static GENERIC: Provider = Provider { name: "generic", endpoints: &[("imds", IMDS, NONE)] };
@@ -41,7 +43,7 @@ pub static NO_PROVIDER: Provider = Provider { name: "none", endpoints: &[] };
 pub static PROVIDERS: &[Provider] = &[
     // 168.63.129.16 is the WireServer, which serves the goal state and TLS bootstrap at tcp/80 and tcp/32526 (AKS
     // #4503: denying port 80 alone is not enough). DNS and DHCP of every VM use the address, too, and stay allowed.
-    Provider { name: "azure", endpoints: &[("imds", IMDS, NONE), ("wireserver", "168.63.129.16", DNS_DHCP)] },
+    Provider { name: "azure", endpoints: &[("imds", IMDS, NONE), (WIRESERVER, "168.63.129.16", DNS_DHCP)] },
     // Not protected: 169.254.170.23 and fd00:ec2::23 (EKS Pod Identity, meant for pods), 169.254.169.253 and
     // fd00:ec2::253 (DNS), 169.254.169.123 (NTP). 169.254.170.2 is the extra `ecs`.
     Provider { name: "aws", endpoints: &[("imds", IMDS, NONE), ("imds-v6", "fd00:ec2::254", NONE)] },
@@ -77,7 +79,7 @@ pub static PROVIDERS: &[Provider] = &[
     Provider { name: "exoscale", endpoints: &[("imds", IMDS, NONE)] },
     Provider { name: "upcloud", endpoints: &[("imds", IMDS, NONE)] },
     // (secondary source)
-    Provider { name: "equinix", endpoints: &[("imds", "192.80.8.124", NONE)] },
+    Provider { name: EQUINIX, endpoints: &[("imds", "192.80.8.124", NONE)] },
 ];
 
 /// Endpoints that are protected only if the configuration names them in `extra_endpoints`.
@@ -94,6 +96,13 @@ impl Provider {
     /// Returns the extra with this name.
     pub fn extra(name: &str) -> Option<&'static Self> {
         EXTRAS.iter().find(|extra| extra.name == name)
+    }
+
+    /// Returns the addresses of the metadata service, if it serves HTTP at port 80. The `WireServer` has another protocol, and the
+    /// service of Equinix is documented for HTTPS only.
+    pub fn http_addresses(&self) -> Vec<IpAddr> {
+        let is_http = |endpoint: &Endpoint| endpoint.name != WIRESERVER && self.name != EQUINIX;
+        self.endpoints().filter(is_http).map(|endpoint| endpoint.address).collect()
     }
 
     /// Returns the endpoints of the preset.

@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use imds_ebpf_common::{ExemptionKey, ExemptionRecord, Hook, Mode, Subject, SubjectKind, TcHook, Verdict};
+use imds_ebpf_common::{
+    DenyAction, ExemptionKey, ExemptionRecord, Hook, Mode, RedirectRecord, Subject, SubjectKind, TcHook,
+    Verdict,
+};
 use tokio::time::{Instant, sleep_until};
 
 use super::Reconciler;
@@ -20,7 +23,7 @@ use crate::{
         resolved_config::ResolvedConfig,
         scoped_rules::{Endpoints, NO_BROKER, NO_SOCKET_HOOK, RuleContext},
     },
-    datapath::{DatapathError, exemption_set::ExemptionSet},
+    datapath::{DatapathError, exemption_set::ExemptionSet, maps::config_record::EXPLAIN},
     encode::address_key,
     kube::{NamespaceEvent, PodEvent, WatchState},
     node::{
@@ -64,6 +67,8 @@ pub(super) struct ExemptionState {
     pub(super) endpoints: Endpoints,
     /// Effective mode.
     pub(super) mode: Mode,
+    /// Effective reply to denied pods.
+    pub(super) on_deny: DenyAction,
 }
 
 /// Addresses that were read last.
@@ -93,6 +98,7 @@ impl ExemptionState {
             pods: PodTracker::new(cluster.is_some()),
             endpoints: endpoint_set.into(),
             mode: datapath_config.mode,
+            on_deny: datapath_config.on_deny,
             watched: None,
             last_search: Instant::now(),
             recorded_errors: None,
@@ -243,7 +249,7 @@ impl Reconciler {
         Ok(())
     }
 
-    fn redirect_obstacle(&self) -> Option<&'static str> {
+    pub(super) fn redirect_obstacle(&self) -> Option<&'static str> {
         if self.scoped.broker.is_none() {
             return Some(NO_BROKER);
         }
@@ -272,7 +278,9 @@ impl Reconciler {
             &context,
         );
         let (mut desired, listeners) = found.await;
-        self.scoped.desired = listeners;
+        self.scoped.of_rules = listeners;
+        self.scoped.exempt = desired.netns().collect();
+        self.merge_listeners();
         self.record_rule_errors()?;
         self.add_broker(&mut desired);
         desired.add_bridges(&self.node.links);
@@ -307,7 +315,7 @@ impl Reconciler {
     /// Exempts the broker from `hooks.host_network`, if it runs in a pod, at the endpoints that it asks for pods.
     fn add_broker(&mut self, desired: &mut ExemptionSet) {
         let Some(cgroup) = self.broker_cgroup() else { return };
-        let endpoints: BTreeSet<_> = self.scoped.desired.keys().map(|(_, endpoint)| *endpoint).collect();
+        let endpoints: BTreeSet<_> = self.scoped.of_rules.keys().map(|(_, endpoint)| *endpoint).collect();
         for endpoint in endpoints {
             let subject = Subject::new(SubjectKind::Cgroup, cgroup);
             let exemption = ExemptionKey { address: address_key(endpoint), subject };
@@ -331,8 +339,9 @@ impl Reconciler {
         let mut errors = errors.clone();
         for (number, error) in self.scoped.errors() {
             let rule = (number as usize).checked_sub(1).and_then(|index| exempt.get(index));
-            if let Some(rule) = rule {
-                errors.entry(rule.name.clone()).or_insert(error);
+            let explain = (number == RedirectRecord::EXPLAINS).then_some(EXPLAIN);
+            if let Some(subject) = rule.map(|rule| rule.name.as_str()).or(explain) {
+                errors.entry(subject.to_owned()).or_insert(error);
             }
         }
         errors

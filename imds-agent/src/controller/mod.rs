@@ -9,6 +9,7 @@ pub mod cluster_report;
 pub mod event_loop;
 pub mod exemption_rules;
 mod exemptions;
+mod explained;
 mod links;
 mod node_allow_sync;
 pub mod node_report;
@@ -168,6 +169,7 @@ impl Reconciler {
         self.resolve_sandboxes(usize::MAX).await;
         self.exemptions.endpoints = endpoint_set.into();
         self.exemptions.mode = datapath_config.mode;
+        self.exemptions.on_deny = datapath_config.on_deny;
         self.change_rules(exempt.clone()).await?;
         self.datapath.enforce(datapath_config, endpoint_set)?;
         if !self.datapath.matches(datapath_config) {

@@ -345,6 +345,11 @@ impl PodTracker {
         self.names_dirty && self.is_synced && !self.has_pending()
     }
 
+    /// Returns the network namespaces of the pods: inode numbers by netns cookie, and the ID.
+    pub fn namespaces(&self) -> impl Iterator<Item = (&BTreeMap<u64, u64>, Option<i32>)> {
+        self.resolved().map(|(_, sandbox)| (&sandbox.senders.namespaces, sandbox.netns_id))
+    }
+
     /// Returns the pod in the network namespace with this cookie.
     pub fn pod_in(&self, cookie: u64) -> Option<&Pod> {
         self.resolved().find(|(_, sandbox)| sandbox.senders.cookies.contains(&cookie)).map(|(pod, _)| pod)

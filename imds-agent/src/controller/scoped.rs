@@ -1,4 +1,4 @@
-//! Listeners of scoped exemptions, which are open in the network namespaces of pods while the broker serves them.
+//! Listeners of scoped exemptions and of explained denials, which are open in the network namespaces of pods while the broker serves them.
 //!
 //! A listener is in the map only while the broker serves it. The agent keeps no copy of its descriptor, so that it ends with the
 //! broker. A listener keeps its network namespace alive, so that it is closed once no process and no name refers to the namespace.
@@ -14,11 +14,15 @@ use std::{
 };
 
 use imds_broker::protocol::{Outcome, Request, ToBroker};
-use imds_ebpf_common::redirect::{HTTP_PORT, MAX_LISTENERS};
+use imds_ebpf_common::{
+    ExemptionKey,
+    redirect::{HTTP_PORT, MAX_LISTENERS},
+};
 use tokio::time::Instant;
 
 use super::{
     broker::{Broker, channel},
+    explained::ExplainedPods,
     scoped_rules::{DesiredListener, DesiredListeners},
 };
 use crate::{
@@ -36,12 +40,19 @@ pub(super) const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Delay for a pod without IPv6, which most likely never gets it.
 const IPV6_RETRY_DELAY: Duration = Duration::from_secs(30);
+/// Delay for a listener that only explains denials, in a namespace without a process and name, which most likely has ended.
+const ENDED_RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// Listeners, and the broker that serves them.
 pub(super) struct ScopedState {
     /// `None` without a supervisor, as with `run --once`.
     pub(super) broker: Option<Broker>,
+    /// Listeners that should be open: `of_rules`, and those of `explained`.
     pub(super) desired: DesiredListeners,
+    pub(super) of_rules: DesiredListeners,
+    pub(super) explained: ExplainedPods,
+    /// Exemptions of network namespaces.
+    pub(super) exempt: BTreeSet<ExemptionKey>,
     /// Listeners that the broker has or was asked to serve, by the number in its messages.
     pub(super) open: BTreeMap<u32, OpenListener>,
     /// Listeners to which the programs redirect.
@@ -71,6 +82,9 @@ impl ScopedState {
         Self {
             broker: None,
             desired: DesiredListeners::new(),
+            of_rules: DesiredListeners::new(),
+            explained: ExplainedPods::default(),
+            exempt: BTreeSet::new(),
             open: BTreeMap::new(),
             active: BTreeMap::new(),
             last_id: 0,
@@ -87,7 +101,7 @@ impl ScopedState {
         let mut errors = BTreeMap::new();
         for (number, (redirect, listener)) in self.desired.iter().enumerate() {
             let error = if let Some(error) = self.broker.as_ref().and_then(|broker| broker.error.as_ref()) {
-                format!("{error}: the pods are denied")
+                if listener.explains() { error.clone() } else { format!("{error}: the pods are denied") }
             } else if number >= MAX_LISTENERS {
                 format!("more than {MAX_LISTENERS} listeners are needed: some pods are denied")
             } else if let Some((_, Some(error))) = self.failed.get(redirect) {
@@ -102,6 +116,11 @@ impl ScopedState {
 
     pub(super) fn stats(&self) -> BrokerStats {
         BrokerStats { restarts: self.broker.as_ref().map_or(0, |broker| broker.restarts), ..self.stats }
+    }
+
+    /// Reports whether the broker has to reach endpoints: a rule allows requests.
+    pub(super) fn needs_endpoints(&self) -> bool {
+        !self.of_rules.is_empty()
     }
 
     /// Returns the number of the newest listener for each key.
@@ -166,7 +185,8 @@ impl ScopedState {
         for (redirect, desired) in missing {
             // A namespace without a process or name is about to end.
             let Some(path) = paths.get(&desired.inode) else {
-                self.failed.insert(redirect, (now + RETRY_DELAY, None));
+                let delay = if desired.explains() { ENDED_RETRY_DELAY } else { RETRY_DELAY };
+                self.failed.insert(redirect, (now + delay, None));
                 continue;
             };
             match self.listen(redirect, &desired, path) {

@@ -8,7 +8,7 @@ use std::{
 use imds_ebpf_common::{Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind};
 
 use crate::{
-    config::{EndpointSelector, Exempt, endpoint_set::EndpointSet},
+    config::{EndpointSelector, Exempt, endpoint_set::EndpointSet, provider::Provider},
     datapath::maps::redirect_maps::RedirectKey,
     encode::address_key,
     node::sender_resolver::IdentitySet,
@@ -47,12 +47,20 @@ pub(super) struct DesiredListener {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Endpoints {
     pub(super) addresses: Vec<IpAddr>,
+    /// Part of `addresses` whose denials can be explained.
+    pub(super) explained: Vec<IpAddr>,
     pub(super) provider: &'static str,
 }
 
 impl From<&EndpointSet> for Endpoints {
     fn from(EndpointSet { endpoints, provider, .. }: &EndpointSet) -> Self {
-        Self { addresses: endpoints.iter().map(|endpoint| endpoint.address).collect(), provider }
+        let addresses: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+        let http = Provider::named(provider).map(Provider::http_addresses).unwrap_or_default();
+        Self {
+            explained: addresses.iter().copied().filter(|address| http.contains(address)).collect(),
+            addresses,
+            provider,
+        }
     }
 }
 
@@ -62,7 +70,7 @@ pub(super) fn desired_listeners(
     rules: &[Exempt],
     found: &[IdentitySet],
     exempt: &BTreeMap<ExemptionKey, ExemptionRecord>,
-    Endpoints { addresses, provider }: &Endpoints,
+    Endpoints { addresses, provider, .. }: &Endpoints,
 ) -> DesiredListeners {
     let mut desired = DesiredListeners::new();
     for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
@@ -145,7 +153,8 @@ mod tests {
         exempt: &BTreeMap<ExemptionKey, ExemptionRecord>,
     ) -> Vec<(u64, IpAddr, u32, u32, String)> {
         let found: Vec<_> = cookies.iter().copied().map(found).collect();
-        let endpoints = Endpoints { addresses: [ONE, OTHER].map(IpAddr::from).into(), provider: "azure" };
+        let addresses = [ONE, OTHER].map(IpAddr::from).into();
+        let endpoints = Endpoints { addresses, explained: Vec::new(), provider: "azure" };
         let desired = desired_listeners(rules, &found, exempt, &endpoints);
         let plain = |((cookie, endpoint), listener): (RedirectKey, DesiredListener)| {
             let allow = listener.allow.into_iter().collect::<Vec<_>>().join(",");

@@ -36,7 +36,7 @@ impl Reconciler {
     /// Waits until [`Reconciler::on_broker_changed`] has something to do.
     pub async fn broker_changed(&self) {
         let Some(broker) = &self.scoped.broker else { return pending().await };
-        if self.scoped.open.is_empty() && self.scoped.failed.is_empty() {
+        if self.scoped.open.is_empty() && self.scoped.failed.is_empty() && !self.explains() {
             return broker.changed().await;
         }
         tokio::select! {
@@ -65,6 +65,7 @@ impl Reconciler {
             for id in self.scoped.ended() {
                 result = result.and(self.close_listener(id));
             }
+            self.find_explained_pods().await;
             result = result.and(self.reconcile_listeners());
         }
         if is_changed {
@@ -91,8 +92,8 @@ impl Reconciler {
 
     /// Returns the user of the broker if the allow list of the node needs it. Not root, as which other processes of the node run.
     pub(super) fn broker_uid(&self) -> Option<u32> {
-        let broker =
-            self.scoped.broker.as_ref().filter(|_| self.datapath.hooks().contains(Hook::NodeAllow))?;
+        let is_needed = self.datapath.hooks().contains(Hook::NodeAllow) && self.scoped.needs_endpoints();
+        let broker = self.scoped.broker.as_ref().filter(|_| is_needed)?;
         broker.identity().map(|(_, uid)| uid).filter(|&uid| uid != 0)
     }
 
@@ -133,7 +134,8 @@ impl Reconciler {
             Outcome::Refused => "refused",
             Outcome::Failed => "failed to forward",
         };
-        let Some(OpenListener { redirect: (cookie, endpoint), .. }) = self.scoped.open.get(id) else {
+        let Some(OpenListener { redirect: (cookie, endpoint), desired, .. }) = self.scoped.open.get(id)
+        else {
             return;
         };
         let sender = match self.exemptions.pods.pod_in(*cookie) {
@@ -142,7 +144,10 @@ impl Reconciler {
         };
         let suppressed =
             if *suppressed > 0 { format!(", {suppressed} more suppressed") } else { String::new() };
-        log::info!(
+        // The datapath has reported the denial.
+        let level = if desired.explains() { log::Level::Debug } else { log::Level::Info };
+        log::log!(
+            level,
             "{verb} {} {} to {endpoint} from {sender}, status {status}: {}{suppressed}",
             escape(method),
             escape(path),
@@ -210,6 +215,10 @@ impl Reconciler {
         for id in obsolete {
             result = result.and(self.close_listener(id));
         }
+        // The user of a broker that only explained denials was not in the list.
+        if self.node_processes.broker_uid != self.broker_uid() {
+            result = result.and(self.reconcile_node_allow());
+        }
         let is_needed = !self.scoped.desired.is_empty();
         if let Some(broker) = &mut self.scoped.broker {
             broker.set_needed(is_needed);
@@ -258,7 +267,7 @@ impl Reconciler {
 
     /// Returns the cgroup of the broker if it is below one of Kubernetes pods, where `hooks.host_network` denies its requests.
     pub(super) fn broker_cgroup(&mut self) -> Option<u64> {
-        let kubepods = self.kubepods.as_ref().filter(|_| !self.scoped.desired.is_empty())?;
+        let kubepods = self.kubepods.as_ref().filter(|_| self.scoped.needs_endpoints())?;
         let (pid, _) = self.scoped.broker.as_ref().and_then(Broker::identity)?;
         match self.scoped.cgroup {
             Some((known, cgroup)) if known == pid => cgroup,

@@ -31,6 +31,12 @@ impl ExemptionSet {
         self.sources.extend(others.sources);
     }
 
+    /// Returns the keys of the entries of network namespaces.
+    pub fn netns(&self) -> impl Iterator<Item = ExemptionKey> {
+        let is_netns = |key: &&ExemptionKey| key.subject.kind == SubjectKind::Netns as u64;
+        self.entries.keys().filter(is_netns).copied()
+    }
+
     /// Marks the entries of pods behind a bridge, whose packets name the bridge as their ingress interface at `node_egress`,
     /// and adds entries and sources for marked packets of these bridges.
     ///

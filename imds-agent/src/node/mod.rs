@@ -16,6 +16,7 @@ pub mod netlink;
 pub mod netns;
 pub mod node_processes;
 pub mod pod_cgroups;
+pub mod pod_namespaces;
 mod process;
 pub mod sandbox;
 pub mod sender_resolver;

@@ -112,6 +112,14 @@ pub fn identity_of(namespace: &File) -> io::Result<NetnsIdentity> {
     Ok(NetnsIdentity { cookie, inode: namespace.metadata()?.ino(), addresses: addresses? })
 }
 
+/// Returns the cookie of the network namespace of the file `namespace`; `None` before Linux 5.14.
+pub fn cookie_of(namespace: &File) -> io::Result<Option<u64>> {
+    match inside(namespace, cookie)? {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
+        cookie => cookie.map(Some),
+    }
+}
+
 /// Largest number of connections that wait until the broker accepts them.
 const BACKLOG: i32 = 64;
 

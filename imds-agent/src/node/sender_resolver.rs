@@ -59,7 +59,7 @@ pub struct Fingerprint {
 /// Open network namespace, which exists at least as long as this handle.
 #[derive(Debug)]
 pub(super) struct Namespace {
-    file: File,
+    pub(super) file: File,
     pub(super) inode: u64,
 }
 
@@ -263,7 +263,7 @@ impl SenderResolver {
 
 impl Namespace {
     /// Opens the file at `path`. Does not check that it is a network namespace.
-    fn open(path: &Path) -> io::Result<Self> {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
         // Open without blocking: a FIFO without a writer would block the agent.
         Self::of(File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?)
     }

@@ -1,4 +1,4 @@
-//! Starts and supervises `imds-broker`, which answers the requests of pods with a scoped exemption.
+//! Starts and supervises `imds-broker`, which answers the requests of pods with a scoped exemption, and explains denials to others.
 //!
 //! The broker runs while a listener needs it. If it ends or does not answer, the agent starts it again after a delay. All
 //! listeners end with it, so that connections of these pods are refused in the meantime.
@@ -88,7 +88,7 @@ impl Broker {
     pub(super) fn set_needed(&mut self, is_needed: bool) {
         if !is_needed {
             if self.process.take().is_some() {
-                log::info!("stopped {}: no scoped exemption needs it", self.program.display());
+                log::info!("stopped {}: no pod needs it", self.program.display());
             }
             (self.start_at, self.failures, self.error) = (None, 0, None);
         } else if self.process.is_none() && self.start_at.is_none() {
@@ -117,10 +117,7 @@ impl Broker {
         }
         let delay = shortest.saturating_mul(1 << self.failures.min(16)).min(longest);
         self.failures += 1;
-        log::error!(
-            "{error}: pods with a scoped exemption are refused; next start in {:.1} s",
-            delay.as_secs_f32()
-        );
+        log::error!("{error}: pods that it serves are refused; next start in {:.1} s", delay.as_secs_f32());
         self.error = Some(error);
         self.start_at = Some(Instant::now() + delay);
     }

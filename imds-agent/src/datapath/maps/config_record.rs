@@ -26,6 +26,9 @@ const READINGS: usize = 20;
 /// field of the record. Names of exemptions consist of other characters.
 const SINK_MARK: char = '>';
 
+/// Subject of a line about an error that keeps denied pods from getting an explanation, in the place of the name of an exemption.
+pub const EXPLAIN: &str = "on_deny = \"explain\"";
+
 /// Effective configuration, as recorded in the map. The JSON form is a part of the status report.
 #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
 pub struct EffectiveConfig {

@@ -8,6 +8,7 @@ mod chains;
 mod coverage;
 mod doctor_report;
 mod environment;
+mod explained;
 mod firewall;
 mod hooked_interfaces;
 mod iptables_rule;
@@ -70,6 +71,7 @@ pub(crate) async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<Docto
         environment::pods(pins),
         environment::agent(pins),
     ];
+    checks.extend(explained::check(pins));
     let devices = devices::list(netlink).await?;
     let mark = MarkUse::read(pins, &devices);
     checks.extend(tc_programs::check_interfaces(pins, netlink, &devices, &mark).await?);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use imds_ebpf_common::{
-    Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict,
+    Address, ExemptionKey, ExemptionRecord, RedirectRecord, Subject, SubjectKind, Verdict,
     names::{MAP_EXEMPT, MAP_REDIRECT},
 };
 use toml::Value;
@@ -32,6 +32,9 @@ impl StatusReport {
         let entries: Vec<_> =
             exemptions.entries.into_iter().filter(|(_, record)| is_of_pod(record)).collect();
         let redirects = redirect_maps::read(maps).map_err(unreadable(MAP_REDIRECT))?;
+        self.add_explained(&redirects);
+        let redirects: Vec<_> =
+            redirects.into_iter().filter(|(_, record)| record.rule != RedirectRecord::EXPLAINS).collect();
         let is_empty = entries.is_empty() && redirects.is_empty();
         let tables = if is_empty { Vec::new() } else { rule_tables(maps)? };
         let rules: Vec<_> = tables.iter().map(rule_name_of).collect();

@@ -2,6 +2,7 @@
 
 mod cgroup_status;
 mod exemption_status;
+mod explained_status;
 mod interface_status;
 mod sink_status;
 mod status_report;
@@ -22,20 +23,21 @@ use toml::Table;
 
 use self::status_report::NOT_ATTACHED;
 pub(crate) use self::status_report::{
-    Agent, ExemptSender, HookAttachment, HostNetworkReport, Interface, LocalServiceReport, NodeAllowEntry,
-    NodeAllowReport, PartReport, Problem, Provider, RejectedProgram, SinkStatus, SocketReport, State,
-    StatusReport,
+    Agent, ExemptSender, ExplainedReport, HookAttachment, HostNetworkReport, Interface, LocalServiceReport,
+    NodeAllowEntry, NodeAllowReport, PartReport, Problem, Provider, RejectedProgram, SinkStatus,
+    SocketReport, State, StatusReport,
 };
 pub(crate) use self::{
     cgroup_status::node_allow_entries,
     exemption_status::{exemption_rules, rule_name},
+    explained_status::describe as describe_explained,
 };
 use crate::{
     config::Hooks,
     datapath::{
         DatapathError,
         maps::{
-            config_record::{self, EffectiveConfig, RejectedConfig},
+            config_record::{self, EXPLAIN, EffectiveConfig, RejectedConfig},
             counters, endpoint_maps, pod_names,
         },
         object::{self, Maps, ObjectError},
@@ -58,6 +60,8 @@ const SCHEMA: u32 = 1;
 /// Remedy for a rule that does not exempt all senders that it matches.
 const EXEMPTION_REMEDY: &str =
     "see the reason and the agent's log: the agent exempts no sender that it does not find";
+/// Remedy for a broker that does not explain denials.
+const EXPLAIN_REMEDY: &str = "see the agent's log; the pods are denied, and get the error of denied calls";
 /// Maximum number of attempts to read a status during which the policy does not change.
 const ATTEMPTS: usize = 5;
 
@@ -213,7 +217,15 @@ impl StatusReport {
         // In mode `off` nothing is denied.
         let is_off = self.mode == Some(Mode::Off.name());
         for error in record.iter().filter(|_| !is_off).flat_map(|record| &record.exemption_errors) {
-            self.problem_without_gap(format!("exemption not applied completely: {error}"), EXEMPTION_REMEDY);
+            match error.strip_prefix(EXPLAIN).and_then(|error| error.strip_prefix(": ")) {
+                Some(error) => {
+                    self.problem_without_gap(format!("denials are not explained: {error}"), EXPLAIN_REMEDY);
+                }
+                None => self.problem_without_gap(
+                    format!("exemption not applied completely: {error}"),
+                    EXEMPTION_REMEDY,
+                ),
+            }
         }
         self.configuration = record;
         Ok(())

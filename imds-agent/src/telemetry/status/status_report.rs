@@ -25,6 +25,7 @@ pub(crate) struct StatusReport {
     pub configuration: Option<EffectiveConfig>,
     pub mode: Option<&'static str>,
     pub on_deny: Option<&'static str>,
+    pub explained: Option<ExplainedReport>,
     pub provider: Option<Provider>,
     pub endpoints: Vec<Endpoint>,
     pub exemptions: Vec<ExemptSender>,
@@ -148,6 +149,13 @@ pub(crate) struct Agent {
     pub running: bool,
     pub ready: bool,
     pub pid: Option<i32>,
+}
+
+/// Pods whose denials are explained, and the reason why others get no explanation.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct ExplainedReport {
+    pub pods: usize,
+    pub reason: Option<&'static str>,
 }
 
 #[derive(Clone, Debug, Serialize)]

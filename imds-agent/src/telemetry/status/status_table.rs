@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{HookAttachment, NodeAllowReport, PartReport, Provider, SinkStatus, State, StatusReport};
+use super::{
+    ExplainedReport, HookAttachment, NodeAllowReport, PartReport, Provider, SinkStatus, State, StatusReport,
+};
 use crate::{
     datapath::{
         attach::cgroup_programs::ProgramState,
@@ -40,7 +42,8 @@ impl StatusReport {
         writeln!(text, "state      {}", self.state)?;
         self.write_configuration(text)?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
-        writeln!(text, "on_deny    {}", self.on_deny.unwrap_or("unknown"))?;
+        let explained = self.explained.as_ref().map(ExplainedReport::text).unwrap_or_default();
+        writeln!(text, "on_deny    {}{explained}", self.on_deny.unwrap_or("unknown"))?;
         self.write_endpoints(text)?;
         self.write_exemptions(text)?;
         self.write_kubernetes(text)?;
