@@ -209,7 +209,7 @@ fn counts_are_bounded_and_survive_the_agent() {
     assert!(requests.iter().all(|one| one["namespace"].is_null() && one["netns_cookie"].is_u64()));
     assert!(output(&env, &["report", "--rules"]).is_empty(), "no rule can name the sender");
 
-    // A later agent continues the counts. It creates a map again whose pin another program has removed.
+    // A later agent continues the counts, and replaces a map without a pin.
     drop(running);
     let _running = start(&env, &pod);
     let count = |path: &str| {
