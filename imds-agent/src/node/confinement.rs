@@ -26,7 +26,11 @@ impl Confinement {
         if read(APPARMOR_ENABLED).is_some_and(|enabled| enabled.trim() == "Y") {
             return profile(&APPARMOR.into_iter().find_map(read)?).map(Self::AppArmor);
         }
-        let enforces = read(SELINUX_ENFORCE).is_some_and(|enforce| enforce.trim() == "1");
+        // The policy may deny even this file, which only an enforced policy does.
+        let enforces = match fs::read_to_string(SELINUX_ENFORCE) {
+            Ok(enforce) => enforce.trim() == "1",
+            Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
+        };
         context(&enforces.then(|| read(SELINUX)).flatten()?).map(Self::SeLinux)
     }
 
@@ -35,6 +39,15 @@ impl Confinement {
         match self {
             Self::AppArmor(profile) => format!("AppArmor profile {profile}"),
             Self::SeLinux(context) => format!("SELinux context {context}"),
+        }
+    }
+
+    /// Reports whether the security module denies operations with this error. SELinux denies capabilities with EPERM
+    /// (`cred_has_capability`, security/selinux/hooks.c).
+    const fn denies_with(&self, errno: i32) -> bool {
+        match self {
+            Self::AppArmor(_) => errno == libc::EACCES,
+            Self::SeLinux(_) => matches!(errno, libc::EACCES | libc::EPERM),
         }
     }
 
@@ -47,13 +60,11 @@ impl Confinement {
     }
 }
 
-/// Explains an operation that failed with EACCES: names the security module that confines this process, and the remedy.
-/// `None` if no module confines it, or the error is another one.
+/// Explains an operation that the security module denied: names the module that confines this process, and the remedy. `None` if
+/// no module confines it, or the error is another one.
 pub(crate) fn explain(error: &io::Error) -> Option<String> {
-    if error.raw_os_error() != Some(libc::EACCES) {
-        return None;
-    }
-    let confinement = Confinement::of_this_process()?;
+    let errno = error.raw_os_error().filter(|errno| [libc::EACCES, libc::EPERM].contains(errno))?;
+    let confinement = Confinement::of_this_process().filter(|confinement| confinement.denies_with(errno))?;
     Some(format!("{} confines this process: {}", confinement.describe(), confinement.remedy()))
 }
 
@@ -97,6 +108,15 @@ mod tests {
         for none in ["unconfined\n", "imds-agent (complain)\n", "runc (unconfined)\n", "", "\0"] {
             assert_eq!(profile(none), None, "{none:?}");
         }
+    }
+
+    #[test]
+    fn selinux_denies_capabilities() {
+        let [apparmor, selinux] =
+            [Confinement::AppArmor, Confinement::SeLinux].map(|kind| kind("a".to_owned()));
+        assert!(apparmor.denies_with(libc::EACCES) && !apparmor.denies_with(libc::EPERM));
+        assert!(selinux.denies_with(libc::EACCES) && selinux.denies_with(libc::EPERM));
+        assert!(!selinux.denies_with(libc::ENOENT));
     }
 
     #[test]
