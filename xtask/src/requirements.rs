@@ -70,6 +70,7 @@ pub(crate) const TOOLS: [Tools; 14] = [
         purposes: &[Purpose::Vm],
         programs: &[
             ("apt-get", "apt"),
+            ("bzip2", "bzip2"),
             ("dpkg-deb", "dpkg"),
             ("gpgv", "gpgv"),
             ("setpriv", "util-linux"),

@@ -69,6 +69,11 @@ else
     /tools/ip netns delete pod
 fi
 
+if [ -d /selinux ]; then
+    # The confined agent reads files of the tests here.
+    export TMPDIR=/etc/imds-agent
+    mkdir -p $TMPDIR
+fi
 result=0
 export IMDS_AGENT=/imds-agent
 if [ -e /confined ]; then

@@ -8,7 +8,13 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{kernels::Kernel, modules, plan::Plan, tools::Tools};
+use super::{
+    kernels::Kernel,
+    modules,
+    plan::{Plan, Selinux},
+    selinux_policy::Policy,
+    tools::Tools,
+};
 use crate::{elf, workspace::root};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
@@ -56,6 +62,14 @@ pub(super) fn archive(tools: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec
     }
     if plan.is_confined {
         cpio.add("confined", CONFINED);
+    }
+    if let Some(Selinux { policies, broker }) = &plan.selinux {
+        for Policy { name, binary, file_contexts } in policies {
+            cpio.copy(&format!("selinux/{name}/policy"), binary)?;
+            cpio.copy(&format!("selinux/{name}/file_contexts"), file_contexts)?;
+        }
+        cpio.copy_program("usr/bin/imds-agent", &plan.agent, tools)?;
+        cpio.copy_program("usr/bin/imds-broker", broker, tools)?;
     }
     if plan.is_brief {
         cpio.add("brief", &[]);

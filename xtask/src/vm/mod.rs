@@ -11,6 +11,7 @@ mod modules;
 mod payload;
 mod plan;
 mod qemu_machine;
+mod selinux_policy;
 mod tools;
 mod vm_report;
 
@@ -34,7 +35,7 @@ use crate::{
 use console::Guest;
 use kernels::{Kernel, Line};
 use payload::Payload;
-use plan::Plan;
+use plan::{Plan, Selinux};
 use qemu_machine::{Machine, MachineEnd};
 use tools::Tools;
 use vm_report::Row;
@@ -78,6 +79,9 @@ pub(crate) struct Vm {
     /// Confine the agent by the AppArmor profile of deploy/apparmor
     #[arg(long)]
     apparmor: bool,
+    /// Boot with SELinux, and let the tests load Debian's policy and the module of deploy/selinux
+    #[arg(long, conflicts_with = "apparmor")]
+    selinux: bool,
     /// Parts of test names, or names of test executables
     #[arg(last = true)]
     filter: Vec<String>,
@@ -119,10 +123,17 @@ impl Vm {
         let payload = match (self.quick, self.filter.is_empty()) {
             (true, true) => Payload::of_debug_build(arch, &plan::quick_executables())?,
             (true, false) => Payload::of_debug_build(arch, &self.filter)?,
-            (false, _) => Payload::build(arch, &self.filter)?,
+            (false, _) => Payload::build(arch, &self.filter, self.selinux)?,
         };
+        let broker = payload.broker.clone();
         let mut plan = Plan::new(payload, &tools, &self.filter, self.quick, self.scale)?;
         plan.is_confined = self.apparmor;
+        if self.selinux {
+            let policies = selinux_policy::build(&tools, &cache, &artifacts("vm")?.join("selinux"))?;
+            let broker = broker.context("the build contains no broker")?;
+            plan.selinux = Some(Selinux { policies, broker });
+            self.boot = format!("{} {}", selinux_policy::BOOT, self.boot);
+        }
         let rows = self.run_all(kernels, &plan, &tools)?;
         match self.output {
             Output::Table => print!("{}", vm_report::table(&rows)),

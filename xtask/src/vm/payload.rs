@@ -19,6 +19,8 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Payload {
     pub(super) agent: PathBuf,
+    /// The broker, unless the build leaves it out.
+    pub(super) broker: Option<PathBuf>,
     /// Name and path of each test executable.
     pub(super) tests: Vec<(String, PathBuf)>,
 }
@@ -26,7 +28,7 @@ pub(super) struct Payload {
 impl Payload {
     /// Compiles the agent and the test executables that `filter` names, optimized: emulated machines are slow. Compiles all
     /// of them if the filter contains parts of test names.
-    pub(super) fn build(arch: Arch, filter: &[String]) -> Result<Self> {
+    pub(super) fn build(arch: Arch, filter: &[String], with_broker: bool) -> Result<Self> {
         let mut build = cargo("build");
         let are_all_executables = !filter.is_empty() && filter.iter().all(|name| is_executable(name));
         let tests = if are_all_executables { filter } else { &["*".to_owned()] };
@@ -38,6 +40,9 @@ impl Payload {
             .arg(artifacts("vm")?)
             .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
             .env_remove("CARGO_ENCODED_RUSTFLAGS");
+        if with_broker {
+            build.args(["--package", "imds-broker", "--bin", "imds-broker"]);
+        }
         arch.set_target(&mut build)?;
         Self::from_build(&mut build)
     }
@@ -56,6 +61,9 @@ impl Payload {
         let dir = artifacts("vm")?.join("debug").join(arch.debian());
         fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
         payload.agent = stripped(arch, &payload.agent, dir.join("imds-agent"))?;
+        if let Some(broker) = &mut payload.broker {
+            *broker = stripped(arch, broker, dir.join("imds-broker"))?;
+        }
         for (name, path) in &mut payload.tests {
             *path = stripped(arch, path, dir.join(name))?;
         }
@@ -76,7 +84,7 @@ impl Payload {
     }
 
     fn from_messages(messages: &str) -> Option<Self> {
-        let (mut agent, mut tests) = (None, Vec::new());
+        let (mut agent, mut broker, mut tests) = (None, None, Vec::new());
         for message in Message::parse_stream(messages.as_bytes()).flatten() {
             let Message::CompilerArtifact(Artifact { target, executable: Some(executable), profile, .. }) =
                 message
@@ -87,10 +95,12 @@ impl Payload {
                 tests.push((target.name, executable.into()));
             } else if target.name == "imds-agent" && !profile.test {
                 agent = Some(executable.into());
+            } else if target.name == "imds-broker" && !profile.test {
+                broker = Some(executable.into());
             }
         }
         tests.sort();
-        Some(Self { agent: agent?, tests })
+        Some(Self { agent: agent?, broker, tests })
     }
 }
 
@@ -139,6 +149,8 @@ mod tests {
             artifact("test", "unload", true, r#""/t/unload-1""#),
             artifact("bin", "imds-agent", false, r#""/t/imds-agent""#),
             artifact("bin", "imds-agent", true, r#""/t/imds-agent-1""#),
+            artifact("bin", "imds-broker", false, r#""/t/imds-broker""#),
+            artifact("bin", "imds-broker", true, r#""/t/imds-broker-1""#),
             artifact("bin", "xtask", false, r#""/t/xtask""#),
             artifact("test", "follow", true, r#""/t/follow-1""#),
             r#"{"reason":"build-finished","success":true}"#.to_owned(),
@@ -148,6 +160,7 @@ mod tests {
         let names: Vec<_> = payload.tests.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["follow", "unload"]);
         assert_eq!(payload.agent, PathBuf::from("/t/imds-agent"));
+        assert_eq!(payload.broker, Some(PathBuf::from("/t/imds-broker")));
         assert!(Payload::from_messages("").is_none());
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use imds_tests::SCALE;
 
-use super::{payload::Payload, tools::Tools};
+use super::{payload::Payload, selinux_policy::Policy, tools::Tools};
 
 /// Percentage of repetitions in an emulated machine.
 const SCALE_PERCENT: u32 = 25;
@@ -45,6 +45,16 @@ pub(super) struct Plan {
     pub(super) is_brief: bool,
     /// The agent runs with the AppArmor profile of deploy/apparmor.
     pub(super) is_confined: bool,
+    /// SELinux policies and the service that they confine.
+    pub(super) selinux: Option<Selinux>,
+}
+
+/// Files of a machine with SELinux.
+#[derive(Debug)]
+pub(super) struct Selinux {
+    pub(super) policies: Vec<Policy>,
+    /// The broker beside the agent.
+    pub(super) broker: PathBuf,
 }
 
 /// A test executable with its filter.
@@ -91,7 +101,7 @@ impl Plan {
         let usual = if is_quick { QUICK_SCALE_PERCENT } else { SCALE_PERCENT };
         let environment = vec![format!("{SCALE}={}", scale.unwrap_or(usual))];
         let is_brief = !filter.is_empty();
-        Ok(Self { agent: payload.agent, tests, environment, is_brief, is_confined: false })
+        Ok(Self { agent: payload.agent, tests, environment, is_brief, is_confined: false, selinux: None })
     }
 
     /// Returns the names of the test executables.

@@ -128,7 +128,18 @@ impl Tools {
 
     /// Returns a command that runs QEMU with its libraries and firmware.
     pub(super) fn qemu(&self) -> Result<Command> {
-        let path = self.find(self.qemu)?;
+        let mut command = self.command(self.qemu)?;
+        if Path::new(command.get_program()).starts_with(&self.unpacked) {
+            for firmware in ["qemu", "seabios"] {
+                command.arg("-L").arg(self.unpacked.join("usr/share").join(firmware));
+            }
+        }
+        Ok(command)
+    }
+
+    /// Returns a command that runs a program of this machine, or one of the cache with its libraries.
+    pub(super) fn command(&self, program: &str) -> Result<Command> {
+        let path = self.find(program)?;
         let mut command = Command::new(&path);
         if path.starts_with(&self.unpacked) {
             let triplet = format!("lib/{}-linux-gnu", env::consts::ARCH);
@@ -137,9 +148,6 @@ impl Tools {
                 "LD_LIBRARY_PATH",
                 env::join_paths(libraries).context("failed to build the library path")?,
             );
-            for firmware in ["qemu", "seabios"] {
-                command.arg("-L").arg(self.unpacked.join("usr/share").join(firmware));
-            }
         }
         Ok(command)
     }
