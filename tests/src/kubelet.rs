@@ -107,8 +107,8 @@ impl PodCgroup {
         self.start(command)
     }
 
-    /// Starts a process. `sleep` is a command that ends with `sleep`.
-    fn start(&mut self, mut sleep: Command) -> u32 {
+    /// Starts a process in the container's cgroup, and returns its process id. `sleep` is a command that ends with `sleep`.
+    pub fn start(&mut self, mut sleep: Command) -> u32 {
         let process = sleep.arg("1000").spawn().expect("start a process");
         let pid = process.id();
         self.processes.push(process);

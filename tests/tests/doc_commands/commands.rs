@@ -3,7 +3,7 @@
 use crate::markdown::{Block, Document};
 
 /// Programs of documented commands. A block whose first word is none of these contains no command.
-const PROGRAMS: [&str; 42] = [
+const PROGRAMS: [&str; 44] = [
     "/imds-agent",
     "apparmor_parser",
     "apt",
@@ -31,9 +31,11 @@ const PROGRAMS: [&str; 42] = [
     "nsenter",
     "podman",
     "promtool",
+    "restorecon",
     "rm",
     "rpm",
     "rustup",
+    "semodule",
     "sh",
     "sha256sum",
     "skopeo",

@@ -10,7 +10,7 @@ use crate::{agent_cli, artifacts, markdown::repository, plugin_cli, xtask_cli};
 const DAEMON_SET: &str = "deploy/kubernetes/base/daemonset.yaml";
 
 /// Programs whose commands are not checked further, with the reason.
-const EXCEPTIONS: [(&str, &str); 9] = [
+const EXCEPTIONS: [(&str, &str); 11] = [
     ("apparmor_parser", "runs in the test `security_modules`"),
     ("az", "needs an Azure subscription"),
     ("docker", "needs a registry"),
@@ -18,7 +18,9 @@ const EXCEPTIONS: [(&str, &str); 9] = [
     ("head", "filters output"),
     ("jq", "filters output"),
     ("promtool", "runs in the test `dashboards`"),
+    ("restorecon", "needs SELinux"),
     ("rustup", "installs compilers"),
+    ("semodule", "needs SELinux"),
     ("yq", "filters the output of helm"),
 ];
 

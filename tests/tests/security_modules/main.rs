@@ -1,7 +1,9 @@
 //! Security modules that confine the agent. The tests change the machine's policy, and run in virtual machines only.
 
 mod apparmor;
+mod distribution;
 mod selinux;
+mod service;
 
 use std::{
     path::{Path, PathBuf},
@@ -20,13 +22,21 @@ struct Confined {
 impl Confined {
     /// `attribute` is the file below /proc/self/attr that sets the label of the next program.
     fn new(attribute: &str, label: &str) -> Self {
+        Self::with_wrapper(|dir| {
+            let wrapper = dir.join("confined");
+            // The kernel takes each write as a label, and `echo` may write the end of the line separately.
+            let set = format!("printf %s '{label}' > /proc/self/attr/{attribute}");
+            let script = format!("#!/tools/sh\n{set}\nexec /imds-agent \"$@\"\n");
+            write_executable(&wrapper, &script);
+            wrapper
+        })
+    }
+
+    /// `write_wrapper` writes a script that starts the agent to a directory, and returns its path.
+    fn with_wrapper(write_wrapper: impl FnOnce(&Path) -> PathBuf) -> Self {
         let env = TestEnv::new();
         let pod = env.add_pod(PodLink::Routed);
-        let wrapper = env.scratch_dir().join("confined");
-        // The kernel takes each write as a label, and `echo` may write the end of the line separately.
-        let set = format!("printf %s '{label}' > /proc/self/attr/{attribute}");
-        let script = format!("#!/tools/sh\n{set}\nexec /imds-agent \"$@\"\n");
-        write_executable(&wrapper, &script);
+        let wrapper = write_wrapper(env.scratch_dir());
         Self { env, pod, wrapper }
     }
 
