@@ -8,13 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{
-    kernels::Kernel,
-    modules,
-    plan::{Plan, Selinux},
-    selinux_policy::Policy,
-    tools::Tools,
-};
+use super::{kernels::Kernel, modules, plan::Plan, selinux_policy::Policy, tools::Tools};
 use crate::{elf, workspace::root};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
@@ -54,6 +48,7 @@ pub(super) fn archive(tools: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec
     }
     cpio.add("modules/order", lines(modules.iter().map(|module| module.name.as_str())).as_bytes());
     cpio.copy_program("imds-agent", &plan.agent, tools)?;
+    cpio.copy_program("imds-broker", &plan.broker, tools)?;
     cpio.copy("etc/apparmor.d/imds-agent", &root().join("deploy/apparmor/imds-agent"))?;
     for planned in &plan.tests {
         cpio.copy_program(&format!("tests/{}", planned.name), &planned.path, tools)?;
@@ -63,13 +58,13 @@ pub(super) fn archive(tools: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec
     if plan.is_confined {
         cpio.add("confined", CONFINED);
     }
-    if let Some(Selinux { policies, broker }) = &plan.selinux {
-        for Policy { name, binary, file_contexts } in policies {
-            cpio.copy(&format!("selinux/{name}/policy"), binary)?;
-            cpio.copy(&format!("selinux/{name}/file_contexts"), file_contexts)?;
-        }
+    for Policy { name, binary, file_contexts } in &plan.selinux_policies {
+        cpio.copy(&format!("selinux/{name}/policy"), binary)?;
+        cpio.copy(&format!("selinux/{name}/file_contexts"), file_contexts)?;
+    }
+    if !plan.selinux_policies.is_empty() {
         cpio.copy_program("usr/bin/imds-agent", &plan.agent, tools)?;
-        cpio.copy_program("usr/bin/imds-broker", broker, tools)?;
+        cpio.copy_program("usr/bin/imds-broker", &plan.broker, tools)?;
     }
     if plan.is_brief {
         cpio.add("brief", &[]);

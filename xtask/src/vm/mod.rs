@@ -35,7 +35,7 @@ use crate::{
 use console::Guest;
 use kernels::{Kernel, Line};
 use payload::Payload;
-use plan::{Plan, Selinux};
+use plan::Plan;
 use qemu_machine::{Machine, MachineEnd};
 use tools::Tools;
 use vm_report::Row;
@@ -123,15 +123,12 @@ impl Vm {
         let payload = match (self.quick, self.filter.is_empty()) {
             (true, true) => Payload::of_debug_build(arch, &plan::quick_executables())?,
             (true, false) => Payload::of_debug_build(arch, &self.filter)?,
-            (false, _) => Payload::build(arch, &self.filter, self.selinux)?,
+            (false, _) => Payload::build(arch, &self.filter)?,
         };
-        let broker = payload.broker.clone();
         let mut plan = Plan::new(payload, &tools, &self.filter, self.quick, self.scale)?;
         plan.is_confined = self.apparmor;
         if self.selinux {
-            let policies = selinux_policy::build(&tools, &cache, &artifacts("vm")?.join("selinux"))?;
-            let broker = broker.context("the build contains no broker")?;
-            plan.selinux = Some(Selinux { policies, broker });
+            plan.selinux_policies = selinux_policy::build(&tools, &cache, &artifacts("vm")?.join("selinux"))?;
             self.boot = format!("{} {}", selinux_policy::BOOT, self.boot);
         }
         let rows = self.run_all(kernels, &plan, &tools)?;

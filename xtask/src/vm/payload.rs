@@ -19,8 +19,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Payload {
     pub(super) agent: PathBuf,
-    /// The broker, unless the build leaves it out.
-    pub(super) broker: Option<PathBuf>,
+    pub(super) broker: PathBuf,
     /// Name and path of each test executable.
     pub(super) tests: Vec<(String, PathBuf)>,
 }
@@ -28,21 +27,28 @@ pub(super) struct Payload {
 impl Payload {
     /// Compiles the agent and the test executables that `filter` names, optimized: emulated machines are slow. Compiles all
     /// of them if the filter contains parts of test names.
-    pub(super) fn build(arch: Arch, filter: &[String], with_broker: bool) -> Result<Self> {
+    pub(super) fn build(arch: Arch, filter: &[String]) -> Result<Self> {
         let mut build = cargo("build");
         let are_all_executables = !filter.is_empty() && filter.iter().all(|name| is_executable(name));
         let tests = if are_all_executables { filter } else { &["*".to_owned()] };
         build
             .args(["--locked", "--profile", "vm"])
-            .args(["--package", "imds-agent", "--bin", "imds-agent", "--package", "imds-tests"])
+            .args([
+                "--package",
+                "imds-agent",
+                "--bin",
+                "imds-agent",
+                "--package",
+                "imds-broker",
+                "--bin",
+                "imds-broker",
+            ])
+            .args(["--package", "imds-tests"])
             .args(tests.iter().flat_map(|test| ["--test", test]))
             .arg("--target-dir")
             .arg(artifacts("vm")?)
             .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
             .env_remove("CARGO_ENCODED_RUSTFLAGS");
-        if with_broker {
-            build.args(["--package", "imds-broker", "--bin", "imds-broker"]);
-        }
         arch.set_target(&mut build)?;
         Self::from_build(&mut build)
     }
@@ -61,9 +67,7 @@ impl Payload {
         let dir = artifacts("vm")?.join("debug").join(arch.debian());
         fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
         payload.agent = stripped(arch, &payload.agent, dir.join("imds-agent"))?;
-        if let Some(broker) = &mut payload.broker {
-            *broker = stripped(arch, broker, dir.join("imds-broker"))?;
-        }
+        payload.broker = stripped(arch, &payload.broker, dir.join("imds-broker"))?;
         for (name, path) in &mut payload.tests {
             *path = stripped(arch, path, dir.join(name))?;
         }
@@ -80,7 +84,7 @@ impl Payload {
             bail!("{command} failed ({})", output.status);
         }
         Self::from_messages(&String::from_utf8_lossy(&output.stdout))
-            .with_context(|| format!("{command} built no agent"))
+            .with_context(|| format!("{command} built no agent or no broker"))
     }
 
     fn from_messages(messages: &str) -> Option<Self> {
@@ -100,7 +104,7 @@ impl Payload {
             }
         }
         tests.sort();
-        Some(Self { agent: agent?, broker, tests })
+        Some(Self { agent: agent?, broker: broker?, tests })
     }
 }
 
@@ -160,7 +164,7 @@ mod tests {
         let names: Vec<_> = payload.tests.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["follow", "unload"]);
         assert_eq!(payload.agent, PathBuf::from("/t/imds-agent"));
-        assert_eq!(payload.broker, Some(PathBuf::from("/t/imds-broker")));
+        assert_eq!(payload.broker, PathBuf::from("/t/imds-broker"));
         assert!(Payload::from_messages("").is_none());
     }
 }

@@ -38,6 +38,7 @@ const FAULTS: (&str, &[&str]) = ("faults", &["--include-ignored", "--test-thread
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) agent: PathBuf,
+    pub(super) broker: PathBuf,
     pub(super) tests: Vec<Planned>,
     /// Variables in the environment of the tests, as `NAME=VALUE`.
     pub(super) environment: Vec<String>,
@@ -45,16 +46,8 @@ pub(super) struct Plan {
     pub(super) is_brief: bool,
     /// The agent runs with the AppArmor profile of deploy/apparmor.
     pub(super) is_confined: bool,
-    /// SELinux policies and the service that they confine.
-    pub(super) selinux: Option<Selinux>,
-}
-
-/// Files of a machine with SELinux.
-#[derive(Debug)]
-pub(super) struct Selinux {
-    pub(super) policies: Vec<Policy>,
-    /// The broker beside the agent.
-    pub(super) broker: PathBuf,
+    /// SELinux policies that the tests load; empty without SELinux.
+    pub(super) selinux_policies: Vec<Policy>,
 }
 
 /// A test executable with its filter.
@@ -101,7 +94,15 @@ impl Plan {
         let usual = if is_quick { QUICK_SCALE_PERCENT } else { SCALE_PERCENT };
         let environment = vec![format!("{SCALE}={}", scale.unwrap_or(usual))];
         let is_brief = !filter.is_empty();
-        Ok(Self { agent: payload.agent, tests, environment, is_brief, is_confined: false, selinux: None })
+        Ok(Self {
+            agent: payload.agent,
+            broker: payload.broker,
+            tests,
+            environment,
+            is_brief,
+            is_confined: false,
+            selinux_policies: Vec::new(),
+        })
     }
 
     /// Returns the names of the test executables.
