@@ -232,7 +232,7 @@ impl Request {
     }
 }
 
-/// Returns the method and the path of a malformed request for a report, as far as it has them.
+/// Returns the method and the path of a malformed request for a report, as far as it has them. Text that is neither may be a secret.
 #[must_use]
 pub fn describe_malformed(head: &[u8]) -> (String, String) {
     let line = head.split(|byte| b"\r\n".contains(byte)).next().unwrap_or_default();
@@ -242,7 +242,10 @@ pub fn describe_malformed(head: &[u8]) -> (String, String) {
     let mut words = line.split(|&byte| byte == b' ');
     let method = printable(words.next().unwrap_or_default());
     let target = words.next().unwrap_or_default();
-    let path = target.split(|byte| b"?#".contains(byte)).next().unwrap_or_default();
+    let path = target.split(|byte| b"?#;".contains(byte)).next().unwrap_or_default();
+    if !METHODS.contains(&method.as_str()) || !path.starts_with(b"/") {
+        return (String::new(), String::new());
+    }
     (method, printable(path))
 }
 

@@ -22,7 +22,7 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 
 /// Returns `$IMDS_AGENT`, or the agent that was built together with the running executable.
 #[track_caller]
-pub(crate) fn agent_executable() -> PathBuf {
+pub fn agent_executable() -> PathBuf {
     env::var_os("IMDS_AGENT").map_or_else(|| built_executable("imds-agent"), PathBuf::from)
 }
 

@@ -292,6 +292,7 @@ impl Collector {
     /// Merges each record whose pod became known after the event into the record of the pod. The sums of [`Totals`] do not
     /// change, because they must not decrease.
     pub(crate) fn merge_resolved(&mut self) -> Result<(), CollectorError> {
+        self.starts.merge_resolved()?;
         for (key, identity, pod) in self.unresolved.take_resolved(|subject| self.names.get(subject)) {
             let Some(earlier) = self.denials.get(&key)? else { continue };
             if is_reused(identity, &field_text(&earlier.interface)) {

@@ -28,6 +28,8 @@ pub(super) struct EventReader {
     collector: Option<AsyncFd<Collector>>,
     stats: Rc<EventStats>,
     budget: CpuBudget,
+    /// Budget of the requests that the broker answered.
+    request_budget: CpuBudget,
     next: Instant,
     waiting: WaitingDenials,
     /// Recorder of the requests that the broker answered; `None` once the maps are closed.
@@ -45,6 +47,7 @@ impl EventReader {
             collector: None,
             stats,
             budget: CpuBudget::new(Instant::now()),
+            request_budget: CpuBudget::new(Instant::now()),
             next: Instant::now(),
             waiting: WaitingDenials::default(),
             sinks,
@@ -120,12 +123,20 @@ impl EventReader {
         if let Err(error) = merged {
             self.fail(&error.into());
         }
+        if let Some(Err(error)) = self.requests.as_mut().map(RequestRecorder::merge_resolved) {
+            log::error!("failed to record the pods of requests: {:#}", anyhow::Error::from(error));
+        }
         self.deliver_ready();
     }
 
-    /// Records requests that the broker answered, and hands them to the sinks. Counts against the CPU budget of later reads.
+    /// Records requests that the broker answered, and hands them to the sinks. Drops them while their CPU budget is used up, so
+    /// that they delay no denials.
     pub(super) fn record_requests(&mut self, requests: &[RequestEvent]) {
         let Some(recorder) = &mut self.requests else { return };
+        if self.request_budget.available_at() > Instant::now() {
+            log::debug!("dropped {} requests of the broker: the CPU budget is used up", requests.len());
+            return;
+        }
         let spent = thread_cpu_time();
         for event in requests {
             let pod = recorder.record(event).unwrap_or_else(|error| {
@@ -134,7 +145,8 @@ impl EventReader {
             });
             self.sinks.push_request(event, pod.as_ref());
         }
-        self.spend_since(spent);
+        let used = thread_cpu_time().saturating_sub(spent) + self.sinks.take_cpu_time();
+        self.request_budget.spend(used, Instant::now());
     }
 
     /// Replaces the sinks. Denials that wait for a pod get the names of the new configuration.

@@ -45,14 +45,26 @@ fn by_sender<'r>(
     provider: &str,
 ) -> BTreeMap<&'r DenialSubject, SenderRules<'r>> {
     let mut listed: BTreeMap<(&DenialSubject, &str), Vec<_>> = BTreeMap::new();
+    let mut exempt = BTreeSet::new();
     for request in requests {
-        if let (Some(endpoint), Some(line)) = (&request.endpoint, request.request()) {
-            let (method, path) = line;
+        if let Some(endpoint) = &request.endpoint {
+            // Requests without a count of their own are unknown, so that no list can contain them.
+            let Some((method, path)) = request.request().or_else(|| request.has_passed().then_some(("", "")))
+            else {
+                continue;
+            };
+            if request.is_exempt() {
+                exempt.insert((&request.sender, endpoint.as_str()));
+            }
             let seen = SeenRequest { method, path, passed: request.has_passed() };
             listed.entry((&request.sender, endpoint)).or_default().push(seen);
         }
     }
     let mut rules: BTreeMap<_, SenderRules<'_>> = BTreeMap::new();
+    // A rule of the configuration exempts these senders completely.
+    for denial in denials {
+        exempt.remove(&(&denial.sender, denial.endpoint.as_deref().unwrap_or_default()));
+    }
     for denial in denials {
         if let Some(endpoint) = &denial.endpoint
             && !listed.contains_key(&(&denial.sender, endpoint.as_str()))
@@ -61,9 +73,12 @@ fn by_sender<'r>(
         }
     }
     for ((sender, endpoint), requests) in listed {
-        let requests = ProposedRequests::new(requests, provider);
-        if requests.needs_all {
+        let mut requests = ProposedRequests::new(requests, provider);
+        requests.is_exempt = exempt.contains(&(sender, endpoint));
+        if requests.needs_all && !requests.is_exempt {
             rules.entry(sender).or_default().all_requests.insert(endpoint);
+        } else if requests.needs_all {
+            // The present rule is as narrow as possible.
         } else if !requests.is_empty() {
             rules.entry(sender).or_default().listed_requests.entry(requests).or_default().insert(endpoint);
         }
@@ -117,6 +132,7 @@ impl Proposed<'_> {
             self.text += &comment(&format!("This rule exempts {caution}."));
         }
         self.text += &cautions;
+        let rule_start = self.text.len();
         let endpoints =
             toml::Value::from(endpoints.iter().copied().map(toml::Value::from).collect::<Vec<_>>());
         // Writing to a string does not fail.
@@ -124,6 +140,12 @@ impl Proposed<'_> {
         if requests.is_some() {
             let allow = toml::Value::from(allow.into_iter().map(toml::Value::from).collect::<Vec<_>>());
             let _ok = writeln!(self.text, "allow = {allow}");
+        }
+        if requests.is_some_and(|requests| requests.is_exempt) {
+            let rule: String = self.text.split_off(rule_start).lines().map(comment).collect();
+            self.text +=
+                &comment("Exempt from all denials today. To limit it to its requests, replace its rule by:");
+            self.text += &rule;
         }
         self.text.push('\n');
     }

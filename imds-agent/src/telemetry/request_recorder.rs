@@ -1,9 +1,13 @@
 //! Records requests: the last ones, and counts by sender and request, with a bound for each sender.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     hash::{BuildHasher as _, DefaultHasher, Hash as _, Hasher as _, RandomState},
+    time::{Duration, Instant},
 };
+
+use imds_ebpf_common::{Subject, redirect::HTTP_PORT};
 
 use super::{collector::CollectorError, http_request::RequestEvent};
 use crate::{
@@ -28,12 +32,21 @@ pub(crate) struct RequestRecorder {
     source: RequestSource,
     open: Option<(RequestLog, Names)>,
     known: KnownRequests,
+    /// Senders without a known pod, by their number in the keys.
+    unresolved: HashMap<u64, Subject>,
 }
+
+/// Shortest time between two reads of all counts, which takes milliseconds.
+const SCAN_INTERVAL: Duration = Duration::from_secs(10);
+/// Largest number of senders whose pod may become known later.
+const MAX_UNRESOLVED: usize = 1024;
 
 /// Requests that are counted separately.
 #[derive(Debug, Default)]
 struct KnownRequests {
     by_sender: HashMap<u64, HashSet<u64>>,
+    /// Time of the last read of all counts.
+    scanned: Option<Instant>,
     /// Has random keys: a pod must not find two requests with equal hashes.
     hasher: RandomState,
 }
@@ -41,7 +54,7 @@ struct KnownRequests {
 impl RequestRecorder {
     /// Returns a recorder that opens the log with the first request.
     pub(crate) fn new(pins: PinDir, source: RequestSource) -> Self {
-        Self { pins, source, open: None, known: KnownRequests::default() }
+        Self { pins, source, open: None, known: KnownRequests::default(), unresolved: HashMap::new() }
     }
 
     /// Records a request. Returns the pod of its sender, if it is known.
@@ -52,11 +65,17 @@ impl RequestRecorder {
         }
         let (log, names) = match &mut self.open {
             Some(open) if open.0.is_pinned(&self.pins) => open,
-            closed => closed.insert((RequestLog::open_or_create(&self.pins)?, Names::open(&self.pins)?)),
+            closed => {
+                self.known = KnownRequests::default();
+                closed.insert((RequestLog::open_or_create(&self.pins)?, Names::open(&self.pins)?))
+            }
         };
         let pod = event.sender.subjects().find_map(|subject| names.get(subject));
         log.push(self.source, &event.to_record())?;
         let key = key(event, pod.as_ref());
+        if pod.is_none() && self.unresolved.len() < MAX_UNRESOLVED {
+            self.unresolved.extend(event.sender.subjects().next().map(|subject| (key.sender, subject)));
+        }
         add(log, &mut self.known, &key, (event, pod.as_ref()), 1)?;
         if event.suppressed > 0 {
             let other = RequestKey { imds_version: 0, ..other(&key) };
@@ -64,6 +83,56 @@ impl RequestRecorder {
         }
         Ok(pod)
     }
+
+    /// Moves the counts of senders whose pods became known to these pods.
+    pub(crate) fn merge_resolved(&mut self) -> Result<(), CollectorError> {
+        let Some((log, names)) = &mut self.open else { return Ok(()) };
+        let mut resolved = HashMap::new();
+        self.unresolved.retain(|&sender, subject| match names.get(*subject) {
+            Some(pod) => resolved.insert(sender, pod).is_some(),
+            None => true,
+        });
+        if resolved.is_empty() {
+            return Ok(());
+        }
+        let moved = log.counts().filter(|entry| match entry {
+            Ok((key, _)) => resolved.contains_key(&key.sender),
+            Err(_) => true,
+        });
+        for (key, count) in moved.collect::<Result<Vec<_>, _>>()? {
+            let Some(pod) = resolved.get(&key.sender) else { continue };
+            let of_pod = RequestKey { sender: pod_number(pod), ..key };
+            let counted = self.known.counted_as(&of_pod);
+            let mut merged =
+                log.count(&counted)?.unwrap_or(RequestCount { count: 0, ..named(&count, Some(pod)) });
+            merged.count = merged.count.saturating_add(count.count);
+            merged.first = merged.first.min(count.first);
+            merged.last = merged.last.max(count.last);
+            log.set_count(&counted, &merged)?;
+            log.remove_count(&key)?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns the count with the names of the pod.
+fn named(count: &RequestCount, pod: Option<&PodRef>) -> RequestCount {
+    RequestCount {
+        netns_cookie: if pod.is_none() { count.netns_cookie } else { 0 },
+        namespace: text_field(pod.map_or("", |pod| &pod.namespace)),
+        service_account: text_field(pod.map_or("", |pod| &pod.service_account)),
+        label: text_field(pod.and_then(|pod| pod.label.as_deref()).unwrap_or_default()),
+        pod: text_field(pod.map_or("", |pod| &pod.pod)),
+        ..*count
+    }
+}
+
+/// Returns the number of a pod in the keys. Pods with equal namespace, service account and label are one sender.
+fn pod_number(pod: &PodRef) -> u64 {
+    // `DefaultHasher::new` has fixed keys: all processes of one version compute the same number.
+    let mut hasher = DefaultHasher::new();
+    (&pod.namespace, &pod.service_account, &pod.label).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Adds requests to the count of a key, or to the count of the sender's other requests.
@@ -76,9 +145,9 @@ fn add(
 ) -> Result<(), CollectorError> {
     let mut counted = known.counted_as(key);
     let mut before = log.count(&counted)?;
-    if before.is_none() {
+    if before.is_none() && known.scanned.is_none_or(|scanned| scanned.elapsed() >= SCAN_INTERVAL) {
         // Counts may have been evicted or cleared since.
-        known.by_sender.clear();
+        *known = KnownRequests { scanned: Some(Instant::now()), ..KnownRequests::default() };
         for key in log.keys() {
             known.counted_as(&key?);
         }
@@ -86,16 +155,17 @@ fn add(
         before = log.count(&counted)?;
     }
     let now = nanoseconds(event.time);
-    let mut count = before.unwrap_or_else(|| RequestCount {
+    let new = RequestCount {
         count: 0,
         first: now,
         last: now,
-        netns_cookie: if pod.is_none() { event.sender.netns_cookie } else { 0 },
-        namespace: text_field(pod.map_or("", |pod| &pod.namespace)),
-        service_account: text_field(pod.map_or("", |pod| &pod.service_account)),
-        label: text_field(pod.and_then(|pod| pod.label.as_deref()).unwrap_or_default()),
-        pod: text_field(""),
-    });
+        netns_cookie: event.sender.netns_cookie,
+        namespace: [0; _],
+        service_account: [0; _],
+        label: [0; _],
+        pod: [0; _],
+    };
+    let mut count = before.unwrap_or_else(|| named(&new, pod));
     count.count = count.count.saturating_add(requests);
     count.last = count.last.max(now);
     count.pod = text_field(pod.map_or("", |pod| &pod.pod));
@@ -103,20 +173,29 @@ fn add(
 }
 
 fn key(event: &RequestEvent, pod: Option<&PodRef>) -> RequestKey {
-    // `DefaultHasher::new` has fixed keys: all processes of one version compute the same number.
-    let mut hasher = DefaultHasher::new();
-    match pod {
-        Some(pod) => (&pod.namespace, &pod.service_account, &pod.label).hash(&mut hasher),
-        None => event.sender.subjects().next().hash(&mut hasher),
-    }
+    let unknown = || {
+        let mut hasher = DefaultHasher::new();
+        event.sender.subjects().next().hash(&mut hasher);
+        hasher.finish()
+    };
+    let sender = pod.map_or_else(unknown, pod_number);
     RequestKey {
         endpoint: address_key(event.endpoint),
-        sender: hasher.finish(),
+        sender,
         outcome: event.outcome as u8,
         imds_version: event.request.imds_version.unwrap_or_default(),
         reserved: [0; _],
         method: text_field(&event.request.method),
-        path: text_field(&event.request.path),
+        path: text_field(&counted_path(event)),
+    }
+}
+
+/// Returns the path under which a request is counted. Another port than that of HTTP precedes it, because no list of requests
+/// covers such a request.
+fn counted_path(event: &RequestEvent) -> Cow<'_, str> {
+    match event.port {
+        HTTP_PORT => Cow::Borrowed(&event.request.path),
+        port => Cow::Owned(format!(":{port}{}", event.request.path)),
     }
 }
 
@@ -157,6 +236,12 @@ mod tests {
         assert_eq!(known.counted_as(&allowed), allowed);
         assert_eq!(known.counted_as(&of(2, 99)), of(2, 99));
         assert_eq!(known.counted_as(&other(&of(3, 0))), other(&of(3, 0)));
+    }
+
+    #[test]
+    fn other_ports_have_paths_of_their_own() {
+        let event = RequestEvent { port: 8080, ..refused("/a") };
+        assert_eq!(key(&event, None).path, text_field(":8080/a"));
     }
 
     #[test]

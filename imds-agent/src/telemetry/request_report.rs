@@ -84,6 +84,11 @@ impl ReportedRequest {
         }
     }
 
+    /// Reports whether the requests passed because the sender is exempt.
+    pub(super) fn is_exempt(&self) -> bool {
+        self.outcome == RequestOutcome::Exempt.name()
+    }
+
     /// Reports whether the programs let the requests pass.
     pub(super) fn has_passed(&self) -> bool {
         [RequestOutcome::Exempt, RequestOutcome::Audited].iter().any(|outcome| self.outcome == outcome.name())

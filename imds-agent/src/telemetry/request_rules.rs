@@ -20,6 +20,8 @@ pub(super) struct ProposedRequests {
     refused: Vec<String>,
     /// True if the sender makes requests today that no list can contain.
     pub(super) needs_all: bool,
+    /// True if the sender is exempt by a rule of the configuration.
+    pub(super) is_exempt: bool,
 }
 
 /// Request that a sender made.
@@ -64,7 +66,7 @@ impl ProposedRequests {
         refused.retain(|request| !needed.contains(request));
         let are_all_harmless = needed.is_empty() && refused.is_empty() && !harmless.0.is_empty();
         let harmless = if are_all_harmless { vec![INSTANCE.to_owned()] } else { harmless.rules(is_harmless) };
-        Self { harmless, needed, refused, needs_all }
+        Self { harmless, needed, refused, needs_all, is_exempt: false }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -162,7 +164,7 @@ mod tests {
     /// Returns the harmless and the refused requests of a scoped pod.
     fn proposed(provider: &str, requests: &[&str]) -> (Vec<String>, Vec<String>) {
         let requests = requests.iter().map(|request| seen(request, false));
-        let ProposedRequests { harmless, refused, needed, needs_all } =
+        let ProposedRequests { harmless, refused, needed, needs_all, .. } =
             ProposedRequests::new(requests, provider);
         assert!(needed.is_empty() && !needs_all);
         (harmless, refused)

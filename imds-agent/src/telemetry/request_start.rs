@@ -2,7 +2,7 @@
 //!
 //! The text may contain a header with a token. Only the parts that [`parse`] returns leave this module.
 
-use imds_broker::provider::AWS_TOKEN_PATH;
+use imds_broker::{allow::METHODS, provider::AWS_TOKEN_PATH};
 use imds_ebpf_common::{Hook, RequestStart, Verdict};
 use jiff::Timestamp;
 
@@ -12,7 +12,8 @@ use super::{
 };
 use crate::encode::ip_address;
 
-/// Suffix of a path that the text contains only in part. No canonical path has it.
+/// Suffix of a path that the text contains only in part, or that continues with a character that no canonical path has: the rest
+/// may be a secret. No canonical path has the suffix.
 pub(crate) const TRUNCATED: char = '*';
 
 /// Header with the session token of AWS, in lower case. A request without it is one of version 1.
@@ -66,22 +67,20 @@ pub(super) fn request_event(start: &RequestStart, booted: Timestamp, is_aws: boo
     })
 }
 
-/// Parses the first bytes of a request. Returns `None` if they are no request line, or its target is not printable ASCII.
+/// Parses the first bytes of a request. Returns `None` if they are no request line with an absolute path.
 pub(crate) fn parse(text: &[u8]) -> Option<RequestLine> {
     let space = text.iter().position(|&byte| byte == b' ')?;
     let (method, rest) = text.split_at_checked(space)?;
     let rest = rest.get(1..)?;
-    let end = rest.iter().position(|byte| b" ?\r\n".contains(byte));
-    let path = rest.get(..end.unwrap_or(rest.len()))?;
-    let is_valid = !path.is_empty()
-        && path.iter().all(u8::is_ascii_graphic)
-        && !method.is_empty()
-        && method.iter().all(u8::is_ascii_uppercase);
-    if !is_valid {
+    let is_path_byte = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-._~:@,=+".contains(byte);
+    let end = rest.iter().position(|byte| !is_path_byte(byte)).unwrap_or(rest.len());
+    let (path, after) = rest.split_at_checked(end)?;
+    let is_method = METHODS.iter().any(|known| known.as_bytes() == method);
+    if !is_method || !path.starts_with(b"/") {
         return None;
     }
     let mut path: String = path.iter().copied().map(char::from).collect();
-    if end.is_none() {
+    if !matches!(after.first(), Some(b' ' | b'?' | b'\r' | b'\n')) {
         path.push(TRUNCATED);
     }
     Some(RequestLine {
@@ -128,6 +127,8 @@ mod tests {
                 expected("PUT", "/a", Some(false)),
             ),
             ("GET /\r\n".to_owned(), expected("GET", "/", None)),
+            ("GET /a;password=b HTTP/1.1\r\n".to_owned(), expected("GET", "/a*", None)),
+            ("GET /a%3Fb HTTP/1.1\r\n".to_owned(), expected("GET", "/a*", None)),
             ("GET /long/path".to_owned(), expected("GET", "/long/path*", None)),
             ("GET /long/path?query".to_owned(), expected("GET", "/long/path", None)),
         ] {
@@ -144,8 +145,9 @@ mod tests {
             "GET  HTTP/1.1\r\n",
             "get /a HTTP/1.1",
             " GET /a",
-            "GET /\u{e9}",
-            "GET /\u{7} HTTP/1.1",
+            "GET a HTTP/1.1",
+            "GET http://user:password@a/ HTTP/1.1",
+            "X-aws-ec2-metadata-token: secret",
         ] {
             assert_eq!(line(text), None, "{text:?}");
         }

@@ -65,6 +65,13 @@ impl RequestStarts {
     }
 }
 
+impl RequestStarts {
+    /// Moves the counts of senders whose pods became known to these pods.
+    pub(super) fn merge_resolved(&mut self) -> Result<(), CollectorError> {
+        self.recorder.merge_resolved()
+    }
+}
+
 impl AsFd for RequestStarts {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.ring.as_fd()

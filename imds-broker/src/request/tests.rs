@@ -120,8 +120,11 @@ fn sizes_are_limited() {
 fn descriptions_have_no_query() {
     let describe = |head: &str| describe_malformed(head.as_bytes());
     assert_eq!(describe("GET /a/%2e%2e?token=secret HTTP/1.1\r\n"), ("GET".into(), "/a/%2e%2e".into()));
-    assert_eq!(describe("G\0T /a\x1b#x"), ("G?T".into(), "/a?".into()));
-    assert_eq!(describe(""), (String::new(), String::new()));
+    assert_eq!(describe("GET /a\x1b#x"), ("GET".into(), "/a?".into()));
+    assert_eq!(describe("GET /a;password=secret"), ("GET".into(), "/a".into()));
+    for unknown in ["", "X-aws-ec2-metadata-token: secret", "GET http://user:secret@a/", "G\0T /a"] {
+        assert_eq!(describe(unknown), (String::new(), String::new()), "{unknown}");
+    }
 }
 
 proptest! {

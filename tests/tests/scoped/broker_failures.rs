@@ -4,6 +4,7 @@ use std::{fs, time::Instant};
 
 use imds_tests::{
     PodLink, TestEnv,
+    executable::{agent_executable, write_executable},
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
@@ -38,6 +39,27 @@ fn killed_broker_is_replaced() {
             metrics.contains(&series).then_some(())
         });
     }
+}
+
+/// The packaged service has no `CAP_KILL`, and the broker has another user than the agent.
+#[test]
+fn agent_without_cap_kill_ends_the_broker() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let wrapper = env.scratch_dir().join("agent");
+    let program = agent_executable();
+    let drop_kill = "exec setpriv --bounding-set -kill --inh-caps -kill";
+    write_executable(&wrapper, &format!("#!/bin/sh\n{drop_kill} {} \"$@\"\n", program.display()));
+    let agent = env.agent().config(&scoped_netns(&pod.netns)).hooks(HOOKS).binary(&wrapper).spawn_ready();
+    wait_allowed(&env, &pod.netns, IMDS);
+    let broker = stand_in::pid(agent.pid()).expect("a broker");
+    assert!(agent.terminate().success());
+    let stat = fs::read_to_string(format!("/proc/{broker}/stat"));
+    assert!(stat.is_err(), "{stat:?}");
+    assert_denied(&env, &pod.netns);
 }
 
 #[test]

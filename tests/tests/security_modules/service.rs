@@ -6,6 +6,7 @@ use std::{
     net::{SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::Path,
+    thread,
 };
 
 use imds_tests::{
@@ -72,6 +73,17 @@ fn broker(agent: u32) -> u32 {
     children.split_whitespace().next().expect("a broker").parse().unwrap()
 }
 
+/// Prints the denials of the service if the test fails.
+struct ShowDenials;
+
+impl Drop for ShowDenials {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("denials: {:#?}", denials(&DOMAINS));
+        }
+    }
+}
+
 /// A pod of a namespace, with a process in an ordinary domain of containers.
 fn start_pod(cluster: &TestCluster, namespace: &str) -> (imds_tests::Pod, imds_tests::kubelet::PodCgroup) {
     let uid = new_uid();
@@ -93,6 +105,7 @@ fn service_has_a_domain_of_its_own() {
     for path in [AGENT, BROKER, "/run/imds-agent", "/var/log/imds-agent", "/var/lib/imds-agent"] {
         policy.restore_label(path);
     }
+    let _show = ShowDenials;
     let cluster = TestCluster::new();
     let env = &cluster.env;
     fs::create_dir_all(env.state_dir()).unwrap();

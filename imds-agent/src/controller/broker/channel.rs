@@ -7,7 +7,8 @@ use std::{
 
 use imds_broker::protocol::{FromBroker, MAX_MESSAGE, ToBroker};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, recv, sendmsg, shutdown,
+    socketpair,
 };
 use tokio::io::unix::AsyncFd;
 
@@ -63,6 +64,12 @@ impl Channel {
         let text = buffer.get(..length.min(MAX_MESSAGE)).unwrap_or_default();
         let decoded = serde_json::from_slice(text);
         Ok(Some(decoded.map_or_else(|error| Received::Invalid(error.to_string()), Received::Message)))
+    }
+
+    /// Closes the connection, after which the broker ends.
+    pub(super) fn shut_down(&self) {
+        // The connection may be closed already.
+        let _closed = shutdown(self.socket.get_ref().as_raw_fd(), Shutdown::Both);
     }
 
     /// Waits until there may be a message.

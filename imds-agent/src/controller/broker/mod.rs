@@ -12,7 +12,8 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
     time::Duration,
 };
 
@@ -29,6 +30,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 const RESTART_DELAYS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 /// Time after which a broker counts as healthy, so that the next restart has the shortest delay.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// Time limit for the broker to end after its socket is closed, and the poll interval.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
+const END_POLL: Duration = Duration::from_millis(2);
 /// Largest number of messages to read before other event sources have their turn.
 const MESSAGE_BATCH: usize = 256;
 
@@ -272,21 +276,36 @@ impl Process {
         BrokerEvent::Message(message)
     }
 
-    /// Reaps the process that has closed its socket. Returns the reason of its end.
+    /// Ends the process. Returns the reason of its end.
     fn end(&mut self) -> String {
-        // It may have closed the socket without ending.
-        let _already_ended = self.child.kill();
-        match self.child.wait() {
-            Ok(status) => format!("the broker ended: {status}"),
+        match self.reap() {
+            Ok(Some(status)) => format!("the broker ended: {status}"),
+            Ok(None) => format!("the broker does not end, pid {}", self.child.id()),
             Err(error) => format!("the broker ended: {error}"),
+        }
+    }
+
+    /// Ends and reaps the process. Returns `None` if it does not end within [`END_TIMEOUT`].
+    ///
+    /// The signal fails without `CAP_KILL`, because the broker has another user. The broker ends also because its socket closes.
+    fn reap(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.channel.shut_down();
+        let _denied_or_ended = self.child.kill();
+        let start = Instant::now();
+        loop {
+            match self.child.try_wait()? {
+                None if start.elapsed() < END_TIMEOUT => thread::sleep(END_POLL),
+                ended => return Ok(ended),
+            }
         }
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _already_ended = self.child.kill();
-        let _reaped_already = self.child.wait();
+        if !matches!(self.reap(), Ok(Some(_))) {
+            log::warn!("failed to end the broker, pid {}", self.child.id());
+        }
     }
 }
 

@@ -284,6 +284,10 @@ impl RequestLog {
         }
     }
 
+    pub(crate) fn remove_count(&mut self, key: &RequestKey) -> Result<(), MapError> {
+        object::removed(self.counts.remove(key))
+    }
+
     /// Removes all counts.
     pub(crate) fn clear_counts(&mut self) -> Result<(), MapError> {
         let keys: Vec<_> = self.keys().collect::<Result<_, _>>()?;

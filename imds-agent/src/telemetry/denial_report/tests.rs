@@ -161,6 +161,18 @@ fn requests_that_pass_get_a_list_or_an_exemption() {
 }
 
 #[test]
+fn exempt_senders_get_a_comment() {
+    let request = entry("a", "GET", "/latest/meta-data/ami-id", RequestOutcome::Exempt);
+    let report = with_requests(&[], &[request]);
+    let expected = "# Exempt from all denials today. To limit it to its requests, replace its rule by:\n\
+                    # [[exempt]]\n# name = \"a-web\"\n# namespace = \"a\"\n# service_account = \"web\"\n\
+                    # endpoints = [\"imds\"]\n# allow = [\"instance\"]\n\n";
+    assert_eq!(report.rules, expected);
+    let malformed = entry("a", "GET", "/a%20b", RequestOutcome::Exempt);
+    assert_eq!(with_requests(&[], &[request, malformed]).rules, "");
+}
+
+#[test]
 fn credentials_get_no_rule() {
     let user_data = entry("a", "GET", "/latest/user-data", RequestOutcome::Refused);
     let unknown = entry("", "GET", "/latest/meta-data/ami-id", RequestOutcome::Refused);
