@@ -11,6 +11,9 @@ use std::borrow::Cow;
 
 use thiserror::Error;
 
+/// Characters that a segment of a canonical path may have in addition to letters and digits.
+pub const PATH_CHARACTERS: &[u8] = b"-._~:@,=+";
+
 /// Reason why a path or a query is not canonical.
 #[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
 pub enum NotCanonical {
@@ -52,7 +55,7 @@ pub fn check_path(path: &str) -> Result<(), NotCanonical> {
         if segment.is_empty() {
             return Err(NotCanonical::EmptySegment);
         }
-        check_characters(segment, |byte| b"-._~:@,=+".contains(&byte))?;
+        check_characters(segment, |byte| PATH_CHARACTERS.contains(&byte))?;
         if segment.bytes().all(|byte| byte == b'.') {
             return Err(NotCanonical::DotSegment);
         }

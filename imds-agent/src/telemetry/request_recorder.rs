@@ -33,13 +33,15 @@ pub(crate) struct RequestRecorder {
     open: Option<(RequestLog, Names)>,
     known: KnownRequests,
     /// Senders without a known pod, by their number in the keys.
-    unresolved: HashMap<u64, Subject>,
+    unresolved: HashMap<u64, (Subject, Instant)>,
 }
 
 /// Shortest time between two reads of all counts, which takes milliseconds.
 const SCAN_INTERVAL: Duration = Duration::from_secs(10);
-/// Largest number of senders whose pod may become known later.
+/// Largest number of senders whose pod may become known later, and the time in which it does. A later pod may have got the interface index of
+/// the sender.
 const MAX_UNRESOLVED: usize = 1024;
+const RESOLVE_TIME: Duration = Duration::from_mins(1);
 
 /// Requests that are counted separately.
 #[derive(Debug, Default)]
@@ -74,7 +76,8 @@ impl RequestRecorder {
         log.push(self.source, &event.to_record())?;
         let key = key(event, pod.as_ref());
         if pod.is_none() && self.unresolved.len() < MAX_UNRESOLVED {
-            self.unresolved.extend(event.sender.subjects().next().map(|subject| (key.sender, subject)));
+            let subject = event.sender.subjects().next();
+            self.unresolved.extend(subject.map(|subject| (key.sender, (subject, Instant::now()))));
         }
         add(log, &mut self.known, &key, (event, pod.as_ref()), 1)?;
         if event.suppressed > 0 {
@@ -88,7 +91,8 @@ impl RequestRecorder {
     pub(crate) fn merge_resolved(&mut self) -> Result<(), CollectorError> {
         let Some((log, names)) = &mut self.open else { return Ok(()) };
         let mut resolved = HashMap::new();
-        self.unresolved.retain(|&sender, subject| match names.get(*subject) {
+        self.unresolved.retain(|_, (_, seen)| seen.elapsed() < RESOLVE_TIME);
+        self.unresolved.retain(|&sender, (subject, _)| match names.get(*subject) {
             Some(pod) => resolved.insert(sender, pod).is_some(),
             None => true,
         });

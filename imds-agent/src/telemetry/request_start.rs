@@ -2,7 +2,7 @@
 //!
 //! The text may contain a header with a token. Only the parts that [`parse`] returns leave this module.
 
-use imds_broker::{allow::METHODS, provider::AWS_TOKEN_PATH};
+use imds_broker::{allow::METHODS, canonical::PATH_CHARACTERS, provider::AWS_TOKEN_PATH};
 use imds_ebpf_common::{Hook, RequestStart, Verdict};
 use jiff::Timestamp;
 
@@ -72,7 +72,8 @@ pub(crate) fn parse(text: &[u8]) -> Option<RequestLine> {
     let space = text.iter().position(|&byte| byte == b' ')?;
     let (method, rest) = text.split_at_checked(space)?;
     let rest = rest.get(1..)?;
-    let is_path_byte = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-._~:@,=+".contains(byte);
+    let is_path_byte =
+        |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'/' || PATH_CHARACTERS.contains(byte);
     let end = rest.iter().position(|byte| !is_path_byte(byte)).unwrap_or(rest.len());
     let (path, after) = rest.split_at_checked(end)?;
     let is_method = METHODS.iter().any(|known| known.as_bytes() == method);

@@ -58,7 +58,7 @@ pub(crate) fn describe(policy: &Policy, provider: &str) -> Option<String> {
     let has_socket_hook = Hooks::from_bits(policy.hooks).contains(Hook::Socket);
     Some(match obstacle(Some(Mode::from_u32(policy.mode).name()), has_socket_hook, provider) {
         Some(reason) => format!("explain, answered as with \"reject\": {reason}"),
-        None => "explain: denied HTTP requests of pods get a reason".to_owned(),
+        None => "explain: `imds-agent status` shows how many pods get a reason".to_owned(),
     })
 }
 
@@ -67,9 +67,11 @@ impl ExplainedReport {
     pub(super) fn text(&self) -> String {
         match (self.pods, self.reason) {
             (0, Some(reason)) => format!(", answered as with \"reject\": {reason}"),
-            (pods, Some(reason)) => format!(", {pods} pods, {reason}"),
-            (1, None) => ", 1 pod".to_owned(),
-            (pods, None) => format!(", {pods} pods"),
+            (pods, reason) => {
+                let noun = if pods == 1 { "pod" } else { "pods" };
+                let reason = reason.map(|reason| format!(", {reason}")).unwrap_or_default();
+                format!(", {pods} {noun}{reason}")
+            }
         }
     }
 }
