@@ -122,8 +122,9 @@ mod tests {
             let plain = if provider == "azure" { reason.replace('"', "\\\"") } else { reason };
             assert!(response.contains(&plain), "{response}");
         }
-        let (response, _) = text("aws", "/a&b");
-        assert!(response.contains("GET /a&amp;b"), "{response}");
+        let escaped = response(Provider::named("aws"), "/", "a & <b>", false);
+        let escaped = String::from_utf8(escaped).unwrap();
+        assert!(escaped.contains("a &amp; &lt;b&gt;"), "{escaped}");
     }
 
     #[test]

@@ -141,10 +141,11 @@ fn every_option_in_text_exists() {
     if lacks_repository() {
         return;
     }
-    // Options of apt, rpm, podman, wget and iptables.
+    // Options of apt, curl, rpm, podman, wget and iptables.
     let others = [
         "--allow-downgrades",
         "--cap-add",
+        "--fail",
         "--oldpackage",
         "--security-opt",
         "--tries",
@@ -205,6 +206,8 @@ fn check_data(env: &TestEnv, document: &Document, block: &Block) -> Result<(), S
             serde_json::from_str::<serde_json::Value>(&text).map(drop).map_err(|error| error.to_string())
         }
         ("docs/commands.md", section, None) if OUTPUT.contains(&section) => Ok(()),
+        // The test `explain` looks for this text.
+        ("docs/explained-denials.md", "Explained denials", None) => Ok(()),
         ("docs/fleet.md", "status", None) => plugin_cli::check_titles(&text),
         ("docs/fleet.md", "Permissions", None) => plugin_cli::check_permissions(&text),
         ("README.md", "Demo", None) => check_demo(block),

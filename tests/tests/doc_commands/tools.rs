@@ -111,7 +111,7 @@ fn systemd(program: &str, arguments: &[String]) -> Result<(), String> {
     let is_possible = match verb {
         "reload" => unit.contains("\nExecReload="),
         "enable" | "disable" => unit.contains("\n[Install]\n"),
-        _ => ["-u", "edit", "restart", "security", "stop"].contains(&verb),
+        _ => ["-u", "edit", "restart", "security", "start", "stop"].contains(&verb),
     };
     ensure(is_possible && (program != "journalctl" || arguments[0] == "-u"), || {
         format!("unknown verb {verb}")
