@@ -205,7 +205,8 @@ fn counts_are_bounded_and_survive_the_agent() {
         Some(reported(&env)).filter(|requests| sum(requests) >= PATHS)
     });
     let (own, other): (Vec<_>, Vec<_>) = requests.iter().partition(|request| request["path"].is_string());
-    assert!((20..=32).contains(&own.len()) && other.len() == 1, "{requests:#?}");
+    // The broker reports a burst of 20, of which the first request has used some.
+    assert!((15..=32).contains(&own.len()) && other.len() == 1, "{requests:#?}");
     assert!(requests.iter().all(|one| one["namespace"].is_null() && one["netns_cookie"].is_u64()));
     assert!(output(&env, &["report", "--rules"]).is_empty(), "no rule can name the sender");
 
