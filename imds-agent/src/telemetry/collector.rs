@@ -353,7 +353,7 @@ fn is_reused(identity: Subject, interface: &str) -> bool {
 ///
 /// The number depends on nothing that a sender chooses freely, like names of threads or of cgroups below its own. Otherwise
 /// one process could fill the table with records and evict those of other senders.
-fn sender_id(pod: Option<&PodRef>, interface: &str, unit: &[u8]) -> u64 {
+pub(super) fn sender_id(pod: Option<&PodRef>, interface: &str, unit: &[u8]) -> u64 {
     // `DefaultHasher::new` has fixed keys: all processes of one version compute the same number.
     let mut hasher = DefaultHasher::new();
     match pod {

@@ -75,10 +75,11 @@ fn by_sender<'r>(
     for ((sender, endpoint), requests) in listed {
         let mut requests = ProposedRequests::new(requests, provider);
         requests.is_exempt = exempt.contains(&(sender, endpoint));
-        if requests.needs_all && !requests.is_exempt {
-            rules.entry(sender).or_default().all_requests.insert(endpoint);
-        } else if requests.needs_all {
-            // The present rule is as narrow as possible.
+        if requests.needs_all {
+            // The present rule of an exempt sender is as narrow as possible.
+            if !requests.is_exempt {
+                rules.entry(sender).or_default().all_requests.insert(endpoint);
+            }
         } else if !requests.is_empty() {
             rules.entry(sender).or_default().listed_requests.entry(requests).or_default().insert(endpoint);
         }

@@ -9,7 +9,10 @@ use std::{
 
 use imds_ebpf_common::{Subject, redirect::HTTP_PORT};
 
-use super::{collector::CollectorError, http_request::RequestEvent};
+use super::{
+    collector::{CollectorError, sender_id},
+    http_request::RequestEvent,
+};
 use crate::{
     datapath::{
         maps::{
@@ -105,7 +108,7 @@ impl RequestRecorder {
         });
         for (key, count) in moved.collect::<Result<Vec<_>, _>>()? {
             let Some(pod) = resolved.get(&key.sender) else { continue };
-            let of_pod = RequestKey { sender: pod_number(pod), ..key };
+            let of_pod = RequestKey { sender: sender_id(Some(pod), "", &[]), ..key };
             let counted = self.known.counted_as(&of_pod);
             let mut merged =
                 log.count(&counted)?.unwrap_or(RequestCount { count: 0, ..named(&count, Some(pod)) });
@@ -129,14 +132,6 @@ fn named(count: &RequestCount, pod: Option<&PodRef>) -> RequestCount {
         pod: text_field(pod.map_or("", |pod| &pod.pod)),
         ..*count
     }
-}
-
-/// Returns the number of a pod in the keys. Pods with equal namespace, service account and label are one sender.
-fn pod_number(pod: &PodRef) -> u64 {
-    // `DefaultHasher::new` has fixed keys: all processes of one version compute the same number.
-    let mut hasher = DefaultHasher::new();
-    (&pod.namespace, &pod.service_account, &pod.label).hash(&mut hasher);
-    hasher.finish()
 }
 
 /// Adds requests to the count of a key, or to the count of the sender's other requests.
@@ -182,7 +177,7 @@ fn key(event: &RequestEvent, pod: Option<&PodRef>) -> RequestKey {
         event.sender.subjects().next().hash(&mut hasher);
         hasher.finish()
     };
-    let sender = pod.map_or_else(unknown, pod_number);
+    let sender = pod.map_or_else(unknown, |pod| sender_id(Some(pod), "", &[]));
     RequestKey {
         endpoint: address_key(event.endpoint),
         sender,

@@ -42,11 +42,7 @@ pub(super) fn archive(tools: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec
     for tool in TOOLS {
         cpio.copy_program(&format!("tools/{tool}"), &tools.guest_program(tool)?, tools)?;
     }
-    let modules = modules::load_order(&kernel.modules)?;
-    for module in &modules {
-        cpio.add(&format!("modules/{}.ko", module.name), &module.content);
-    }
-    cpio.add("modules/order", lines(modules.iter().map(|module| module.name.as_str())).as_bytes());
+    cpio.add_modules(kernel)?;
     cpio.copy_program("imds-agent", &plan.agent, tools)?;
     cpio.copy_program("imds-broker", &plan.broker, tools)?;
     cpio.copy("etc/apparmor.d/imds-agent", &root().join("deploy/apparmor/imds-agent"))?;
@@ -108,6 +104,16 @@ impl Cpio {
             self.entry(&path[..end], DIRECTORY, &[]);
         }
         self.entry(path, EXECUTABLE, content);
+    }
+
+    /// Adds the modules of the kernel, and their names in the order in which to load them.
+    pub(super) fn add_modules(&mut self, kernel: &Kernel) -> Result<()> {
+        let modules = modules::load_order(&kernel.modules)?;
+        for module in &modules {
+            self.add(&format!("modules/{}.ko", module.name), &module.content);
+        }
+        self.add("modules/order", lines(modules.iter().map(|module| module.name.as_str())).as_bytes());
+        Ok(())
     }
 
     pub(super) fn add_directory(&mut self, path: &str) {

@@ -14,7 +14,6 @@ use super::{
     archive::Archive,
     initramfs::Cpio,
     kernels::{Kernel, Line},
-    modules,
     qemu_machine::Machine,
     tools::Tools,
 };
@@ -104,12 +103,7 @@ fn archive(tools: &Tools, kernel: &Kernel, root: &Path, dir: &Path) -> Result<Ve
     cpio.add("init", INIT);
     cpio.add("install", INSTALL);
     cpio.copy_program("tools/busybox", &tools.guest_program("busybox")?, tools)?;
-    let mut order = String::new();
-    for module in modules::load_order(&kernel.modules)? {
-        cpio.add(&format!("modules/{}.ko", module.name), &module.content);
-        order.extend([module.name.as_str(), "\n"]);
-    }
-    cpio.add("modules/order", order.as_bytes());
+    cpio.add_modules(kernel)?;
     for (name, suffix) in [("imds-agent.tar.gz", ".tar.gz"), ("imds-agent.deb", ".deb")] {
         cpio.copy(&format!("artifacts/{name}"), &artifact(dir, suffix)?)?;
     }
