@@ -246,8 +246,12 @@ fn local_service_follows_the_address() {
     };
     let state = |status: &Status| {
         let local = status.local_service.as_ref().expect("the hook is on");
-        assert_eq!(local.attached, is_pinned(&env, "local_service"));
         (local.attached, local.desired)
+    };
+    // The pin is read after the status: it has changed too when the status shows the change.
+    let status_when_attached = |what: &str, attached: bool| {
+        env.status_when(what, |status| state(status) == (attached, attached));
+        assert_eq!(is_pinned(&env, "local_service"), attached);
     };
     let running = agent();
     assert_eq!(state(&env.status()), (false, false));
@@ -255,7 +259,7 @@ fn local_service_follows_the_address() {
     let address = format!("{METADATA}/32 dev lo");
     env.node.ip(&format!("addr add {address}"));
     let _services = env.in_cgroup(|| Services::start(&env.node, &[METADATA.into()]));
-    env.status_when("local_service is attached", |status| state(status) == (true, true));
+    status_when_attached("local_service is attached", true);
     assert!(!is_open(&pod.netns) && is_open(&exempt.netns) && is_open(&env.node));
     let counts = env.status().local_service.unwrap().counts;
     assert!(counts.denied.packets > 0 && counts.exempt.packets > 0, "{counts:?}");
@@ -271,9 +275,9 @@ fn local_service_follows_the_address() {
 
     foreign_bpf::detach_link(&env.pin_dir().join("links/local_service"));
     env.node.ip(&format!("addr del {address}"));
-    env.status_when("local_service is detached", |status| state(status) == (false, false));
+    status_when_attached("local_service is detached", false);
     env.node.ip(&format!("addr add {address}"));
-    env.status_when("local_service is attached again", |status| state(status) == (true, true));
+    status_when_attached("local_service is attached again", true);
     assert!(!is_open(&pod.netns));
     drop(running);
     env.unload();
