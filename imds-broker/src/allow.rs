@@ -1,7 +1,8 @@
 //! Requests that a scoped exemption allows.
 //!
 //! A rule is a method and a path: `GET /metadata/instance/compute` allows that path and all paths below it, compared by whole
-//! segments. `GET /metadata/identity/oauth2/token?resource=https://vault.azure.net` allows it with these parameters only. The keyword `instance` stands for the harmless paths of a provider: region, zone, instance type, maintenance, tags.
+//! segments. `GET /metadata/identity/oauth2/token?resource=https://vault.azure.net` allows it with these parameters only, and without a
+//! body. The keyword `instance` stands for the harmless paths of a provider: region, zone, instance type, maintenance, tags.
 //!
 //! Rules and paths are case-sensitive, also where a provider's service is not: another spelling is refused.
 
@@ -83,6 +84,12 @@ impl Rule {
                 let has = |parameter| query.is_some_and(|query| query.split('&').any(|own| own == parameter));
                 needed.split('&').all(has)
             })
+    }
+
+    /// Reports whether the rule names parameters. A body could contain others, which the service may prefer.
+    #[must_use]
+    pub fn restricts_parameters(&self) -> bool {
+        self.query.is_some()
     }
 }
 

@@ -74,6 +74,7 @@ impl Broker {
                 drop(self.open.get_mut(&id).and_then(Option::take));
                 Ok(())
             }
+            Ok(ToBroker::Ping {}) => self.reply(&FromBroker::Pong {}).await,
             Err(error) => {
                 eprintln!("imds-broker: discarded a message of the agent: {error}");
                 Ok(())

@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{
     explanation,
-    limits::{IDLE_TIMEOUT, LINGER_TIMEOUT, REQUEST_TIMEOUT},
+    limits::{IDLE_TIMEOUT, LINGER_TIMEOUT},
     listener::Listener,
     reports::Report,
     response::{self, Framing, Refusal},
@@ -53,7 +53,7 @@ type Received = Result<(Request, Bytes), Refusal>;
 impl Connection<'_> {
     async fn run(&mut self) -> Result<(), Failure> {
         self.stream.socket.set_nodelay(true)?;
-        let mut wait = REQUEST_TIMEOUT;
+        let mut wait = self.listener.request_timeout();
         while let Some(received) = self.receive(wait).await? {
             if self.listener.explains() {
                 self.explain(received.as_ref().ok().map(|(request, _)| request)).await?;
@@ -84,7 +84,7 @@ impl Connection<'_> {
         if length? == 0 {
             return Ok(None);
         }
-        match timeout(REQUEST_TIMEOUT, self.receive_rest()).await {
+        match timeout(self.listener.request_timeout(), self.receive_rest()).await {
             Ok(received) => received,
             Err(_) => Ok(Some(Err(Refusal::Incomplete))),
         }

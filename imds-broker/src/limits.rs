@@ -13,6 +13,8 @@ pub(crate) const MAX_ALL_EXPLAINED_CONNECTIONS: usize = 256;
 pub(crate) const MAX_LISTENERS: usize = 4096;
 /// Time in which a client must send the head and the body of a request after its first byte, and the first byte on a new connection.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// [`REQUEST_TIMEOUT`] of a listener that only explains: slow clients of some pods must not make others wait for long.
+pub(crate) const EXPLAINED_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time between two requests on a connection.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time in which a client must close a connection after the last response.

@@ -17,7 +17,10 @@ use tokio::{
 use crate::{
     connection,
     control::Control,
-    limits::{ACCEPT_BACKOFF, MAX_CONNECTIONS, MAX_EXPLAINED_CONNECTIONS, RateLimiter},
+    limits::{
+        ACCEPT_BACKOFF, EXPLAINED_REQUEST_TIMEOUT, MAX_CONNECTIONS, MAX_EXPLAINED_CONNECTIONS,
+        REQUEST_TIMEOUT, RateLimiter,
+    },
     reports::Reporter,
     response::Refusal,
 };
@@ -63,6 +66,11 @@ impl Listener {
         self.rules.is_empty()
     }
 
+    /// Time in which a client must send the first byte on a new connection, and then the head and the body of a request.
+    pub(crate) fn request_timeout(&self) -> Duration {
+        if self.explains() { EXPLAINED_REQUEST_TIMEOUT } else { REQUEST_TIMEOUT }
+    }
+
     /// Decides whether a request may be forwarded.
     pub(crate) fn check(&self, request: &Request) -> Result<(), Refusal> {
         let is_within_rate =
@@ -71,8 +79,13 @@ impl Listener {
             return Err(Refusal::TooManyRequests);
         }
         let (method, path) = (request.method().as_str(), request.path());
-        if !self.rules.iter().any(|rule| rule.allows(method, path, request.query())) {
+        let mut allowing =
+            self.rules.iter().filter(|rule| rule.allows(method, path, request.query())).peekable();
+        if allowing.peek().is_none() {
             return Err(Refusal::not_allowed(method, path));
+        }
+        if request.content_length() > 0 && allowing.all(Rule::restricts_parameters) {
+            return Err(Refusal::UncheckedBody);
         }
         match self.provider.unknown_parameter(request.query()) {
             Some(parameter) => Err(Refusal::UnknownParameter(parameter.to_owned())),

@@ -32,6 +32,8 @@ pub enum ToBroker {
         /// Number of the listener.
         id: u32,
     },
+    /// Asks for [`FromBroker::Pong`]: the agent starts a broker that hangs again.
+    Ping {},
 }
 
 /// Message of the broker.
@@ -40,6 +42,8 @@ pub enum ToBroker {
 pub enum FromBroker {
     /// The broker has dropped its privileges and serves.
     Ready {},
+    /// Answer to [`ToBroker::Ping`].
+    Pong {},
     /// The broker serves the listener.
     Listening {
         /// Number of the listener.

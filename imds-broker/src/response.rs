@@ -36,6 +36,8 @@ pub(crate) enum Refusal {
     NotAllowed(String),
     #[error("the query parameter {0} is not known for this provider")]
     UnknownParameter(String),
+    #[error("the body can contain parameters, and only some parameters are allowed for this pod")]
+    UncheckedBody,
     #[error("more than 200 requests per second")]
     TooManyRequests,
 }
@@ -53,7 +55,7 @@ impl Refusal {
         match self {
             Self::Malformed(_) => StatusCode::BAD_REQUEST,
             Self::Incomplete => StatusCode::REQUEST_TIMEOUT,
-            Self::NotAllowed(_) | Self::UnknownParameter(_) => StatusCode::FORBIDDEN,
+            Self::NotAllowed(_) | Self::UnknownParameter(_) | Self::UncheckedBody => StatusCode::FORBIDDEN,
             Self::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
         }
     }
@@ -61,7 +63,7 @@ impl Refusal {
     /// Reports whether the next request on the connection would be read correctly, and is welcome.
     pub(crate) fn keeps_alive(&self) -> bool {
         match self {
-            Self::NotAllowed(_) | Self::UnknownParameter(_) => true,
+            Self::NotAllowed(_) | Self::UnknownParameter(_) | Self::UncheckedBody => true,
             Self::Malformed(_) | Self::Incomplete | Self::TooManyRequests => false,
         }
     }

@@ -40,8 +40,8 @@ pub(super) const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Delay for a pod without IPv6, which most likely never gets it.
 const IPV6_RETRY_DELAY: Duration = Duration::from_secs(30);
-/// Delay for a listener that only explains denials, in a namespace without a process and name, which most likely has ended.
-const ENDED_RETRY_DELAY: Duration = Duration::from_secs(10);
+/// Delay for a listener that only explains denials, if the namespace has probably ended or the pod uses all ports.
+const EXPLAINED_RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// Listeners, and the broker that serves them.
 pub(super) struct ScopedState {
@@ -185,13 +185,13 @@ impl ScopedState {
         for (redirect, desired) in missing {
             // A namespace without a process or name is about to end.
             let Some(path) = paths.get(&desired.inode) else {
-                let delay = if desired.explains() { ENDED_RETRY_DELAY } else { RETRY_DELAY };
+                let delay = if desired.explains() { EXPLAINED_RETRY_DELAY } else { RETRY_DELAY };
                 self.failed.insert(redirect, (now + delay, None));
                 continue;
             };
             match self.listen(redirect, &desired, path) {
                 Ok(()) => drop(self.failed.remove(&redirect)),
-                Err(error) => drop(self.failed.insert(redirect, failure(redirect, &error))),
+                Err(error) => drop(self.failed.insert(redirect, failure(redirect, &desired, &error))),
             }
         }
     }
@@ -240,13 +240,23 @@ impl DesiredListener {
     }
 }
 
-pub(super) fn failure((_, endpoint): RedirectKey, error: &io::Error) -> (Instant, Option<String>) {
+/// Returns the time of the next attempt to open a listener, and the error unless it is harmless.
+pub(super) fn failure(
+    (_, endpoint): RedirectKey,
+    desired: &DesiredListener,
+    error: &io::Error,
+) -> (Instant, Option<String>) {
     // Without IPv6, a pod cannot send to the endpoint either.
-    let is_harmless = matches!(endpoint, IpAddr::V6(_))
+    let has_no_ipv6 = matches!(endpoint, IpAddr::V6(_))
         && matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT));
-    if is_harmless {
+    if has_no_ipv6 {
         return (Instant::now() + IPV6_RETRY_DELAY, None);
     }
     let text = format!("failed to listen in the network namespace of a pod, which is denied: {error}");
+    if desired.explains() {
+        // A denied pod can use all its ports, and must not degrade the node by that.
+        log::debug!("{text}");
+        return (Instant::now() + EXPLAINED_RETRY_DELAY, None);
+    }
     (Instant::now() + RETRY_DELAY, Some(text))
 }

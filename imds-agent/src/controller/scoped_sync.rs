@@ -99,11 +99,11 @@ impl Reconciler {
 
     fn on_broker_message(&mut self, message: FromBroker) -> Result<(), DatapathError> {
         match message {
-            FromBroker::Ready {} => Ok(()),
+            FromBroker::Ready {} | FromBroker::Pong {} => Ok(()),
             FromBroker::Listening { id } => {
                 let activated = self.activate(id);
                 if let (Err(error), Some(open)) = (&activated, self.scoped.open.get(&id)) {
-                    let failed = failure(open.redirect, &io::Error::other(error.to_string()));
+                    let failed = failure(open.redirect, &open.desired, &io::Error::other(error.to_string()));
                     self.scoped.failed.insert(open.redirect, failed);
                     return activated.and(self.close_listener(id));
                 }
@@ -112,7 +112,7 @@ impl Reconciler {
             FromBroker::Closed { id, error } => {
                 let Some(open) = self.scoped.open.get(&id) else { return Ok(()) };
                 let error = error.unwrap_or_else(|| "no reason given".to_owned());
-                let failed = failure(open.redirect, &io::Error::other(error));
+                let failed = failure(open.redirect, &open.desired, &io::Error::other(error));
                 self.scoped.failed.insert(open.redirect, failed);
                 let closed = self.close_listener(id);
                 closed.and(self.record_rule_errors())

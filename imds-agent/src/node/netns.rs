@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    ops::RangeInclusive,
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt as _,
@@ -14,6 +15,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     getsockopt_impl,
     ifaddrs::{InterfaceAddress, getifaddrs},
     sched::{CloneFlags, setns, unshare},
@@ -137,6 +139,23 @@ const SOCKET_BUFFER: usize = 16 * 1024;
 /// Time after which the kernel ends a connection whose peer does not read, in milliseconds.
 const STALLED_AFTER: u32 = 5000;
 
+/// Ports for a pod without a free one in its `net.ipv4.ip_local_port_range`, which any pod may narrow. They are seldom used, and above the
+/// usual range.
+const FALLBACK_PORTS: RangeInclusive<u16> = 65_500..=65_531;
+
+/// Binds a port of the usual range, or else one of [`FALLBACK_PORTS`].
+fn bind_free_port(listener: &OwnedFd, address: IpAddr) -> nix::Result<()> {
+    let bind_to = |port| bind(listener.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(address, port)));
+    let mut bound = bind_to(0);
+    for port in FALLBACK_PORTS {
+        if bound != Err(Errno::EADDRINUSE) {
+            break;
+        }
+        bound = bind_to(port);
+    }
+    bound
+}
+
 /// Without `SO_REUSEADDR`, which would let another socket of the pod bind the port of a listener that has just closed.
 fn listen_on_loopback(endpoint: IpAddr) -> io::Result<(OwnedFd, u16)> {
     let (family, address): (_, IpAddr) = match endpoint {
@@ -144,7 +163,7 @@ fn listen_on_loopback(endpoint: IpAddr) -> io::Result<(OwnedFd, u16)> {
         IpAddr::V6(_) => (AddressFamily::Inet6, Ipv6Addr::LOCALHOST.into()),
     };
     let listener = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
-    bind(listener.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(address, 0)))?;
+    bind_free_port(&listener, address)?;
     // Accepted sockets inherit the limits. Without them, a pod that reads nothing fills kernel memory of the agent's cgroup.
     setsockopt(&listener, sockopt::SndBuf, &SOCKET_BUFFER)?;
     setsockopt(&listener, sockopt::RcvBuf, &SOCKET_BUFFER)?;

@@ -153,6 +153,29 @@ fn bodies_are_forwarded() {
     assert_eq!(service.seen().len(), 1);
 }
 
+/// A service may prefer the parameters of a form to those of the query.
+#[test]
+fn body_needs_a_rule_without_parameters() {
+    let broker = Broker::start();
+    let service = Simulator::start_echo(&broker.node);
+    let target = "/metadata/identity/oauth2/token?resource=https://vault.azure.net";
+    let restricted = format!("POST {target}");
+    let request = |body: &str| {
+        let length = body.len();
+        format!(
+            "POST {target} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+        )
+    };
+    let form = "resource=https://management.azure.com";
+    let pod = broker.pod("azure", &[&restricted]);
+    let response = pod.exchange(request(form));
+    assert!(status(&response) == 403 && response.contains("the body can contain parameters"), "{response}");
+    assert!(service.seen().is_empty());
+    assert_eq!(status(&pod.exchange(request(""))), 200);
+    let pod = broker.pod("azure", &[&restricted, "POST /metadata/identity"]);
+    assert_eq!(status(&pod.exchange(request(form))), 200);
+}
+
 #[test]
 fn responses_of_every_form_are_relayed() {
     let broker = Broker::start();

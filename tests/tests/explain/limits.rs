@@ -1,9 +1,9 @@
 //! Nodes on which denials cannot be explained: pods get what `on_deny = "reject"` gives.
 
-use std::time::Duration;
+use std::{fs, net::TcpListener, ops::RangeInclusive, time::Duration};
 
 use imds_tests::{
-    METADATA, Pod, PodLink, TestEnv, doctor,
+    METADATA, Netns, Pod, PodLink, TestEnv, doctor,
     probe::{Outcome, SHORT, http_get},
     skip_without_netns_cookie,
 };
@@ -91,4 +91,31 @@ fn only_metadata_services_are_explained() {
         let error = get(&env, &pod.netns, address.parse().unwrap(), TOKEN).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied, "{address}: {error}");
     }
+}
+
+/// Any pod may set its range of ports.
+#[test]
+fn pod_without_free_ports() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let [pod, full] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
+    let occupy = |netns: &Netns, ports: RangeInclusive<u16>| {
+        netns.run(|| ports.map(|port| TcpListener::bind(("127.0.0.1", port)).unwrap()).collect::<Vec<_>>())
+    };
+    let narrow = |netns: &Netns, range: &str| {
+        netns.run(|| fs::write("/proc/sys/net/ipv4/ip_local_port_range", range)).unwrap();
+    };
+    narrow(&pod.netns, "40000 40000");
+    let _one = occupy(&pod.netns, 40_000..=40_000);
+    narrow(&full.netns, "65000 65535");
+    let _all = occupy(&full.netns, 65_000..=65_535);
+    let _agent = agent(&env, &explain("azure")).spawn_ready();
+    env.status_when("the listener is open", |status| explained_pods(status) == 1);
+    narrow(&pod.netns, "40000 40099");
+    wait_explained(&env, &pod.netns, IMDS);
+    assert_refused(&env, &full.netns);
+    let status = env.status();
+    assert_eq!((status.state.as_str(), explained_pods(&status)), ("enforcing", 1), "{status:#?}");
 }

@@ -9,10 +9,12 @@ use std::{
 use imds_tests::{
     METADATA, PodLink, TestEnv, packets,
     probe::{SHORT, icmp_echo, send_ipv4, udp_echo},
-    skip_without_netns_cookie,
+    skip, skip_without_netns_cookie,
 };
+use io_uring::{IoUring, opcode, types::Fd};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, connect, sendto, socket,
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrLike as _, connect,
+    sendto, socket,
 };
 
 use crate::{ALLOWED, IMDS, REFUSED, assert_scoped, exchange, get, get_with, start};
@@ -116,6 +118,34 @@ fn multipath_tcp_is_redirected() {
         Some(status) => assert_eq!(status, 403),
         None => println!("this kernel has no MPTCP"),
     }
+}
+
+/// `io_uring` connects without the system call connect(2).
+#[test]
+fn io_uring_is_redirected() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let _agent = start(&env, &pod);
+    let mut ring = match IoUring::new(1) {
+        Ok(ring) => ring,
+        Err(error) => return skip("io_uring", &error.to_string()),
+    };
+    let status = env.in_cgroup(|| {
+        pod.netns.run(|| {
+            let client = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
+            let address = SockaddrIn::from(SocketAddrV4::new(METADATA, 80));
+            let entry = opcode::Connect::new(Fd(client.as_raw_fd()), address.as_ptr().cast(), address.len());
+            // SAFETY: the address and the descriptor outlive the call that waits for the completion.
+            unsafe { ring.submission().push(&entry.build()) }.unwrap();
+            ring.submit_and_wait(1).unwrap();
+            assert_eq!(ring.completion().next().unwrap().result(), 0);
+            exchange(&mut TcpStream::from(client), REFUSED).unwrap()
+        })
+    });
+    assert_eq!(status, 403);
 }
 
 /// The redirection applies to the socket's own namespace: a descriptor that another pod passes changes nothing.

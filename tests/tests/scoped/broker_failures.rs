@@ -41,6 +41,22 @@ fn killed_broker_is_replaced() {
     }
 }
 
+/// A broker that stops answering does not close its socket.
+#[test]
+fn hanging_broker_is_replaced() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = start(&env, &pod);
+    let broker = stand_in::pid(agent.pid()).expect("a broker");
+    stand_in::signal(broker, Signal::SIGSTOP);
+    poll_until(4 * LONG, "another broker", || stand_in::pid(agent.pid()).filter(|&pid| pid != broker));
+    wait_allowed(&env, &pod.netns, IMDS);
+    assert_scoped(&env, &pod.netns, IMDS);
+}
+
 /// The packaged service has no `CAP_KILL`, and the broker has another user than the agent.
 #[test]
 fn agent_without_cap_kill_ends_the_broker() {

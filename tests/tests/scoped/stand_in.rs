@@ -79,6 +79,7 @@ fn serve() {
                 }
                 tell(&FromBroker::Closed { id, error: None });
             }
+            ToBroker::Ping {} => tell(&FromBroker::Pong {}),
         }
     }
     std::process::exit(0);
