@@ -1,7 +1,7 @@
 //! Requests that a scoped exemption allows.
 //!
 //! A rule is a method and a path: `GET /metadata/instance/compute` allows that path and all paths below it, compared by whole
-//! segments. `GET /metadata/identity/oauth2/token?resource=https://vault.azure.net` allows it with these parameters only, and without a
+//! segments. `GET /metadata/identity/oauth2/token?resource=https://vault.azure.net` allows only requests that have this parameter, and no
 //! body. The keyword `instance` stands for the harmless paths of a provider: region, zone, instance type, maintenance, tags.
 //!
 //! Rules and paths are case-sensitive, also where a provider's service is not: another spelling is refused.

@@ -35,7 +35,7 @@ const MAX_DISCARDED: u64 = 64 * 1024;
 pub(crate) async fn serve(stream: TcpStream, listener: &Listener) {
     let mut connection =
         Connection { stream: Stream { socket: stream, is_closed: false }, listener, received: Vec::new() };
-    // After an error the pod is gone, or has got a part of a response: both end with a reset.
+    // After an error, the pod has closed the connection or received a part of a response: both cases end with a reset.
     if connection.run().await.is_ok() {
         connection.stream.close().await;
     }

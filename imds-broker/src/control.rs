@@ -40,7 +40,7 @@ impl Control {
     /// Waits for a message. Returns `None` once the agent has closed the socket.
     pub(crate) async fn receive(&self) -> io::Result<Option<Received>> {
         match self.0.async_io(Interest::READABLE, receive).await {
-            // The agent has left messages unread.
+            // The kernel returns this error if the agent closed the socket with unread messages.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
             received => received,
         }

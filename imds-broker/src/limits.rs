@@ -1,4 +1,4 @@
-//! Limits of one listener. A pod that exceeds them harms only itself.
+//! Limits of each listener, which a pod exceeds only to its own harm, and of all listeners together.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ pub(crate) const MAX_ALL_CONNECTIONS: usize = 1024;
 /// Connections at the same time of one listener that only explains, and of all of them: they must not make those of scoped exemptions wait.
 pub(crate) const MAX_EXPLAINED_CONNECTIONS: usize = 8;
 pub(crate) const MAX_ALL_EXPLAINED_CONNECTIONS: usize = 256;
-/// Listeners at the same time.
+/// Listeners at the same time. The agent has at most 1,024 active ones, and can open a successor of each before it closes them.
 pub(crate) const MAX_LISTENERS: usize = 4096;
 /// Time in which a client must send the head and the body of a request after its first byte, and the first byte on a new connection.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);

@@ -32,7 +32,7 @@ pub enum ToBroker {
         /// Number of the listener.
         id: u32,
     },
-    /// Asks for [`FromBroker::Pong`]: the agent starts a broker that hangs again.
+    /// Asks for [`FromBroker::Pong`]. The agent restarts a broker that does not answer.
     Ping {},
 }
 

@@ -26,7 +26,7 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub(super) struct ReportArgs {
-    /// Print only the rules that would exempt all denied senders, and allow the requests of pods, in the syntax of the configuration file
+    /// Print only the rules that would exempt the denied senders or allow the reported requests, in the syntax of the configuration file
     #[arg(long, conflicts_with = "output")]
     rules: bool,
     /// Clear the recorded denials and requests after printing them

@@ -65,7 +65,7 @@ pub(super) struct RunArgs {
     /// Labels of the node for `[[node_pool]]`, such as `pool=gpu,zone=1`, instead of those that the API server has
     #[arg(long, value_name = "LABELS", value_parser = parse_labels)]
     node_labels: Option<Labels>,
-    /// Program that answers the requests of pods whose exemption has `allow`. Default: `imds-broker` in the directory of the agent
+    /// Program that answers the requests of pods with a scoped exemption (`allow`) or an explained denial. Default: `imds-broker` in the directory of the agent
     #[arg(long, value_name = "FILE", conflicts_with = "once")]
     broker: Option<PathBuf>,
     #[command(flatten)]

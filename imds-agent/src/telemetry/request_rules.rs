@@ -16,7 +16,7 @@ pub(super) struct ProposedRequests {
     harmless: Vec<String>,
     /// Other requests that the sender makes today. They may return credentials, user data or keys.
     needed: Vec<String>,
-    /// Other requests that the broker refuses today.
+    /// Other requests that the broker answered, allowed ones included. Each is only a comment of the proposed rule.
     refused: Vec<String>,
     /// True if the sender makes requests today that no list can contain.
     pub(super) needs_all: bool,
