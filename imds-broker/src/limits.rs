@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 pub(crate) const MAX_CONNECTIONS: usize = 32;
 /// Connections of all listeners at the same time. Each has at most about 64 KiB of memory.
 pub(crate) const MAX_ALL_CONNECTIONS: usize = 1024;
-/// Connections at the same time of one listener that only explains, and of all of them: they must not make those of scoped exemptions wait.
+/// [`MAX_CONNECTIONS`] of a listener that only explains.
 pub(crate) const MAX_EXPLAINED_CONNECTIONS: usize = 8;
+/// Connections of all listeners that only explain at the same time. A separate limit, so that they do not make connections of scoped
+/// exemptions wait.
 pub(crate) const MAX_ALL_EXPLAINED_CONNECTIONS: usize = 256;
 /// Listeners at the same time. The agent has at most 1,024 active ones, and can open a successor of each before it closes them.
 pub(crate) const MAX_LISTENERS: usize = 4096;

@@ -45,7 +45,7 @@ impl Reconciler {
             found.extend(namespaces);
             known.extend(id);
         }
-        // An uplink can lead out of a node that is itself a container.
+        // The role leaves out uplinks: if the node itself is a container, the peer of its uplink is in a namespace outside of it.
         let is_pods = |link: &&Link| {
             link.peer_netns.is_some_and(|id| !known.contains(&id)) && self.assign(link).role == Role::Pod
         };

@@ -96,7 +96,8 @@ impl ScopedState {
         }
     }
 
-    /// Returns the reason why each of these rules is not applied completely, by the number of the rule.
+    /// Returns the reasons why rules with `allow` are not applied completely, or why denials are not explained, by the number of the
+    /// rule.
     pub(super) fn errors(&self) -> BTreeMap<u32, String> {
         let mut errors = BTreeMap::new();
         for (number, (redirect, listener)) in self.desired.iter().enumerate() {

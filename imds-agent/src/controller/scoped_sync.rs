@@ -69,7 +69,7 @@ impl Reconciler {
             result = result.and(self.reconcile_listeners());
         }
         if is_changed {
-            // At once, because resolving all rules again takes long on a node with many of them.
+            // Before the exemptions, because resolving all rules again takes long on a node with many of them.
             result = result.and(self.reconcile_listeners());
             if self.kubepods.is_some() {
                 // The broker itself needs an exemption from `hooks.host_network`.
@@ -90,7 +90,8 @@ impl Reconciler {
         cleared.and(self.reconcile_node_allow())
     }
 
-    /// Returns the user of the broker if the allow list of the node needs it. Not root, as which other processes of the node run.
+    /// Returns the user of the broker if the allow list of the node needs it. Never returns root, because an entry for root would allow
+    /// other processes of the node.
     pub(super) fn broker_uid(&self) -> Option<u32> {
         let is_needed = self.datapath.hooks().contains(Hook::NodeAllow) && self.scoped.needs_endpoints();
         let broker = self.scoped.broker.as_ref().filter(|_| is_needed)?;
@@ -215,7 +216,7 @@ impl Reconciler {
         for id in obsolete {
             result = result.and(self.close_listener(id));
         }
-        // The user of a broker that only explained denials was not in the list.
+        // The allow list of the node has the user of the broker only while a rule needs endpoints, and that has just changed.
         if self.node_processes.broker_uid != self.broker_uid() {
             result = result.and(self.reconcile_node_allow());
         }

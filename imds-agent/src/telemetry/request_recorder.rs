@@ -145,7 +145,7 @@ fn add(
     let mut counted = known.counted_as(key);
     let mut before = log.count(&counted)?;
     if before.is_none() && known.scanned.is_none_or(|scanned| scanned.elapsed() >= SCAN_INTERVAL) {
-        // Counts may have been evicted or cleared since.
+        // Counts may have been evicted or cleared since the last read.
         *known = KnownRequests { scanned: Some(Instant::now()), ..KnownRequests::default() };
         for key in log.keys() {
             known.counted_as(&key?);
