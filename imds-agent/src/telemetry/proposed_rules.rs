@@ -9,7 +9,7 @@ use std::{
 use super::{
     denial_report::{Denial, DenialSubject},
     request_report::ReportedRequest,
-    request_rules::{ProposedRequests, SeenRequest},
+    request_rules::{Passage, ProposedRequests, SeenRequest},
 };
 
 /// Names of the endpoints of each rule of a sender: one rule for all requests, and rules for listed requests.
@@ -48,15 +48,16 @@ fn by_sender<'r>(
     let mut exempt = BTreeSet::new();
     for request in requests {
         if let Some(endpoint) = &request.endpoint {
+            let is_unrestricted = request.passage() == Passage::Unrestricted;
             // Requests without a count of their own are unknown, so that no list can contain them.
-            let Some((method, path)) = request.request().or_else(|| request.has_passed().then_some(("", "")))
+            let Some((method, path)) = request.request().or_else(|| is_unrestricted.then_some(("", "")))
             else {
                 continue;
             };
             if request.is_exempt() {
                 exempt.insert((&request.sender, endpoint.as_str()));
             }
-            let seen = SeenRequest { method, path, passed: request.has_passed() };
+            let seen = SeenRequest { method, path, passage: request.passage() };
             listed.entry((&request.sender, endpoint)).or_default().push(seen);
         }
     }

@@ -6,7 +6,7 @@ use comfy_table::{Table, presets::NOTHING};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{denial_report::DenialSubject, http_request::RequestOutcome};
+use super::{denial_report::DenialSubject, http_request::RequestOutcome, request_rules::Passage};
 use crate::{
     config::endpoint_set::Endpoint,
     datapath::maps::request_log::{RequestCount, RequestKey},
@@ -89,9 +89,16 @@ impl ReportedRequest {
         self.outcome == RequestOutcome::Exempt.name()
     }
 
-    /// Reports whether the programs let the requests pass.
-    pub(super) fn has_passed(&self) -> bool {
-        [RequestOutcome::Exempt, RequestOutcome::Audited].iter().any(|outcome| self.outcome == outcome.name())
+    /// Returns the reason why the requests passed, or did not. The endpoint may have failed to answer an allowed one.
+    pub(super) fn passage(&self) -> Passage {
+        let is = |outcomes: &[RequestOutcome]| outcomes.iter().any(|outcome| self.outcome == outcome.name());
+        if is(&[RequestOutcome::Exempt, RequestOutcome::Audited]) {
+            Passage::Unrestricted
+        } else if is(&[RequestOutcome::Allowed, RequestOutcome::Failed]) {
+            Passage::Listed
+        } else {
+            Passage::Refused
+        }
     }
 
     /// Returns method and path, unless this is the row of the other requests.

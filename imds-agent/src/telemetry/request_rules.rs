@@ -16,7 +16,7 @@ pub(super) struct ProposedRequests {
     harmless: Vec<String>,
     /// Other requests that the sender makes today. They may return credentials, user data or keys.
     needed: Vec<String>,
-    /// Other requests that the broker answered, allowed ones included. Each is only a comment of the proposed rule.
+    /// Other requests that the broker refused. Each is only a comment of the proposed rule.
     refused: Vec<String>,
     /// True if the sender makes requests today that no list can contain.
     pub(super) needs_all: bool,
@@ -29,8 +29,18 @@ pub(super) struct ProposedRequests {
 pub(super) struct SeenRequest<'r> {
     pub(super) method: &'r str,
     pub(super) path: &'r str,
-    /// True if the sender is exempt or audited, so that the request reached the endpoint.
-    pub(super) passed: bool,
+    pub(super) passage: Passage,
+}
+
+/// Reason why a request reached the endpoint, or did not.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Passage {
+    /// The sender is exempt or audited: all its requests pass.
+    Unrestricted,
+    /// The list of the sender's rule allows the request.
+    Listed,
+    /// The broker did not allow the request.
+    Refused,
 }
 
 impl ProposedRequests {
@@ -42,17 +52,17 @@ impl ProposedRequests {
             |method: &str, path: &str| instance.iter().any(|rule| rule.allows(method, path, None));
         let (mut harmless, mut needed, mut refused) = (Paths::default(), Paths::default(), Paths::default());
         let mut needs_all = false;
-        for SeenRequest { method, path, passed } in requests {
+        for SeenRequest { method, path, passage } in requests {
             let text = format!("{method} {path}");
             // A path of the largest length may be truncated.
             if path.len() >= PATH_LEN || Rule::parse(&text).is_err() {
-                needs_all |= passed;
+                needs_all |= passage == Passage::Unrestricted;
                 continue;
             }
-            let paths = match (is_harmless(method, path), passed) {
-                (true, _) => &mut harmless,
-                (false, true) => &mut needed,
-                (false, false) => &mut refused,
+            let paths = match passage {
+                _ if is_harmless(method, path) => &mut harmless,
+                Passage::Unrestricted | Passage::Listed => &mut needed,
+                Passage::Refused => &mut refused,
             };
             paths.add(method, path);
         }
@@ -154,16 +164,16 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{Passage::*, *};
 
-    fn seen(request: &str, passed: bool) -> SeenRequest<'_> {
+    fn seen(request: &str, passage: Passage) -> SeenRequest<'_> {
         let (method, path) = request.split_once(' ').unwrap();
-        SeenRequest { method, path, passed }
+        SeenRequest { method, path, passage }
     }
 
     /// Returns the harmless and the refused requests of a scoped pod.
     fn proposed(provider: &str, requests: &[&str]) -> (Vec<String>, Vec<String>) {
-        let requests = requests.iter().map(|request| seen(request, false));
+        let requests = requests.iter().map(|request| seen(request, Refused));
         let ProposedRequests { harmless, refused, needed, needs_all, .. } =
             ProposedRequests::new(requests, provider);
         assert!(needed.is_empty() && !needs_all);
@@ -207,7 +217,7 @@ mod tests {
     fn requests_that_no_rule_can_allow_are_left_out() {
         let long = format!("GET /{}", "a".repeat(PATH_LEN - 1));
         for request in ["BREW /a", "GET /a/../b", "GET /a%20b", "GET /", "GET a", "GET /a\\n", &long] {
-            assert!(ProposedRequests::new([seen(request, false)], "aws").is_empty(), "{request}");
+            assert!(ProposedRequests::new([seen(request, Refused)], "aws").is_empty(), "{request}");
         }
     }
 
@@ -215,10 +225,10 @@ mod tests {
     fn requests_that_pass_stay_allowed() {
         let role = "GET /latest/meta-data/iam/security-credentials/role";
         let requests = [
-            seen("GET /latest/meta-data/placement/region", true),
-            seen(role, true),
-            seen(role, false),
-            seen("GET /latest/user-data", false),
+            seen("GET /latest/meta-data/placement/region", Unrestricted),
+            seen(role, Unrestricted),
+            seen(role, Refused),
+            seen("GET /latest/user-data", Refused),
         ];
         let proposed = ProposedRequests::new(requests, "aws");
         let allow: Vec<_> = proposed.allow().map(String::as_str).collect();
@@ -232,10 +242,19 @@ mod tests {
             ]
         );
         assert!(!proposed.needs_all);
+        let proposed = ProposedRequests::new([seen(role, Listed)], "aws");
+        assert_eq!(proposed.allow().collect::<Vec<_>>(), [role]);
+        assert_eq!(proposed.cautions().count(), 1);
         // A part of a longer path, which no list can contain.
         let truncated = "GET /latest/meta-da*";
-        assert!(ProposedRequests::new([seen(role, true), seen(truncated, true)], "aws").needs_all);
-        assert!(!ProposedRequests::new([seen(role, true), seen(truncated, false)], "aws").needs_all);
+        assert!(
+            ProposedRequests::new([seen(role, Unrestricted), seen(truncated, Unrestricted)], "aws").needs_all
+        );
+        for passage in [Listed, Refused] {
+            assert!(
+                !ProposedRequests::new([seen(role, Unrestricted), seen(truncated, passage)], "aws").needs_all
+            );
+        }
     }
 
     #[test]

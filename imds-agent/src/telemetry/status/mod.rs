@@ -58,8 +58,7 @@ use crate::{
 /// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
 /// Remedy for a rule that does not exempt all senders that it matches.
-const EXEMPTION_REMEDY: &str =
-    "see the reason and the agent's log: the agent exempts no sender that it does not find";
+const EXEMPTION_REMEDY: &str = "see the reason and the agent's log; senders that the agent does not find, or that the broker does not serve, stay denied";
 /// Remedy for a broker that does not explain denials.
 const EXPLAIN_REMEDY: &str = "see the agent's log; the pods are denied, and get the error of denied calls";
 /// Maximum number of attempts to read a status during which the policy does not change.
