@@ -32,8 +32,18 @@ pub(crate) fn name_field(name: &str) -> [u8; NAME_LEN] {
 
 /// Returns `text` padded with zeros, or truncated at a character boundary.
 pub(crate) fn text_field<const LEN: usize>(text: &str) -> [u8; LEN] {
-    let (start, _) = text.split_at(text.floor_char_boundary(LEN));
-    bytes_field(start.as_bytes())
+    let mut field = [0; LEN];
+    write_text(&mut field, text);
+    field
+}
+
+/// Replaces the content of a field by `text`, padded with zeros, or truncated at a character boundary.
+pub(crate) fn write_text(field: &mut [u8], text: &str) {
+    let (start, _) = text.split_at(text.floor_char_boundary(field.len()));
+    field.fill(0);
+    for (to, from) in field.iter_mut().zip(start.bytes()) {
+        *to = from;
+    }
 }
 
 /// Returns `bytes` padded with zeros, or truncated.

@@ -32,8 +32,11 @@ impl TrimSchedule {
     }
 }
 
-/// Returns free heap memory to the kernel, and drops the mapped pages of code. The pages that are still used come back from
-/// the page cache when they are needed.
+/// Part of the stack below the caller that stays mapped, for the calls that follow.
+const STACK_MARGIN: usize = 64 << 10;
+
+/// Returns free memory of the heap and of the stack to the kernel, and drops the mapped pages of code. The pages that are still used
+/// come back from the page cache when they are needed.
 pub(crate) fn trim() {
     #[cfg(target_env = "gnu")]
     // SAFETY: `malloc_trim` takes no pointers and may be called at any time.
@@ -41,7 +44,12 @@ pub(crate) fn trim() {
         libc::malloc_trim(0);
     }
     match fs::read_to_string("/proc/self/maps") {
-        Ok(maps) => maps.lines().filter_map(code).for_each(drop_pages),
+        Ok(maps) => {
+            let local = 0_u8;
+            let caller = (&raw const local).addr();
+            let ranges = maps.lines().filter_map(|line| code(line).or_else(|| free_stack(line, caller)));
+            ranges.for_each(drop_pages);
+        }
         Err(error) => log::debug!("failed to read /proc/self/maps: {error}"),
     }
 }
@@ -54,14 +62,35 @@ pub(crate) fn drop_constant(data: &'static [u8]) {
 
 /// Returns the address range of a line of `/proc/self/maps`, if it is code of a file.
 fn code(line: &str) -> Option<Range<usize>> {
-    let mut fields = line.split_ascii_whitespace();
-    let (range, flags, file) = (fields.next()?, fields.next()?, fields.nth(3)?);
-    let (start, end) = range.split_once('-')?;
-    let address = |text| usize::from_str_radix(text, 16).ok();
-    (flags == "r-xp" && file.starts_with('/')).then_some(address(start)?..address(end)?)
+    let Mapping { range, flags, name } = Mapping::parse(line)?;
+    (flags == "r-xp" && name.starts_with('/')).then_some(range)
 }
 
-/// Drops the whole pages in `range`, which must be constant data or code of a file.
+/// Returns the unused part of the main thread's stack, if that is the line of `/proc/self/maps` and `caller` is an address in the used
+/// part. The calls at the start go deeper than those of a running agent.
+fn free_stack(line: &str, caller: usize) -> Option<Range<usize>> {
+    let Mapping { range, name, .. } = Mapping::parse(line)?;
+    (name == "[stack]" && range.contains(&caller)).then_some(range.start..caller.checked_sub(STACK_MARGIN)?)
+}
+
+/// Line of `/proc/self/maps` about a mapping with a name.
+struct Mapping<'a> {
+    range: Range<usize>,
+    flags: &'a str,
+    name: &'a str,
+}
+
+impl<'a> Mapping<'a> {
+    fn parse(line: &'a str) -> Option<Self> {
+        let mut fields = line.split_ascii_whitespace();
+        let (range, flags, name) = (fields.next()?, fields.next()?, fields.nth(3)?);
+        let (start, end) = range.split_once('-')?;
+        let address = |text| usize::from_str_radix(text, 16).ok();
+        Some(Self { range: address(start)?..address(end)?, flags, name })
+    }
+}
+
+/// Drops the whole pages in `range`, which must be constant data or code of a file, or unused stack.
 fn drop_pages(range: Range<usize>) {
     // SAFETY: `sysconf` takes no pointers.
     let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(1 << 16);
@@ -70,7 +99,8 @@ fn drop_pages(range: Range<usize>) {
     if length == 0 {
         return;
     }
-    // SAFETY: the process has never written to these private pages of a file, so that the kernel restores them from the file.
+    // SAFETY: the process has never written to these private pages of a file, so that the kernel restores them from the file. Nothing
+    // lives in the unused part of a stack.
     let failed =
         unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(start), length, libc::MADV_DONTNEED) };
     if failed != 0 {
@@ -97,6 +127,16 @@ mod tests {
         ] {
             assert_eq!(code(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn only_the_unused_stack_is_dropped() {
+        let line = "7ffed3099000-7ffed314b000 rw-p 00000000 00:00 0                          [stack]";
+        let (start, end) = (0x7ffe_d309_9000, 0x7ffe_d314_b000);
+        assert_eq!(free_stack(line, end - 1), Some(start..end - 1 - STACK_MARGIN));
+        assert!(free_stack(line, start).is_some_and(|range| range.is_empty()));
+        assert_eq!(free_stack(line, end), None);
+        assert_eq!(free_stack(&line.replace("[stack]", "[heap]"), end - 1), None);
     }
 
     #[test]

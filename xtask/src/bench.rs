@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Stdio};
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    build, clients,
+    clients, dist,
     setup::{self, Purpose},
     workspace::{cargo, describe, ensure_root, print_status, root},
 };
@@ -53,7 +53,7 @@ impl Bench {
         };
         ensure_root("the benchmarks load BPF programs: run them as root")?;
         setup::ensure(Purpose::Bench)?;
-        let agent = build::shipped()?;
+        let agent = dist::shipped_agent()?;
         for name in names {
             let results = self.measure(name, &agent)?;
             print!("{results}");

@@ -29,13 +29,6 @@ pub(crate) fn release() -> Result<PathBuf> {
     Ok(agent)
 }
 
-/// Builds the agent with the profile of `cargo xtask dist`, and returns its path.
-pub(crate) fn shipped() -> Result<PathBuf> {
-    let agent = artifacts(SHIPPED_PROFILE)?.join("imds-agent");
-    execute(cargo("build").args(["--profile", SHIPPED_PROFILE, "--package", "imds-agent", "--locked"]))?;
-    Ok(agent)
-}
-
 /// Builds the agent and its broker for a trial, and returns the path of the agent: without optimizations, with the dependencies
 /// that xtask and the tests use too, which takes a fraction of the time.
 pub(crate) fn debug() -> Result<PathBuf> {

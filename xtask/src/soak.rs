@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::{
-    build,
+    dist,
     setup::{self, Purpose},
     workspace::{cargo, ensure_root, execute},
 };
@@ -23,7 +23,7 @@ impl Soak {
     pub(crate) fn run(self) -> Result<()> {
         ensure_root("the soak test loads BPF programs and creates network namespaces: run it as root")?;
         setup::ensure(Purpose::Test)?;
-        let agent = build::shipped()?;
+        let agent = dist::shipped_agent()?;
         let mut soak = cargo("bench");
         soak.args(["--package", "imds-tests", "--bench", "soak", "--locked"]).env("IMDS_AGENT", agent);
         execute(soak.env("IMDS_SOAK_MINUTES", self.minutes.to_string()))

@@ -106,7 +106,7 @@ pub(super) async fn withdraw_condition(mut client: ClusterClient) {
 
 impl NodeView {
     async fn state(&self) -> Result<NodeState, DatapathError> {
-        let report = status::gather(&self.pins, &self.netlink).await?;
+        let report = status::gather_enforcement(&self.pins, &self.netlink).await?;
         let gaps = report.gaps();
         let modes = [Mode::Audit, Mode::Off].into_iter();
         Ok(match modes.into_iter().find(|mode| report.mode == Some(mode.name())) {

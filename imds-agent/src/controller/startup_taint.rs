@@ -40,5 +40,5 @@ pub async fn remove_startup_taint(api: ApiConfig, key: String, pins: PinDir, net
 }
 
 async fn is_ready(pins: &PinDir, netlink: &Netlink) -> bool {
-    status::gather(pins, netlink).await.is_ok_and(|report| report.not_enforced().is_empty())
+    status::gather_enforcement(pins, netlink).await.is_ok_and(|report| report.not_enforced().is_empty())
 }

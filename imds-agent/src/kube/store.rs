@@ -21,9 +21,9 @@ pub const MAX_PODS: usize = 16_384;
 #[derive(Clone, Debug, Default)]
 pub struct Index {
     pods: BTreeMap<String, Pod>,
-    /// Pod UIDs by the UID that names the pods' cgroup.
-    claims: BTreeMap<String, BTreeSet<String>>,
-    /// Keys of `claims` with several pods, usually none.
+    /// The UID that names the cgroup, and the pod's UID, for each pod in which they differ.
+    claims: BTreeSet<(String, String)>,
+    /// UIDs of cgroups that several pods claim, usually none.
     contested: BTreeSet<String>,
     namespaces: NamespaceIndex,
 }
@@ -130,8 +130,10 @@ impl Index {
     }
 
     fn claimants(&self, cgroup: &str) -> impl Iterator<Item = &Pod> {
-        let uids = self.claims.get(cgroup).into_iter().flatten();
-        uids.filter_map(|uid| self.pods.get(uid))
+        let named = self.pods.get(cgroup).filter(|pod| pod.cgroup_uid == cgroup);
+        let claims = self.claims.range((cgroup.to_owned(), String::new())..);
+        let claims = claims.take_while(move |(claimed, _)| claimed == cgroup);
+        named.into_iter().chain(claims.filter_map(|(_, uid)| self.pods.get(uid)))
     }
 
     /// Returns the running pods that a rule matches.
@@ -148,27 +150,30 @@ impl Index {
         if self.pods.len() >= MAX_PODS {
             return None;
         }
-        let claimants = self.claims.entry(pod.cgroup_uid.clone()).or_default();
-        claimants.insert(uid.clone());
-        if claimants.len() > 1 {
-            self.contested.insert(pod.cgroup_uid.clone());
+        let cgroup = pod.cgroup_uid.clone();
+        if cgroup != uid {
+            self.claims.insert((cgroup.clone(), uid.clone()));
         }
         self.pods.insert(uid.clone(), pod);
+        self.update_contested(cgroup);
         Some(uid)
     }
 
     fn delete(&mut self, uid: &str) -> Option<String> {
         let (uid, pod) = self.pods.remove_entry(uid)?;
-        if let Some(pods) = self.claims.get_mut(&pod.cgroup_uid) {
-            pods.remove(&uid);
-            if pods.len() <= 1 {
-                self.contested.remove(&pod.cgroup_uid);
-            }
-            if pods.is_empty() {
-                self.claims.remove(&pod.cgroup_uid);
-            }
-        }
+        let claim = (pod.cgroup_uid, uid);
+        self.claims.remove(&claim);
+        let (cgroup, uid) = claim;
+        self.update_contested(cgroup);
         Some(uid)
+    }
+
+    fn update_contested(&mut self, cgroup: String) {
+        if self.claimants(&cgroup).nth(1).is_some() {
+            self.contested.insert(cgroup);
+        } else {
+            self.contested.remove(&cgroup);
+        }
     }
 
     /// Replaces the set of pods. Returns the UIDs of the pods that are new, deleted or changed.

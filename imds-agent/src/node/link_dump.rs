@@ -1,21 +1,18 @@
-//! Dump of the node's interfaces in bounded memory.
-//!
-//! The connection of the library queues a whole dump in decoded form, about 14 KiB for each interface. This one decodes
-//! a datagram of the kernel and keeps only the [`Link`]s before it receives the next datagram.
+//! Dump of the node's interfaces, of which only the [`Link`]s are kept.
 
 use std::{collections::BTreeMap, io};
 
 use rtnetlink::{
-    packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_core::{NLM_F_DUMP_INTR, NetlinkPayload},
     packet_route::{
         RouteNetlinkMessage,
         link::{LinkAttribute, LinkExtentMask, LinkMessage},
     },
-    sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE},
 };
 
 use super::{
     datagram::{Content, Message, messages},
+    dump_socket,
     link::Link,
 };
 
@@ -47,27 +44,20 @@ pub(super) async fn links() -> io::Result<Vec<Link>> {
 }
 
 async fn dump() -> io::Result<Dump> {
-    let socket = TokioSocket::new(NETLINK_ROUTE)?;
-    socket.socket_ref().connect(&SocketAddr::new(0, 0))?;
-    socket.send(&request()).await?;
     let mut dump = Dump::default();
-    while !dump.is_complete {
-        let (datagram, _) = socket.recv_from_full().await?;
-        dump.read(&datagram)?;
-    }
+    dump_socket::dump(request(), false, |datagram| {
+        dump.read(datagram)?;
+        Ok(dump.is_complete)
+    })
+    .await?;
     Ok(dump)
 }
 
 /// Returns the request for a dump of all interfaces without their statistics, which the kernel sums over all CPUs.
-fn request() -> Vec<u8> {
+fn request() -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-    let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetLink(message));
-    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    request.finalize();
-    let mut bytes = vec![0; request.buffer_len()];
-    request.serialize(&mut bytes);
-    bytes
+    RouteNetlinkMessage::GetLink(message)
 }
 
 impl Dump {

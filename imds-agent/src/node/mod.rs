@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub(crate) mod confinement;
 mod datagram;
+mod dump_socket;
 mod event_stream;
 pub mod file_watch;
 pub mod interface_role;
@@ -18,6 +19,7 @@ pub mod node_processes;
 pub mod pod_cgroups;
 pub mod pod_namespaces;
 mod process;
+mod route_dump;
 pub mod sandbox;
 pub mod sender_resolver;
 pub(crate) mod userspace_ovs;

@@ -20,7 +20,7 @@ use rtnetlink::{
 };
 use thiserror::Error;
 
-use super::{event_stream, interface_role::EndpointRoutes, link::Link, link_dump};
+use super::{event_stream, interface_role::EndpointRoutes, link::Link, link_dump, route_dump};
 use crate::node::link_event::{Destination, Event};
 
 /// Error of a request to rtnetlink.
@@ -56,8 +56,6 @@ impl NetlinkError {
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
-    /// Connection on which the kernel filters dumps by the fields of the request (`NETLINK_GET_STRICT_CHK`, Linux 4.20).
-    strict: Handle,
     endpoints: Vec<IpAddr>,
 }
 
@@ -67,18 +65,7 @@ impl Netlink {
         let (connection, handle, _) = rtnetlink::new_connection()
             .map_err(|source| NetlinkError::new("failed to connect to rtnetlink", source))?;
         tokio::spawn(connection);
-        let strict = match rtnetlink::new_connection_with_strict_check() {
-            Ok((connection, strict, _)) => {
-                tokio::spawn(connection);
-                strict
-            }
-            // An older kernel dumps all routes, and the callers filter them.
-            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => handle.clone(),
-            Err(source) => {
-                return Err(NetlinkError::new("failed to connect to rtnetlink with strict checks", source));
-            }
-        };
-        Ok(Self { handle, strict, endpoints: Vec::new() })
+        Ok(Self { handle, endpoints: Vec::new() })
     }
 
     /// Sets the protected addresses. The interfaces of routes to them are uplinks.
@@ -154,32 +141,21 @@ impl Netlink {
         Ok(!self.routes(Some(RouteType::Local), is_local).await?.is_empty())
     }
 
-    /// Lists the routes of all tables that match `is_selected`. Filters during the dump, because a node can have a
-    /// million routes.
-    ///
-    /// With `kind`, the kernel sends only routes of that type, if it can filter dumps.
+    /// Lists the routes of all tables that match `is_selected`. With `kind`, the kernel sends only routes of that type, if it can
+    /// filter dumps.
     async fn routes(
         &self,
         kind: Option<RouteType>,
         is_selected: impl Fn(&RouteMessage) -> bool,
     ) -> Result<Vec<RouteMessage>, NetlinkError> {
         let mut routes = Vec::new();
-        let handle = if kind.is_some() { &self.strict } else { &self.handle };
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            // The kernel rejects a strict dump with a scope, and uses the table and the protocol as further filters.
-            let mut request = RouteMessage::default();
-            request.header.address_family = family;
-            request.header.kind = kind.unwrap_or_default();
-            let found = handle.route().get(request).execute();
-            match found.try_filter(|route| ready(is_selected(route))).try_collect::<Vec<_>>().await {
+            match route_dump::routes(family, kind, &is_selected).await {
                 Ok(found) => routes.extend(found),
-                Err(error) => {
-                    let error = NetlinkError::from_rtnetlink("failed to list routes", error);
-                    // The kernel has no IPv6.
-                    if error.errno() != Some(libc::EAFNOSUPPORT) && error.errno() != Some(libc::EOPNOTSUPP) {
-                        return Err(error);
-                    }
+                // The kernel has no IPv6.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => {
                 }
+                Err(source) => return Err(NetlinkError::new("failed to list routes", source)),
             }
         }
         Ok(routes)

@@ -322,7 +322,7 @@ impl AppState {
 
     /// Answers `/readyz`: 200 if every interface, cgroup and hook is enforced.
     async fn readiness(&self) -> anyhow::Result<Response<Full<Bytes>>> {
-        Ok(match &status::gather(&self.pins, &self.netlink).await?.not_enforced()[..] {
+        Ok(match &status::gather_enforcement(&self.pins, &self.netlink).await?.not_enforced()[..] {
             [] => text(StatusCode::OK, "ok"),
             not_enforced => text(StatusCode::SERVICE_UNAVAILABLE, &not_enforced.join("\n")),
         })

@@ -110,6 +110,13 @@ pub(crate) fn dir(arch: Arch) -> Result<PathBuf> {
     Ok(artifacts("dist")?.join(arch.debian()))
 }
 
+/// Builds the agent for this machine as `cargo xtask dist` ships it, and returns its path.
+pub(crate) fn shipped_agent() -> Result<PathBuf> {
+    let (arch, target_dir) = (Arch::host()?, artifacts("")?);
+    compile(AGENT, &[arch], root(), &target_dir)?;
+    Ok(built(AGENT, arch, &target_dir))
+}
+
 /// Builds only the static binaries and their SBOMs.
 fn build_binaries(arches: &[Arch]) -> Result<()> {
     let target_dir = artifacts("")?;

@@ -15,8 +15,9 @@ use crate::{
         Datapath, DatapathError, map_error,
         object::Maps,
         pin::{dir::PinDir, netns_owner},
+        sys::bpf,
     },
-    encode::{field_text, nanoseconds, raw_field_text, text_field, timestamp},
+    encode::{field_text, nanoseconds, raw_field_text, timestamp, write_text},
 };
 
 /// Largest number of reads until two consecutive ones are equal. A read during an update can return a mix of both values.
@@ -68,7 +69,8 @@ pub struct RejectedConfig {
 
 /// Reads the record. Returns `None` before the first configuration was recorded.
 pub fn read(maps: &Maps) -> Result<Option<EffectiveConfig>, MapError> {
-    Ok(EffectiveConfig::from_record(&read_consistent(&maps.config)?))
+    let record = read_consistent(&maps.config)?;
+    Ok(EffectiveConfig::from_record(&record))
 }
 
 /// Reads the record of the pinned maps; `None` if there is no record, or if the maps belong to another version or to another
@@ -117,20 +119,15 @@ impl Datapath {
 
     /// Records the effective configuration for `status` and `config show`. Returns its generation.
     pub fn record_config(&mut self, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
-        let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
-        let generation = before.generation.saturating_add(1);
-        let path = path.map(|path| path.to_string_lossy()).unwrap_or_default();
-        let record = ConfigRecord {
-            generation,
-            loaded_at: now(),
-            failed_at: 0,
-            path: text_field(&path),
-            error: text_field(""),
-            text: text_field(text),
-            ..before
-        };
-        self.maps.config.set(0, record, 0).map_err(map_error(MAP_CONFIG))?;
-        Ok(generation)
+        let mut record = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
+        record.generation = record.generation.saturating_add(1);
+        record.loaded_at = now();
+        record.failed_at = 0;
+        write_text(&mut record.path, &path.map(|path| path.to_string_lossy()).unwrap_or_default());
+        write_text(&mut record.error, "");
+        write_text(&mut record.text, text);
+        self.write_config_record(&record)?;
+        Ok(record.generation)
     }
 
     /// Records the exemptions that cannot be applied completely, one line each.
@@ -138,7 +135,8 @@ impl Datapath {
         let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
         let of_sinks = error_lines(&before.exemption_errors).into_iter().filter(|line| is_of_sink(line));
         let lines: Vec<_> = errors.lines().chain(of_sinks).collect();
-        self.record_errors(&before, &lines)
+        let lines = lines.join("\n");
+        self.record_errors(before, &lines)
     }
 
     /// Records the names and errors of the failing sinks.
@@ -149,26 +147,32 @@ impl Datapath {
         let of_exemptions =
             error_lines(&before.exemption_errors).into_iter().filter(|line| !is_of_sink(line));
         let lines: Vec<_> = of_exemptions.chain(of_sinks.iter().map(String::as_str)).collect();
-        self.record_errors(&before, &lines)
+        let lines = lines.join("\n");
+        self.record_errors(before, &lines)
     }
 
-    fn record_errors(&mut self, before: &ConfigRecord, lines: &[&str]) -> Result<(), DatapathError> {
-        let record = ConfigRecord { exemption_errors: text_field(&lines.join("\n")), ..*before };
+    fn write_config_record(&mut self, record: &ConfigRecord) -> Result<(), DatapathError> {
         self.maps.config.set(0, record, 0).map_err(map_error(MAP_CONFIG))
+    }
+
+    fn record_errors(&mut self, mut record: Box<ConfigRecord>, lines: &str) -> Result<(), DatapathError> {
+        write_text(&mut record.exemption_errors, lines);
+        self.write_config_record(&record)
     }
 
     /// Records the error of a rejected configuration. The previous one stays effective.
     pub fn record_rejected_config(&mut self, error: &str) -> Result<(), DatapathError> {
-        let before = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
-        let record = ConfigRecord { failed_at: now(), error: text_field(error), ..before };
-        self.maps.config.set(0, record, 0).map_err(map_error(MAP_CONFIG))
+        let mut record = read_consistent(&self.maps.config).map_err(map_error(MAP_CONFIG))?;
+        record.failed_at = now();
+        write_text(&mut record.error, error);
+        self.write_config_record(&record)
     }
 }
 
-fn read_consistent(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, MapError> {
-    let mut last = map.get(&0, 0)?;
+fn read_consistent(map: &Array<MapData, ConfigRecord>) -> Result<Box<ConfigRecord>, MapError> {
+    let mut last = bpf::first_element(map)?;
     for _ in 0..READINGS {
-        let record = map.get(&0, 0)?;
+        let record = bpf::first_element(map)?;
         if record == last {
             break;
         }

@@ -33,29 +33,26 @@ pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
 }
 
 /// Reads the effective filter.
-pub(crate) fn filter(maps: &Maps) -> Result<PolicyFilter, DatapathError> {
-    maps.filter.get(&0, 0).map_err(map_error(MAP_FILTER))
+pub(crate) fn filter(maps: &Maps) -> Result<Box<PolicyFilter>, DatapathError> {
+    bpf::first_element(&maps.filter).map_err(map_error(MAP_FILTER))
 }
 
 /// Replaces the effective filter.
 pub(crate) fn set_filter(maps: &mut Maps, filter: &PolicyFilter) -> Result<(), DatapathError> {
-    maps.filter.set(0, *filter, 0).map_err(map_error(MAP_FILTER))
+    maps.filter.set(0, filter, 0).map_err(map_error(MAP_FILTER))
 }
 
 /// Returns the filter to load the programs with: the effective one, with the address bits of the new endpoints added.
 pub(crate) fn filter_while_loading(
     effective: Option<&PolicyFilter>,
     endpoint_set: &EndpointSet,
-) -> PolicyFilter {
+) -> Box<PolicyFilter> {
     let entries: BTreeMap<_, _> = endpoint_set.entries().collect();
-    let desired = PolicyFilter::new(by_address(&entries));
-    match effective {
-        Some(&(mut filter)) => {
-            filter.add_addresses(&desired);
-            filter
-        }
-        None => desired,
-    }
+    let desired = Box::new(PolicyFilter::new(by_address(&entries)));
+    let Some(effective) = effective else { return desired };
+    let mut filter = Box::new(*effective);
+    filter.add_addresses(&desired);
+    filter
 }
 
 fn by_address(entries: &BTreeMap<Address, Endpoint>) -> impl Iterator<Item = (Address, &Endpoint)> + Clone {
@@ -77,12 +74,13 @@ pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), Datapath
 /// Writes the unused table of the filter, then makes it the effective one.
 fn write_filter(maps: &mut Maps, desired: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
     let before = filter(maps)?;
-    let mut after = before;
+    let mut after = before.clone();
     after.set_endpoints(by_address(desired));
     if after.table() == before.table() && after.addresses == before.addresses {
         return Ok(());
     }
-    let mut staged = PolicyFilter { current: before.current, ..after };
+    let mut staged = after.clone();
+    staged.current = before.current;
     staged.add_addresses(&before);
     set_filter(maps, &staged)?;
     staged.current = after.current;

@@ -65,7 +65,7 @@ impl Datapath {
         }
         // One write replaces the bitmap, so that subjects that stay exempt are always in it.
         let effective = endpoint_maps::filter(maps)?;
-        let mut filter = effective;
+        let mut filter = effective.clone();
         filter.set_subjects(desired.entries.keys().map(|exemption| exemption.subject));
         if filter.subjects != effective.subjects {
             endpoint_maps::set_filter(maps, &filter)?;

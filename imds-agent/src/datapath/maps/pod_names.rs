@@ -11,6 +11,7 @@ use imds_ebpf_common::{
 use jiff::Timestamp;
 
 use crate::{
+    checksum::fnv1a,
     datapath::{
         Datapath, DatapathError, map_error,
         object::{self, Maps, ObjectError},
@@ -32,8 +33,13 @@ const LABELS: [&str; 5] = ["app.kubernetes.io/name", "k8s-app", "app", "componen
 const OF_PODS: u32 = 1;
 const OF_NAMESPACES: u32 = 2;
 
-/// Keys of the map, each with pod uid and container name, which determine the rest of the entry.
-pub(crate) type WrittenNames = BTreeMap<Subject, (String, String)>;
+/// Keys of the map, each with the [`fingerprint`] of the entry. The names themselves would take several times the memory.
+pub(crate) type WrittenNames = BTreeMap<Subject, u64>;
+
+/// Returns a hash of pod UID and container name, which determine the rest of an entry.
+fn fingerprint(uid: &str, container: &str) -> u64 {
+    fnv1a(&format!("{uid}/{container}"))
+}
 
 /// Reads the pod metadata of all subjects.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, PodRef>, MapError> {
@@ -67,7 +73,9 @@ impl Datapath {
         let written = match written_names {
             Some(written) => written,
             none => {
-                let key = |identity: PodRef| (identity.uid, identity.container.unwrap_or_default());
+                let key = |identity: PodRef| {
+                    fingerprint(&identity.uid, identity.container.as_deref().unwrap_or_default())
+                };
                 let before = read(maps).map_err(map_error(MAP_PODS))?.into_iter();
                 none.insert(before.map(|(subject, identity)| (subject, key(identity))).collect())
             }
@@ -81,9 +89,10 @@ impl Datapath {
         }
         for (subject, PodContainer { pod, container }) in names {
             let container = container.unwrap_or_default();
-            if !written.get(subject).is_some_and(|(uid, written)| *uid == pod.uid && written == container) {
+            let fingerprint = fingerprint(&pod.uid, container);
+            if written.get(subject) != Some(&fingerprint) {
                 maps.pods.insert(subject, record(pod, container), 0).map_err(map_error(MAP_PODS))?;
-                written.insert(*subject, (pod.uid.clone(), container.to_owned()));
+                written.insert(*subject, fingerprint);
                 writes += 1;
             }
         }

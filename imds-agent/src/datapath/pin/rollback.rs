@@ -22,7 +22,7 @@ use crate::datapath::{
 };
 
 /// Array of one element, and the element.
-type ArrayContent<V> = (Array<MapData, V>, V);
+type ArrayContent<V> = (Array<MapData, V>, Box<V>);
 /// The map of the endpoints, and its entries.
 type EndpointContent = (HashMap<MapData, Address, Endpoint>, BTreeMap<Address, Endpoint>);
 
@@ -55,7 +55,7 @@ impl Rollback {
 
     /// Returns the filter that was effective before the start.
     pub(crate) fn filter(&self) -> Option<&PolicyFilter> {
-        self.filter.as_ref().map(|(_, filter)| filter)
+        self.filter.as_ref().map(|(_, filter)| &**filter)
     }
 
     /// Restores pins and content. Continues after a failure, and returns the first one.
@@ -96,7 +96,7 @@ fn read_array<V: aya::Pod>(
         return Ok(None);
     }
     let array: Array<MapData, V> = object::open_map(pins, name, Map::Array)?;
-    let value = array.get(&0, 0).map_err(|source| ObjectError::Map { name, source })?;
+    let value = bpf::first_element(&array).map_err(|source| ObjectError::Map { name, source })?;
     Ok(Some((array, value)))
 }
 

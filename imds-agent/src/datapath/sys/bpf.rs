@@ -20,13 +20,18 @@ use std::{
     time::Duration,
 };
 
+use aya::{
+    Pod,
+    maps::{Array, IterableMap, MapData, MapError},
+    sys::SyscallError,
+};
 use aya_obj::generated::{
     BPF_F_AFTER, BPF_F_BEFORE, BPF_F_ID, BPF_F_LINK,
     bpf_attach_type::{self, BPF_TCX_EGRESS},
     bpf_attr,
     bpf_cmd::{
-        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_MAP_FREEZE, BPF_MAP_UPDATE_ELEM,
-        BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD, BPF_OBJ_PIN, BPF_PROG_QUERY,
+        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_MAP_FREEZE, BPF_MAP_LOOKUP_ELEM,
+        BPF_MAP_UPDATE_ELEM, BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD, BPF_OBJ_PIN, BPF_PROG_QUERY,
     },
     bpf_link_info,
     bpf_link_type::BPF_LINK_TYPE_CGROUP,
@@ -192,6 +197,20 @@ pub fn map_write(map: impl AsFd, value: &[u8]) -> io::Result<()> {
     attr.__bindgen_anon_2.key = (&raw const key) as u64;
     attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_ptr() as u64;
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Reads the first element of an array. The value stays on the heap, because the pages of a stack that once grew stay with the process.
+pub fn first_element<V: Pod>(array: &Array<MapData, V>) -> Result<Box<V>, MapError> {
+    let key = 0_u32;
+    let mut value = Box::<V>::new_zeroed();
+    let mut attr = zeroed::<bpf_attr>();
+    attr.__bindgen_anon_2.map_fd = raw_fd(IterableMap::map(array).fd());
+    attr.__bindgen_anon_2.key = (&raw const key) as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_mut_ptr() as u64;
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)
+        .map_err(|io_error| SyscallError { call: "bpf_map_lookup_elem", io_error })?;
+    // SAFETY: all bytes are initialized, and every value of them is valid for a `Pod`.
+    Ok(unsafe { value.assume_init() })
 }
 
 /// Makes a map read-only for all processes, so that the verifier treats its values as constants.

@@ -64,22 +64,45 @@ const EXPLAIN_REMEDY: &str = "see the agent's log; the pods are denied, and get 
 /// Maximum number of attempts to read a status during which the policy does not change.
 const ATTEMPTS: usize = 5;
 
+/// Parts of the status that a report contains.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Scope {
+    All,
+    /// Without counters, pods and exempt senders, of which there are several for each interface.
+    Enforcement,
+}
+
+/// Returns the complete status.
 pub(crate) async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
+    gather_parts(pins, netlink, Scope::All).await
+}
+
+/// Returns the parts of the status that [`StatusReport::not_enforced`] and [`StatusReport::gaps`] need. The agent reads them
+/// again and again.
+pub(crate) async fn gather_enforcement(
+    pins: &PinDir,
+    netlink: &Netlink,
+) -> Result<StatusReport, DatapathError> {
+    gather_parts(pins, netlink, Scope::Enforcement).await
+}
+
+async fn gather_parts(pins: &PinDir, netlink: &Netlink, scope: Scope) -> Result<StatusReport, DatapathError> {
     for _ in 0..ATTEMPTS {
         let before = policy(pins);
-        let report = gather_once(pins, netlink).await;
+        let report = gather_once(pins, netlink, scope).await;
         if policy(pins) == before {
             return report;
         }
     }
-    gather_once(pins, netlink).await
+    gather_once(pins, netlink, scope).await
 }
 
 fn policy(pins: &PinDir) -> Option<Policy> {
     Maps::open(pins).ok()?.policy.get(&0, 0).ok()
 }
 
-async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
+async fn gather_once(pins: &PinDir, netlink: &Netlink, scope: Scope) -> Result<StatusReport, DatapathError> {
+    let is_complete = scope == Scope::All;
     let holder = pins.lock_owner()?;
     let mut report = StatusReport::unloaded(pins, holder.as_ref());
     if !object::is_loaded(pins) {
@@ -130,8 +153,11 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     }
 
     report.add_sinks(&maps)?;
-    report.pending_events = counters::pending_events(&maps).map_err(unreadable(MAP_COUNTERS))?;
-    let mut counts = counters::read(&maps).map_err(unreadable(MAP_COUNTERS))?;
+    let mut counts = BTreeMap::new();
+    if is_complete {
+        report.pending_events = counters::pending_events(&maps).map_err(unreadable(MAP_COUNTERS))?;
+        counts = counters::read(&maps).map_err(unreadable(MAP_COUNTERS))?;
+    }
     for ((_, number), of_one) in &counts {
         if let Some(hook) = Hook::ALL.into_iter().find(|&hook| hook as u8 == *number) {
             *report.by_hook.entry(hook.name()).or_default() += *of_one;
@@ -142,7 +168,10 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     let uplinks = Uplinks::new(&netlink.endpoint_routes().await?, links.iter());
     report.kubernetes = pod_names::read_watch_status(&maps).map_err(unreadable(MAP_KUBERNETES))?;
     report.add_disputes();
-    let names = pod_names::read(&maps).map_err(unreadable(MAP_PODS))?;
+    let mut names = BTreeMap::new();
+    if is_complete {
+        names = pod_names::read(&maps).map_err(unreadable(MAP_PODS))?;
+    }
     let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks, names: &names };
     if let Some(port) = userspace_ovs::find(&links) {
         report.problem(Some(&port.name), userspace_ovs::PROBLEM, userspace_ovs::REMEDY);
@@ -154,7 +183,9 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
         let remedy = "enable another hook, or exclude fewer interfaces (`interfaces.exclude`)";
         report.problem(None, NOT_ATTACHED, remedy);
     }
-    report.add_exemptions(&maps, &names)?;
+    if is_complete {
+        report.add_exemptions(&maps, &names)?;
+    }
     // Also of interfaces that were deleted and whose counters the agent has not yet added to those of deleted ones.
     for gone in counts.into_values() {
         report.deleted += gone;
