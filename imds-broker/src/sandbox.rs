@@ -8,6 +8,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use caps::CapSet;
 use nix::{
+    errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
     sys::{
@@ -73,7 +74,13 @@ fn change_root() -> Result<()> {
     chdir(MOUNT_POINT).context("failed to enter the empty file system")?;
     chroot(".").context("failed to change the root directory")?;
     fchdir(&old).context("failed to return to the old root directory")?;
-    umount2(".", MntFlags::MNT_DETACH).context("failed to detach the old root directory")?;
+    match umount2(".", MntFlags::MNT_DETACH) {
+        // The initramfs of a machine that runs from it cannot be detached. The empty file system hides it instead, as with
+        // switch_root(8).
+        Err(Errno::EINVAL) => mount(Some("/"), ".", none, MsFlags::MS_MOVE, none)
+            .context("failed to hide the old root directory"),
+        detached => detached.context("failed to detach the old root directory"),
+    }?;
     chdir("/").context("failed to enter the root directory")
 }
 

@@ -48,7 +48,9 @@ fn broker_has_no_privileges() {
     }
     assert_eq!(fs::read_dir(proc.join("root")).unwrap().count(), 0);
     assert_eq!(fs::read_dir(proc.join("cwd")).unwrap().count(), 0);
-    assert_eq!(fs::read_to_string(proc.join("mountinfo")).unwrap(), "");
+    // In a machine that runs from its initramfs, the empty file system hides the root directory.
+    let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap();
+    assert!(mounts.is_empty() || (mounts.lines().count() == 1 && mounts.contains(" / / ro,")), "{mounts}");
     let namespace = |name: &str| {
         (
             fs::read_link(proc.join("ns").join(name)).unwrap(),
