@@ -148,7 +148,10 @@ fn flood_leaves_other_pods_alone() {
         latencies.max().unwrap()
     });
     println!("slowest request during the flood: {slowest:?}");
-    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    // With one CPU, the flooding threads leave the broker a fifth of it.
+    let cpus = thread::available_parallelism().map_or(1, Into::into);
+    let limit = Duration::from_secs(if cpus == 1 { 5 } else { 1 });
+    assert!(slowest < limit, "{slowest:?} with {cpus} CPUs");
 }
 
 /// Sends requests, garbage and large heads as fast as possible.
