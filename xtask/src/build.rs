@@ -29,10 +29,11 @@ pub(crate) fn release() -> Result<PathBuf> {
     Ok(agent)
 }
 
-/// Builds the agent with the profile of `cargo xtask dist`, and returns its path.
+/// Builds the agent and its broker with the profile of `cargo xtask dist`. Returns the path of the agent.
 pub(crate) fn shipped() -> Result<PathBuf> {
     let agent = artifacts(SHIPPED_PROFILE)?.join("imds-agent");
-    execute(cargo("build").args(["--profile", SHIPPED_PROFILE, "--package", "imds-agent", "--locked"]))?;
+    let packages = ["--package", "imds-agent", "--package", "imds-broker"];
+    execute(cargo("build").args(["--profile", SHIPPED_PROFILE]).args(packages).arg("--locked"))?;
     Ok(agent)
 }
 
