@@ -76,8 +76,17 @@ impl Process {
 
     /// Returns a memory size in MiB, by its key in /proc/PID/status.
     pub fn memory(self, kind: &str) -> f64 {
-        let status = self.read("status");
-        let line = status.lines().find_map(|line| line.strip_prefix(kind)?.strip_prefix(':'));
+        self.mib("status", kind)
+    }
+
+    /// Returns a memory size in MiB, by its key in `/proc/PID/smaps_rollup`.
+    pub fn rollup(self, kind: &str) -> f64 {
+        self.mib("smaps_rollup", kind)
+    }
+
+    fn mib(self, file: &str, kind: &str) -> f64 {
+        let sizes = self.read(file);
+        let line = sizes.lines().find_map(|line| line.strip_prefix(kind)?.strip_prefix(':'));
         let kib: f64 = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).expect("a number");
         kib / 1024.0
     }

@@ -10,14 +10,15 @@ use crate::{
     workspace::{cargo, describe, ensure_root, print_status, root},
 };
 
-/// Run the benchmarks of the agent and its programs; needs root, takes half an hour on an otherwise idle machine
+/// Run the benchmarks of the agent and its programs; needs root, takes 40 minutes on an otherwise idle machine
 ///
 /// The benchmarks compare the agent with empty programs, iptables and nftables.
 #[derive(clap::Args)]
 pub(crate) struct Bench {
     /// Name of one benchmark: `test_run` for the programs alone, `speed` for packets beside other mechanisms, `churn`
     /// for new pods, `flood` for new pods beside a flood of denied packets, `scale` for up to 1,000 pods, `footprint`
-    /// for an idle agent. `clients`, which runs only by name, for the time until denied clients of clouds give up
+    /// for an idle agent, `scoped` for scoped exemptions and explained denials. `clients`, which runs only by name, for
+    /// the time until denied clients of clouds give up
     name: Option<String>,
     /// Write the results to docs/benchmarks.md, with plots, and those of `clients` to docs/client-behaviour.md
     #[arg(long)]
@@ -27,7 +28,7 @@ pub(crate) struct Bench {
     fetch: bool,
 }
 
-const ALL: [&str; 6] = ["test_run", "speed", "churn", "flood", "scale", "footprint"];
+const ALL: [&str; 7] = ["test_run", "speed", "churn", "flood", "scale", "footprint", "scoped"];
 /// Benchmark that runs only by name, because its clients must be downloaded first.
 const CLIENTS: &str = "clients";
 /// Environment variable with the directory of the libraries of [`CLIENTS`].
@@ -83,7 +84,7 @@ impl Bench {
         let results =
             String::from_utf8(output.stdout).with_context(|| format!("the output of {what} is not UTF-8"))?;
         if !output.status.success() {
-            // `flood` fails if the agent exceeds a limit, which its output names.
+            // `flood` and `scoped` fail if a limit is exceeded, which the output names.
             print!("{results}");
             bail!("{what} failed ({})", output.status);
         }

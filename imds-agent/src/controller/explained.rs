@@ -1,6 +1,9 @@
 //! `on_deny = "explain"`: listeners that allow no request, in the network namespaces of all other pods that are denied.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use imds_ebpf_common::{
     Address, DenyAction, ExemptionKey, Mode, RedirectRecord, Role, Subject, SubjectKind,
@@ -95,7 +98,7 @@ fn add_explained(
 
 impl DesiredListener {
     fn explaining(inode: u64, provider: &'static str) -> Self {
-        Self { inode, provider, rule: RedirectRecord::EXPLAINS, rules: 0, allow: BTreeSet::new() }
+        Self { inode, provider, rule: RedirectRecord::EXPLAINS, rules: 0, allow: Arc::default() }
     }
 
     /// Reports whether the listener allows no request, and explains denials.
@@ -131,7 +134,7 @@ mod tests {
             provider: "azure",
             rule: 1,
             rules: 1,
-            allow: ["GET /a".to_owned()].into(),
+            allow: Arc::new(["GET /a".to_owned()].into()),
         };
         let mut desired = DesiredListeners::from([((1, one), of_rule.clone())]);
         let key =

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use imds_ebpf_common::{Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind};
@@ -39,8 +40,8 @@ pub(super) struct DesiredListener {
     /// Number of the first rule that matches the pod, from 1, and of the rules that match.
     pub(super) rule: u32,
     pub(super) rules: u32,
-    /// Requests that any of these rules allows.
-    pub(super) allow: BTreeSet<String>,
+    /// Requests that any of these rules allows. Listeners of the same rules share the list, which is most of their memory.
+    pub(super) allow: Arc<BTreeSet<String>>,
 }
 
 /// Endpoints to which connections are redirected, and their provider.
@@ -72,9 +73,11 @@ pub(super) fn desired_listeners(
     exempt: &BTreeMap<ExemptionKey, ExemptionRecord>,
     Endpoints { addresses, provider, .. }: &Endpoints,
 ) -> DesiredListeners {
-    let mut desired = DesiredListeners::new();
+    let mut matching: BTreeMap<RedirectKey, (DesiredListener, Vec<u32>)> = BTreeMap::new();
     for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
-        let Some(allow) = &rule.allow else { continue };
+        if rule.allow.is_none() {
+            continue;
+        }
         for (&cookie, &inode) in &senders.namespaces {
             let subject = Subject::new(SubjectKind::Netns, cookie);
             let is_exempt = |address: Address| exempt.contains_key(&ExemptionKey { address, subject });
@@ -83,19 +86,27 @@ pub(super) fn desired_listeners(
                 if is_exempt(Address::ANY) || is_exempt(address_key(endpoint)) {
                     continue;
                 }
-                let listener = desired.entry((cookie, endpoint)).or_insert_with(|| DesiredListener {
-                    inode,
-                    provider,
-                    rule: number,
-                    rules: 0,
-                    allow: BTreeSet::new(),
+                let (listener, numbers) = matching.entry((cookie, endpoint)).or_insert_with(|| {
+                    let allow = Arc::default();
+                    (DesiredListener { inode, provider, rule: number, rules: 0, allow }, Vec::new())
                 });
                 listener.rules += 1;
-                listener.allow.extend(allow.iter().cloned());
+                numbers.push(number);
             }
         }
     }
-    desired
+    let mut lists = BTreeMap::new();
+    let with_list = |(redirect, (listener, numbers)): (RedirectKey, (DesiredListener, Vec<u32>))| {
+        let list = lists.entry(numbers).or_insert_with_key(|numbers| Arc::new(merged(rules, numbers)));
+        (redirect, DesiredListener { allow: Arc::clone(list), ..listener })
+    };
+    matching.into_iter().map(with_list).collect()
+}
+
+/// Returns the requests that any of the rules with these numbers allows.
+fn merged(rules: &[Exempt], numbers: &[u32]) -> BTreeSet<String> {
+    let rules = numbers.iter().filter_map(|&number| rules.get(number as usize - 1));
+    rules.filter_map(|rule| rule.allow.as_ref()).flatten().cloned().collect()
 }
 
 fn covers(scope: &EndpointSelector, endpoint: IpAddr) -> bool {
@@ -157,7 +168,7 @@ mod tests {
         let endpoints = Endpoints { addresses, explained: Vec::new(), provider: "azure" };
         let desired = desired_listeners(rules, &found, exempt, &endpoints);
         let plain = |((cookie, endpoint), listener): (RedirectKey, DesiredListener)| {
-            let allow = listener.allow.into_iter().collect::<Vec<_>>().join(",");
+            let allow = listener.allow.iter().cloned().collect::<Vec<_>>().join(",");
             (cookie, endpoint, listener.rule, listener.rules, allow)
         };
         desired.into_iter().map(plain).collect()

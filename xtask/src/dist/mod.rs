@@ -110,10 +110,12 @@ pub(crate) fn dir(arch: Arch) -> Result<PathBuf> {
     Ok(artifacts("dist")?.join(arch.debian()))
 }
 
-/// Builds the agent for this machine as `cargo xtask dist` ships it, and returns its path.
+/// Builds the agent and its broker for this machine as `cargo xtask dist` ships them. Returns the path of the agent.
 pub(crate) fn shipped_agent() -> Result<PathBuf> {
     let (arch, target_dir) = (Arch::host()?, artifacts("")?);
-    compile(AGENT, &[arch], root(), &target_dir)?;
+    for package in [AGENT, BROKER] {
+        compile(package, &[arch], root(), &target_dir)?;
+    }
     Ok(built(AGENT, arch, &target_dir))
 }
 
