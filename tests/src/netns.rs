@@ -3,7 +3,7 @@
 use std::{
     ffi::OsStr,
     fs::{self, File},
-    io::Write as _,
+    io::{self, Write as _},
     os::{fd::AsFd, linux::fs::MetadataExt as _, unix::process::CommandExt as _},
     panic::resume_unwind,
     path::{Path, PathBuf},
@@ -242,7 +242,12 @@ fn add(name: &str, of: &str, is_new: bool) -> File {
 
 fn delete(name: &str) {
     let path = Path::new(DIRECTORY).join(name);
-    // Ignores errors: the function runs in drop, and the next process sweeps.
-    let _ = umount2(&path, MntFlags::MNT_DETACH);
-    let _ = fs::remove_file(&path);
+    // A mount of the directory onto itself doubles the mounts below it.
+    while umount2(&path, MntFlags::MNT_DETACH).is_ok() {}
+    // No panic in drop, which may run for a failing test. The next process sweeps.
+    if let Err(error) = fs::remove_file(&path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        eprintln!("{}: {error}", path.display());
+    }
 }

@@ -10,7 +10,7 @@ use crate::{
     workspace::{cargo, describe, ensure_root, print_status, root},
 };
 
-/// Run the benchmarks of the agent and its programs; needs root, takes 40 minutes on an otherwise idle machine
+/// Run the benchmarks of the agent and its programs; needs root, takes 45 minutes on an otherwise idle machine
 ///
 /// The benchmarks compare the agent with empty programs, iptables and nftables.
 #[derive(clap::Args)]

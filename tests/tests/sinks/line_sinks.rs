@@ -107,7 +107,8 @@ fn file_survives_rotation_and_removal() {
 #[test]
 fn full_disk_loses_no_record() {
     let env = TestEnv::new();
-    let pod = env.add_pod(PodLink::Routed);
+    // The programs emit ten events of a pod in a second.
+    let pods = [(); 2].map(|()| env.add_pod(PodLink::Routed));
     let disk = env.scratch_dir().join("disk");
     fs::create_dir(&disk).unwrap();
     let (source, kind) = (Some("tmpfs"), Some("tmpfs"));
@@ -118,8 +119,8 @@ fn full_disk_loses_no_record() {
     let agent = env.agent().config(&sinks(&[file_sink(&path)])).spawn_ready();
     written.unwrap();
     // One page is left: a few records.
-    for port in 40_000..40_012 {
-        send(&pod, [port]);
+    for (port, pod) in (40_000..40_012).zip(pods.iter().cycle()) {
+        send(pod, [port]);
         poll_until(LONG, "the event to be collected", || {
             (crate::metric(&env, "imds_agent_events_total") > u64::from(port - 40_000)).then_some(())
         });
