@@ -28,6 +28,7 @@ pub mod probe;
 pub mod program;
 pub mod program_policy;
 pub mod promql;
+pub mod routing;
 pub mod seccomp;
 pub mod stability;
 pub mod status;

@@ -17,8 +17,8 @@ use crate::{
 pub(crate) struct Bench {
     /// Name of one benchmark: `test_run` for the programs alone, `speed` for packets beside other mechanisms, `churn`
     /// for new pods, `flood` for new pods beside a flood of denied packets, `scale` for up to 1,000 pods, `footprint`
-    /// for an idle agent, `scoped` for scoped exemptions and explained denials. `clients`, which runs only by name, for
-    /// the time until denied clients of clouds give up
+    /// for an idle agent, `scoped` for scoped exemptions and explained denials. Only by name: `clients` for the time until
+    /// denied clients of clouds give up, and `requests`, which is no measurement, for ten million requests to the broker's rules
     name: Option<String>,
     /// Write the results to docs/benchmarks.md, with plots, and those of `clients` to docs/client-behaviour.md
     #[arg(long)]
@@ -31,6 +31,8 @@ pub(crate) struct Bench {
 const ALL: [&str; 7] = ["test_run", "speed", "churn", "flood", "scale", "footprint", "scoped"];
 /// Benchmark that runs only by name, because its clients must be downloaded first.
 const CLIENTS: &str = "clients";
+/// Check of the broker that runs only by name, because it measures nothing.
+const REQUESTS: &str = "requests";
 /// Environment variable with the directory of the libraries of [`CLIENTS`].
 const CLIENTS_DIR: &str = "IMDS_CLIENTS";
 /// Environment variable with the directory of the plots.
@@ -46,8 +48,8 @@ impl Bench {
             return Ok(());
         }
         let names = match &self.name {
-            Some(name) if name != CLIENTS && !ALL.contains(&name.as_str()) => {
-                bail!("unknown benchmark {name}, expected one of {}, {CLIENTS}", ALL.join(", "))
+            Some(name) if ![CLIENTS, REQUESTS].contains(&name.as_str()) && !ALL.contains(&name.as_str()) => {
+                bail!("unknown benchmark {name}, expected one of {}, {CLIENTS}, {REQUESTS}", ALL.join(", "))
             }
             Some(name) => vec![name.as_str()],
             None => ALL.to_vec(),

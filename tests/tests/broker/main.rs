@@ -9,8 +9,8 @@ mod sandbox;
 mod simulator;
 mod smuggling;
 
+use imds_tests::routing::LOCATION;
+
 /// Rules of most tests.
 const ALLOW: [&str; 2] =
     ["GET /metadata/instance/compute/location", "HEAD /metadata/instance/compute/location"];
-/// Path that the rules allow.
-const LOCATION: &str = "/metadata/instance/compute/location";
