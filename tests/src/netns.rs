@@ -17,6 +17,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
     sys::{
@@ -48,6 +49,7 @@ impl Netns {
         static PREPARED: Once = Once::new();
         PREPARED.call_once(|| {
             lift_memlock();
+            share_directory();
             sweep();
         });
 
@@ -240,10 +242,23 @@ fn add(name: &str, of: &str, is_new: bool) -> File {
     File::open(&path).expect("a namespace that was just made")
 }
 
+/// Makes the directory of the names a shared mount, as the first `ip netns add` of a machine does. Names from before that could not be
+/// removed after it, because it stacks a second mount on each.
+fn share_directory() {
+    fs::create_dir_all(DIRECTORY).expect("create the directory of network namespaces");
+    let none = None::<&str>;
+    let share = || mount(none, DIRECTORY, none, MsFlags::MS_SHARED | MsFlags::MS_REC, none);
+    if share() == Err(Errno::EINVAL) {
+        mount(Some(DIRECTORY), DIRECTORY, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
+            .expect("bind mount");
+        share().expect("shared mount");
+    }
+}
+
 fn delete(name: &str) {
     let path = Path::new(DIRECTORY).join(name);
-    // A mount of the directory onto itself doubles the mounts below it.
-    while umount2(&path, MntFlags::MNT_DETACH).is_ok() {}
+    // Ignores errors: the name may not be mounted.
+    let _ = umount2(&path, MntFlags::MNT_DETACH);
     // No panic in drop, which may run for a failing test. The next process sweeps.
     if let Err(error) = fs::remove_file(&path)
         && error.kind() != io::ErrorKind::NotFound
