@@ -36,6 +36,13 @@ pub fn broker_executable() -> PathBuf {
     }
 }
 
+/// Returns the process id of the broker that runs for an agent: its only child.
+#[must_use]
+pub fn broker_of(agent: u32) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).ok()?;
+    children.split_whitespace().find_map(|pid| pid.parse().ok())
+}
+
 #[track_caller]
 fn built_executable(name: &str) -> PathBuf {
     let executable = env::current_exe().expect("path of this executable");

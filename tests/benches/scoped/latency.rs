@@ -12,14 +12,14 @@ use std::{
 
 use imds_tests::{
     Pod, PodLink, TestEnv,
-    executable::broker_executable,
+    executable::{broker_executable, broker_of},
     measure::{Samples, table},
     poll::poll_until,
     probe::LONG,
     scaled,
 };
 
-use crate::{Bar, endpoint, node::child, priority::Priority};
+use crate::{Bar, endpoint, priority::Priority};
 
 /// Largest cost at the 99th percentile, in milliseconds.
 const MAX_COST: f64 = 1.0;
@@ -77,7 +77,7 @@ pub(crate) fn measure() -> Vec<Bar> {
         poll_until(LONG, "an allowed request", || in_pod(&env, pod, || Client::connect()?.ask()).ok());
     }
     let repetitions = scaled(REPETITIONS);
-    let broker = child(agent.pid()).expect("a broker");
+    let broker = broker_of(agent.pid()).expect("a broker");
     let mut results = KINDS.map(|kind| (kind, Vec::new()));
     for number in 1..=repetitions {
         eprintln!("latency: repetition {number} of {repetitions}");

@@ -3,13 +3,14 @@
 use std::{thread, time::Duration};
 
 use imds_tests::{
+    executable::broker_of,
     measure::{Process, Samples, table},
     scaled,
 };
 
 use crate::{
     Bar,
-    node::{Node, Rules, child},
+    node::{Node, Rules},
 };
 
 /// Largest memory in MiB: of the agent beyond that of one without rules, and of the broker.
@@ -80,7 +81,7 @@ fn start_with(node: &Node, rules: Rules) -> Memory {
     let agent = node.start(rules);
     node.send_requests();
     thread::sleep(SETTLE);
-    let broker = child(agent.pid());
+    let broker = broker_of(agent.pid());
     assert_eq!(broker.is_some(), rules != Rules::None, "a broker runs only if it is needed");
     let memory = Memory { agent: usage(agent.pid()), broker: broker.map(usage).unwrap_or_default() };
     drop(agent);

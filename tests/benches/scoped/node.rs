@@ -1,6 +1,6 @@
 //! A node with 250 pods of an API server, and the rules for them.
 
-use std::{fs, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use imds_tests::{
     Agent, METADATA, Pod, PodLink, Status, TestCluster,
@@ -111,11 +111,4 @@ impl Node {
         };
         thread::scope(|scope| scope.spawn(|| self.pods.iter().for_each(send)).join().expect("no panic"));
     }
-}
-
-/// Returns the process id of the first child: the broker of an agent.
-pub(crate) fn child(pid: u32) -> Option<u32> {
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let children = children.expect("read the children of a process");
-    children.split_whitespace().next().map(|pid| pid.parse().expect("a process id"))
 }

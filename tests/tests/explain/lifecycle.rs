@@ -6,7 +6,7 @@ use aya::maps::{HashMap, Map, MapData};
 use imds_ebpf_common::{AllowedProcess, names::MAP_NODE_ALLOW};
 use imds_tests::{
     Agent, METADATA, Netns, PodLink, TestEnv,
-    executable::broker_executable,
+    executable::{broker_executable, broker_of},
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
     skip_without_netns_cookie,
@@ -20,12 +20,6 @@ use crate::{
     IMDS, TOKEN, agent, assert_explained, assert_refused, explain, explained_pods, get, is_explained,
     wait_explained,
 };
-
-/// Returns the process id of the agent's child, the broker.
-fn broker_of(agent: u32) -> Option<u32> {
-    let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).ok()?;
-    children.split_whitespace().find_map(|pid| pid.parse().ok())
-}
 
 fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();

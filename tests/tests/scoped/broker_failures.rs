@@ -4,7 +4,7 @@ use std::{fs, time::Instant};
 
 use imds_tests::{
     PodLink, TestEnv,
-    executable::{agent_executable, write_executable},
+    executable::{agent_executable, broker_of, write_executable},
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
@@ -26,10 +26,10 @@ fn killed_broker_is_replaced() {
     let pod = env.add_pod(PodLink::Routed);
     let agent = start(&env, &pod);
     for restarts in 1..=2 {
-        let broker = stand_in::pid(agent.pid()).expect("a broker");
+        let broker = broker_of(agent.pid()).expect("a broker");
         stand_in::signal(broker, Signal::SIGKILL);
         let killed = Instant::now();
-        poll_until(LONG, "another broker", || stand_in::pid(agent.pid()).filter(|&pid| pid != broker));
+        poll_until(LONG, "another broker", || broker_of(agent.pid()).filter(|&pid| pid != broker));
         wait_allowed(&env, &pod.netns, IMDS);
         println!("served again after {:?}", killed.elapsed());
         assert_scoped(&env, &pod.netns, IMDS);
@@ -50,9 +50,9 @@ fn hanging_broker_is_replaced() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let agent = start(&env, &pod);
-    let broker = stand_in::pid(agent.pid()).expect("a broker");
+    let broker = broker_of(agent.pid()).expect("a broker");
     stand_in::signal(broker, Signal::SIGSTOP);
-    poll_until(4 * LONG, "another broker", || stand_in::pid(agent.pid()).filter(|&pid| pid != broker));
+    poll_until(4 * LONG, "another broker", || broker_of(agent.pid()).filter(|&pid| pid != broker));
     wait_allowed(&env, &pod.netns, IMDS);
     assert_scoped(&env, &pod.netns, IMDS);
 }
@@ -71,7 +71,7 @@ fn agent_without_cap_kill_ends_the_broker() {
     write_executable(&wrapper, &format!("#!/bin/sh\n{drop_kill} {} \"$@\"\n", program.display()));
     let agent = env.agent().config(&scoped_netns(&pod.netns)).hooks(HOOKS).binary(&wrapper).spawn_ready();
     wait_allowed(&env, &pod.netns, IMDS);
-    let broker = stand_in::pid(agent.pid()).expect("a broker");
+    let broker = broker_of(agent.pid()).expect("a broker");
     assert!(agent.terminate().success());
     let stat = fs::read_to_string(format!("/proc/{broker}/stat"));
     assert!(stat.is_err(), "{stat:?}");

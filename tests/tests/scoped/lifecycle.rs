@@ -4,6 +4,7 @@ use std::{fs, path::PathBuf};
 
 use imds_tests::{
     Agent, Netns, PodLink, TestEnv,
+    executable::broker_of,
     kubelet::{Driver, Kubelet, new_uid},
     poll::poll_until,
     probe::LONG,
@@ -40,7 +41,7 @@ fn agent_restart_keeps_the_scope() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let first = start(&env, &pod);
-    let broker = stand_in::pid(first.pid()).expect("a broker");
+    let broker = broker_of(first.pid()).expect("a broker");
     first.kill9();
     poll_until(LONG, "the broker to end with the agent", || (!stand_in::exists(broker)).then_some(()));
     assert_denied(&env, &pod.netns);
@@ -94,7 +95,7 @@ fn reload_changes_the_allowed_requests() {
     });
 
     // Without rules, the broker ends.
-    let broker = stand_in::pid(agent.pid());
+    let broker = broker_of(agent.pid());
     write("");
     agent.hang_up();
     poll_until(LONG, "the rules to end", || get(&env, &pod.netns, IMDS, ALLOWED).is_err().then_some(()));
@@ -117,14 +118,14 @@ fn revoked_list_ends_before_its_successor() {
     let agent = start_with_file(&env, &scoped(&sender, "GET /metadata/instance"));
     wait_allowed(&env, &pod.netns, IMDS);
     // The agent ends the listener although the broker cannot serve its successor.
-    let broker = stand_in::pid(agent.pid()).expect("a broker");
+    let broker = broker_of(agent.pid()).expect("a broker");
     stand_in::signal(broker, Signal::SIGSTOP);
     write(&scoped(&sender, "GET /metadata/versions"));
     agent.hang_up();
     env.status_when("the listener with the old list is removed", |status| redirected(status).is_empty());
-    assert_eq!(stand_in::pid(agent.pid()), Some(broker), "the broker has not been replaced yet");
+    assert_eq!(broker_of(agent.pid()), Some(broker), "the broker has not been replaced yet");
     assert_denied(&env, &pod.netns);
-    poll_until(2 * LONG, "another broker", || stand_in::pid(agent.pid()).filter(|&pid| pid != broker));
+    poll_until(2 * LONG, "another broker", || broker_of(agent.pid()).filter(|&pid| pid != broker));
     poll_until(LONG, "the new list", || {
         (get(&env, &pod.netns, IMDS, ALLOWED).ok() == Some(403)).then_some(())
     });
@@ -164,7 +165,7 @@ fn pod_without_listener_is_refused() {
     let pod = env.add_pod(PodLink::Routed);
     let agent = start(&env, &pod);
     // The broker, and with it the listener, ends before the agent can react.
-    let broker = stand_in::pid(agent.pid()).expect("a broker");
+    let broker = broker_of(agent.pid()).expect("a broker");
     stand_in::signal(agent.pid(), Signal::SIGSTOP);
     stand_in::signal(broker, Signal::SIGKILL);
     poll_until(LONG, "connections to be refused", || {

@@ -2,6 +2,7 @@
 
 use imds_tests::{
     PodLink, TestEnv,
+    executable::broker_of,
     kubelet::{Driver, Kubelet, new_uid},
     lacks_netns_cookie,
     poll::poll_until,
@@ -34,7 +35,7 @@ fn audit_mode_redirects_nothing() {
     assert_eq!(get(&env, &pod.netns, IMDS, REFUSED).unwrap(), 200);
     let status = env.status();
     assert!(redirected(&status).is_empty() && status.total.audited.packets > 0, "{status:#?}");
-    assert_eq!(stand_in::pid(agent.pid()), None, "no broker is needed");
+    assert_eq!(broker_of(agent.pid()), None, "no broker is needed");
 }
 
 #[test]
@@ -62,7 +63,7 @@ fn unload_ends_the_broker() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let agent = crate::start(&env, &pod);
-    let broker = stand_in::pid(agent.pid()).expect("a broker");
+    let broker = broker_of(agent.pid()).expect("a broker");
     env.unload();
     poll_until(LONG, "the broker to end", || (!stand_in::exists(broker)).then_some(()));
     assert_eq!(get(&env, &pod.netns, IMDS, REFUSED).unwrap(), 200);

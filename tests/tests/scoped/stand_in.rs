@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    env,
     io::{self, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
@@ -41,12 +41,6 @@ pub(crate) fn script(test_env: &TestEnv, name: &str, text: &str) -> PathBuf {
     let path = test_env.scratch_dir().join(name);
     write_executable(&path, &format!("#!/bin/sh\n{text}\n"));
     path
-}
-
-/// Returns the process id of the agent's child, the broker.
-pub(crate) fn pid(agent: u32) -> Option<u32> {
-    let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).ok()?;
-    children.split_whitespace().find_map(|pid| pid.parse().ok())
 }
 
 /// The broker, if standard input is its socket; else a test that passes.

@@ -12,6 +12,7 @@ use std::{
 use imds_tests::{
     METADATA, Netns, PodLink, TestCluster, TestEnv,
     api_server::{self},
+    executable::broker_of,
     http::{DEFAULT, exchange, try_get},
     kubelet::{Driver, new_uid},
     poll::poll_until,
@@ -67,12 +68,6 @@ fn get(env: &TestEnv, netns: &Netns, path: &str) -> io::Result<u16> {
     })
 }
 
-/// Returns the process id of the broker.
-fn broker(agent: u32) -> u32 {
-    let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap();
-    children.split_whitespace().next().expect("a broker").parse().unwrap()
-}
-
 /// Prints the denials of the service if the test fails.
 struct ShowDenials;
 
@@ -123,7 +118,7 @@ fn service_has_a_domain_of_its_own() {
         (get(env, &region.0.netns, "/metadata/instance").ok() == Some(200)).then_some(())
     });
     assert_eq!(get(env, &region.0.netns, "/latest/user-data").unwrap(), 403);
-    assert_eq!(context(broker(agent.pid())), "system_u:system_r:imds_broker_t:s0");
+    assert_eq!(context(broker_of(agent.pid()).expect("a broker")), "system_u:system_r:imds_broker_t:s0");
     assert_eq!(try_get(env, DEFAULT, "/healthz").unwrap().0, 200);
     assert_eq!(exchange(UnixStream::connect(METRICS).unwrap(), "/metrics").unwrap().0, 200);
     poll_until(LONG, "denial records", || {
