@@ -19,13 +19,13 @@ mod faults;
 mod fuzz;
 mod lint;
 mod manifests;
-mod promtool;
 mod requirements;
 mod run;
 mod setup;
 mod soak;
 mod supervise;
 mod test;
+mod unpacked_program;
 mod vm;
 mod workspace;
 

@@ -5,8 +5,8 @@ use std::{env, path::PathBuf, process::Command, thread};
 use anyhow::Result;
 
 use crate::{
-    promtool,
     setup::{self, Purpose},
+    unpacked_program,
     workspace::{artifacts, cargo, ensure_root, execute, print_status},
 };
 
@@ -34,10 +34,10 @@ impl Test {
             let cpus = thread::available_parallelism().map_or(1, Into::into);
             test.env(TEST_THREADS, (2 * cpus).to_string());
         }
-        match promtool::path() {
-            Ok(path) => drop(test.env("PROMTOOL", path)),
-            Err(error) => {
-                print_status(format_args!("NOT running promtool on metrics and alerts: {error:#}"));
+        for program in unpacked_program::OF_TESTS {
+            match program.path() {
+                Ok(path) => drop(test.env(program.variable, path)),
+                Err(error) => print_status(format_args!("NOT running {}: {error:#}", program.part)),
             }
         }
         execute(&mut test)

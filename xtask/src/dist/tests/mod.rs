@@ -1,5 +1,7 @@
 //! Packages and archives of a stand-in for the binary.
 
+mod workflow;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -235,14 +237,17 @@ fn dist() -> [(Arch, TempDir); 2] {
     })
 }
 
+/// Returns the directory of a release of stand-ins.
+fn released() -> TempDir {
+    let (built, dir) = (dist(), tempfile::tempdir().unwrap());
+    let built = built.each_ref().map(|(arch, dir)| (*arch, dir.path()));
+    release::write(&built, dir.path(), "urn:example:builder", "https://example.com/{version}", None).unwrap();
+    dir
+}
+
 #[test]
 fn release_lists_and_signs_each_file() {
-    let (built, dir, other) = (dist(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let built = built.each_ref().map(|(arch, dir)| (*arch, dir.path()));
-    for dir in [&dir, &other] {
-        release::write(&built, dir.path(), "urn:example:builder", "https://example.com/{version}", None)
-            .unwrap();
-    }
+    let (dir, other) = (released(), released());
     let sums = fs::read_to_string(dir.path().join("SHA256SUMS")).unwrap();
     assert_eq!(sums, fs::read_to_string(other.path().join("SHA256SUMS")).unwrap());
     output_of(Command::new("sha256sum").args(["--check", "--strict", "SHA256SUMS"]).current_dir(dir.path()))
