@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command};
 use imds_tests::lacks_program;
 use serde_json::Value;
 
-use crate::{agent_cli, artifacts, markdown::repository, plugin_cli, xtask_cli};
+use crate::{agent_cli, artifacts, lacks_repository, markdown::repository, plugin_cli, xtask_cli};
 
 const DAEMON_SET: &str = "deploy/kubernetes/base/daemonset.yaml";
 
@@ -259,6 +259,9 @@ fn podman(arguments: &[String]) -> Result<(), String> {
 
 #[test]
 fn wrong_names_are_found() {
+    if lacks_repository() {
+        return;
+    }
     for right in [
         "helm upgrade imds-agent deploy/helm/imds-agent --set config.mode=off",
         "systemctl reload imds-agent",
