@@ -151,7 +151,8 @@ impl RateLimiter {
         self.allow_one(Self::MAX_REPLIES)
     }
 
-    /// Variant of [`RateLimiter::allow_reply`] for the start of a request. Sources with requests get no replies.
+    /// Reports whether one more start of a request may be emitted in this window, and counts it. Shares the counter of
+    /// [`RateLimiter::allow_reply`]: a source whose requests pass gets no replies.
     #[inline(always)]
     pub fn allow_request(&mut self) -> bool {
         self.allow_one(Self::MAX_REQUESTS)

@@ -14,7 +14,7 @@ use imds_ebpf_common::{
 
 use crate::{events::now, packet::Skb, tc_hook::Classified};
 
-/// Size of the ring buffer in bytes: about 340 requests. Without a reader, the oldest ones stay for the next one.
+/// Size of the ring buffer in bytes: about 340 requests. A full buffer keeps the oldest requests until an agent reads them.
 const RING_BYTES: usize = 64 * 1024;
 
 /// Ring buffer of [`RequestStart`]s. The definition omits the value type, because libbpf rejects ring buffers that have one.
