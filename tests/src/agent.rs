@@ -127,6 +127,9 @@ pub fn output(mut command: Command) -> Output {
     output.expect("wait for a child")
 }
 
+/// Option for the seconds in which the agent leaves the qdisc of a new interface to CNI plugins.
+const CLSACT_DELAY: &str = "--clsact-delay";
+
 /// A command of imds-agent that is not started yet.
 #[derive(Clone, Debug)]
 #[must_use]
@@ -146,8 +149,7 @@ pub struct AgentCommand<'w> {
 impl<'w> AgentCommand<'w> {
     /// Restricts the agent to one attach mode.
     pub fn backend(self, backend: AttachMode) -> Self {
-        // Pods of tests have no CNI plugin that could need their qdisc slot.
-        self.args(&["--tc-backend", backend.name(), "--clsact-delay", "0"])
+        self.args(&["--tc-backend", backend.name()])
     }
 
     /// Sets the interval of the full resync in seconds.
@@ -229,6 +231,11 @@ impl<'w> AgentCommand<'w> {
         command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
         if matches!(self.args.first().map(String::as_str), Some("run" | "unload")) {
             command.arg("--state-dir").arg(self.test_env.state_dir());
+        }
+        let is_run = self.args.first().is_some_and(|subcommand| subcommand == "run");
+        if is_run && !self.args.iter().any(|argument| argument == CLSACT_DELAY) {
+            // Pods of tests have no CNI plugin that could need their qdisc slot.
+            command.args([CLSACT_DELAY, "0"]);
         }
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         if let Some((config, on)) = &self.run {

@@ -276,8 +276,7 @@ fn assert_flood_is_bounded(env: &TestEnv, hook: &'static str, namespaces: &[&Net
         (0..scaled(CGROUPS)).map(|number| env.add_cgroup(&format!("{of_pod}/{number}"))).collect();
     let open = |netns: &&Netns| netns.run(|| UdpSocket::bind("0.0.0.0:0")).expect("a socket");
     let sockets = [(); FLOODERS].map(|()| pod_cgroup.run(|| namespaces.iter().map(open).collect::<Vec<_>>()));
-    // Without the delay that CNI plugins need on kernels without TCX.
-    let agent = env.agent().hooks(&["from_pod", "socket", hook]).args(&["--clsact-delay", "0"]).spawn_ready();
+    let agent = env.agent().hooks(&["from_pod", "socket", hook]).spawn_ready();
     poll_until(LONG, "metrics to be served", || try_get(env, DEFAULT, "/healthz").ok());
 
     let (stop, sent) = (StopFlag::default(), AtomicU64::new(0));
