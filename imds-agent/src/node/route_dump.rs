@@ -2,18 +2,12 @@
 
 use std::io;
 
-use rtnetlink::{
-    packet_core::NetlinkPayload,
-    packet_route::{
-        AddressFamily, RouteNetlinkMessage,
-        route::{RouteMessage, RouteType},
-    },
+use rtnetlink::packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    route::{RouteMessage, RouteType},
 };
 
-use super::{
-    datagram::{Content, messages},
-    dump_socket::dump,
-};
+use super::dump_socket::{Entry, dump};
 
 /// Lists the routes of all tables that match `is_selected`. With `kind`, the kernel sends only routes of that type, if it can
 /// filter dumps.
@@ -27,24 +21,15 @@ pub(super) async fn routes(
     request.header.address_family = family;
     request.header.kind = kind.unwrap_or_default();
     let (mut found, mut unreadable) = (Vec::new(), 0_u64);
-    dump(RouteNetlinkMessage::GetRoute(request), kind.is_some(), |datagram| {
-        for message in messages(datagram) {
-            match message.map(|message| message.content) {
-                Ok(Content::Payload(NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)))) => {
-                    found.extend(Some(route).filter(&is_selected));
-                }
-                Ok(Content::Payload(NetlinkPayload::Done(done))) if done.code < 0 => {
-                    return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
-                }
-                Ok(Content::Payload(NetlinkPayload::Done(_))) => return Ok(true),
-                Ok(Content::Payload(NetlinkPayload::Error(error))) if error.code.is_some() => {
-                    return Err(error.to_io());
-                }
-                Ok(Content::Payload(_) | Content::UnreadableLink(_)) => {}
-                Err(_) => unreadable += 1,
+    dump(RouteNetlinkMessage::GetRoute(request), kind.is_some(), |entry| {
+        match entry {
+            Ok(Entry::Decoded(RouteNetlinkMessage::NewRoute(route))) => {
+                found.extend(Some(route).filter(&is_selected));
             }
+            Ok(_) => {}
+            Err(_) => unreadable += 1,
         }
-        Ok(false)
+        Ok(())
     })
     .await?;
     if unreadable > 0 {
