@@ -130,11 +130,11 @@ fn more_exemptions_than_fit() {
     let config = endpoints.chain([rule]).collect::<String>();
     case.under_flood(|| {
         for _ in 0..scaled(2) {
-            let agent = case.agent().config(&config).spawn_ready();
-            agent.wait_for_log("failed to read or write map imds_exempt", LONG);
+            // The log, because the status takes long with this number of exemptions.
+            let agent = case.agent().config(&config).spawn();
+            agent.wait_for_log("failed to read or write map imds_exempt", LONG * 6);
             println!("{} of {} exemptions", case.env.status().exemptions.len(), PODS * ENDPOINTS);
             let late = case.env.add_pod(PodLink::Routed);
-            // The status takes long with this number of exemptions.
             poll_until(LONG * 6, "a new pod to be enforced", || {
                 let programs = hook::programs(&case.env.node, &late.host_ifname);
                 programs.first().is_some_and(hook::Attached::is_ours).then_some(())
