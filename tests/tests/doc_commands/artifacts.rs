@@ -25,11 +25,9 @@ pub(crate) fn check_name(name: &str) -> Result<(), String> {
                 "imds-agent-VERSION-1.x86_64.rpm",
                 "imds-agent-VERSION-linux-amd64.tar.gz",
                 "imds-agent-VERSION-oci.tar",
-                "imds-agent-VERSION.rpm",
                 "imds-agent-chart-VERSION-oci.tar",
                 "imds-agent_VERSION-1_amd64.deb",
                 "kubectl-imds-VERSION-linux-amd64.tar.gz",
-                "imds-agent_VERSION.deb",
             ]
             .contains(&versioned.as_str())
     };

@@ -146,6 +146,7 @@ fn every_option_in_text_exists() {
         "--allow-downgrades",
         "--cap-add",
         "--fail",
+        "--nosignature",
         "--oldpackage",
         "--security-opt",
         "--tries",
