@@ -221,7 +221,11 @@ elif not path.exists() or path.read_text() != values_table():
 BASE = {"Namespace", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "ConfigMap", "DaemonSet"}
 base = check("base", kustomize(KUBERNETES / "base"), BASE)
 for overlay in sorted((KUBERNETES / "overlays").iterdir()):
-    check(f"overlay {overlay.name}", kustomize(overlay), BASE)
+    documents = check(f"overlay {overlay.name}", kustomize(overlay), BASE)
+    # The command unload sets the condition of nodes to False.
+    expected = [["get", "patch"]] if overlay.name == "unload" else []
+    if rights(documents, "nodes/status") != expected:
+        failures.append(f"overlay {overlay.name}: the role has other rights to the status of nodes than {expected}")
 with tempfile.TemporaryDirectory(dir=KUBERNETES) as directory:
     # Kustomize reads files outside of its directory only as resources or components.
     components = sorted(path.name for path in (KUBERNETES / "components").iterdir())

@@ -221,6 +221,8 @@ fn image_build_installs_below_its_root() {
     build.arg(release.path("postinst")).env_clear().env("PATH", release.path("bin"));
     build.env("SRCDIR", release.dir.path()).env("BUILDROOT", release.path("machine"));
     release.assert_installs(&build.output().unwrap());
+    let preset = release.path("machine/etc/systemd/system-preset/50-imds-agent.preset");
+    assert_eq!(fs::read_to_string(preset).unwrap(), "enable imds-agent.service\n");
 }
 
 #[test]
