@@ -12,7 +12,8 @@ use imds_tests::{
     doctor::{all, assert_has, doctor_report, one},
     foreign_bpf::detach_link,
     output,
-    probe::{SHORT, http_get},
+    poll::poll_until,
+    probe::{LONG, SHORT, http_get},
     skip, skip_without_netns_cookie,
 };
 use serde_json::Value;
@@ -103,6 +104,57 @@ fn aks_rule_is_recognized() {
     let remove = check["rule"]["remove"].as_str().unwrap();
     assert!(iptables(&env, remove.strip_prefix("iptables ").unwrap()));
     assert_has(one(&doctor_report(&env), "firewall_rules"), "state", "ok");
+}
+
+/// A hook that is enabled but not attached denies nothing that the rule denies.
+#[test]
+fn rule_is_kept_beside_gaps() {
+    let forward = "add table inet guard
+        add chain inet guard forward { type filter hook forward priority 0; }
+        add rule inet guard forward ip daddr 169.254.169.254 drop";
+    let uplink = TestEnv::UPLINK;
+    let excluded = format!("[interfaces]\nexclude = ['{uplink}']");
+    let env = TestEnv::new();
+    nft(&env, &[forward]);
+    let agent = env.agent().hooks(&["node_egress"]).config(&excluded).spawn();
+    poll_until(LONG, "the excluded interface in the advice", || {
+        opens(one(&doctor_report(&env), "firewall_rules"))
+            .contains(&format!("{uplink} (interfaces.exclude)"))
+            .then_some(())
+    });
+    agent.kill9();
+    env.unload();
+
+    // An ingress qdisc of another owner leaves no place for clsact.
+    let mut qdisc = env.node.command("tc");
+    qdisc.args(["qdisc", "add", "dev", uplink, "ingress"]);
+    assert!(output(qdisc).status.success());
+    let agent = env.agent().hooks(&["node_egress"]).args(&["--tc-backend", "clsact"]).spawn();
+    poll_until(LONG, "the interface without its program in the advice", || {
+        opens(one(&doctor_report(&env), "firewall_rules"))
+            .contains(&format!("interface {uplink}: "))
+            .then_some(())
+    });
+    drop(agent);
+    env.unload();
+}
+
+#[test]
+fn rule_for_a_service_of_the_node_is_kept() {
+    let env = TestEnv::new();
+    nft(
+        &env,
+        &["add table inet guard
+        add chain inet guard raw { type filter hook prerouting priority -300; }
+        add rule inet guard raw ip daddr 169.254.169.254 drop"],
+    );
+    let _agent = env.agent().hooks(&HOOKS).spawn_ready();
+    assert_eq!(opens(one(&doctor_report(&env), "firewall_rules")), "");
+    env.node.ip("address add 169.254.169.254/32 dev lo");
+    assert_eq!(
+        opens(one(&doctor_report(&env), "firewall_rules")),
+        "requests to the service on the node itself at 169.254.169.254, from its own processes and from other machines"
+    );
 }
 
 /// Regression test: each of these rules was once reported as removable, although its removal opened access.

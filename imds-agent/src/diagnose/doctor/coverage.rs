@@ -8,7 +8,9 @@ use std::{
 
 use imds_ebpf_common::{Address, ExemptionRecord, Hook, Mode, SubjectKind};
 
-use super::{chains::BaseHook, node_allow_coverage::AllowList, traffic::Traffic};
+use super::{
+    chains::BaseHook, node_allow_coverage::AllowList, observed_gaps::ObservedGaps, traffic::Traffic,
+};
 use crate::{
     config::{
         Hooks,
@@ -38,6 +40,8 @@ pub(crate) struct Enforcement {
     pub(crate) node_allow: Option<AllowList>,
     /// Program of the allow list that is not attached, so that no process of the node is denied.
     pub(crate) missing_node_program: Option<&'static str>,
+    /// Differences between this configuration and the node.
+    pub(crate) gaps: ObservedGaps,
 }
 
 impl Enforcement {
@@ -117,6 +121,7 @@ impl Enforcement {
             return vec![format!("everything that the rule denies: {reason}")];
         }
         let mut openings = self.openings_of_senders(traffic, hooks, chain);
+        openings.extend(self.gaps.openings(traffic, hooks, self.endpoints.keys().copied()));
         openings.extend(self.other_addresses(traffic));
         if hooks.iter().any(|hook| hook.sees_pods()) {
             openings.extend(self.openings_of(traffic, "every pod", "the pods", &self.exemptions));

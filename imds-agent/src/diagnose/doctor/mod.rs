@@ -20,6 +20,7 @@ mod nft_rule;
 mod node_allow_coverage;
 mod node_pairs;
 mod number_set;
+mod observed_gaps;
 mod open_vswitch;
 mod qdiscs;
 mod redirects;
@@ -29,7 +30,10 @@ mod traffic;
 
 pub(crate) use self::doctor_report::DoctorReport;
 pub use self::doctor_report::{DoctorCheck, Rule};
-use self::{coverage::Enforcement, doctor_report::State, marks::MarkUse, rulesets::Rulesets};
+use self::{
+    coverage::Enforcement, doctor_report::State, marks::MarkUse, observed_gaps::ObservedGaps,
+    rulesets::Rulesets,
+};
 use imds_ebpf_common::Mode;
 
 use crate::{
@@ -81,7 +85,9 @@ pub(crate) async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<Docto
     checks.extend(cgroup_programs::programs(pins)?);
     checks.extend(metadata_programs::checks(netlink).await?);
     let rulesets = Rulesets::list();
-    checks.extend(firewall::rules(&rulesets, &Enforcement::read(pins)));
+    let enforcement =
+        Enforcement { gaps: ObservedGaps::read(pins, netlink).await, ..Enforcement::read(pins) };
+    checks.extend(firewall::rules(&rulesets, &enforcement));
     checks.extend(marks::rules(&rulesets, &mark));
     checks.extend(redirects::checks(&rulesets, pins, netlink).await?);
     checks.extend(marks::tunnels(&devices, &mark));

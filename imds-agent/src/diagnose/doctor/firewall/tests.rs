@@ -4,7 +4,10 @@ use imds_ebpf_common::{Hook, Mode};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{config::Hooks, diagnose::doctor::doctor_report::DoctorCheck};
+use crate::{
+    config::Hooks,
+    diagnose::doctor::{doctor_report::DoctorCheck, observed_gaps::ObservedGaps},
+};
 
 mod allow_list;
 
@@ -226,6 +229,27 @@ fn exempt_pods_and_disabled_hooks_open() {
     let raw = "PREROUTING -d 169.254.169.254/32 -j DROP";
     assert!(opens(iptables(&[raw], &no_pods)).contains("hooks.from_pod is off"));
     assert_eq!(opens(iptables(&[AKS], &no_pods)), "");
+}
+
+#[test]
+fn gaps_open() {
+    let forward = "FORWARD -d 169.254.169.254/32 -j DROP";
+    let raw = "PREROUTING -d 169.254.169.254/32 -j DROP";
+    let with = |gaps: ObservedGaps| Enforcement { gaps, ..enforced() };
+    let reasons =
+        (1..=5).map(|number| format!("interface nic{number}: node_egress is not enforced")).collect();
+    let degraded = with(ObservedGaps { reasons, ..ObservedGaps::default() });
+    for rule in [forward, raw] {
+        let opens = opens(iptables(&[rule], &degraded));
+        assert!(opens.contains("requests of pods: interface nic1: node_egress is not enforced, "), "{opens}");
+        assert!(opens.ends_with("interface nic3: node_egress is not enforced, and 2 more"), "{opens}");
+    }
+    let excluded = with(ObservedGaps { excluded: ["nic0".to_owned()].into(), ..ObservedGaps::default() });
+    assert!(opens(iptables(&[forward], &excluded)).contains("through excluded interfaces: nic0"));
+    let node_addresses = BTreeSet::from([IpAddr::from([169, 254, 169, 254])]);
+    let local = with(ObservedGaps { node_addresses, ..ObservedGaps::default() });
+    assert!(opens(iptables(&[raw], &local)).contains("service on the node itself at 169.254.169.254"));
+    assert_eq!(opens(iptables(&[forward], &local)), "");
 }
 
 #[test]
