@@ -15,7 +15,7 @@ use imds_tests::lacks_program;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Chart, VERSION, contents::Contents, oci, plugin, release, rpm, sha256, tarball};
+use super::{Chart, VERSION, cargo_deb, contents::Contents, oci, plugin, release, rpm, sha256, tarball};
 use crate::{arch::Arch, workspace::output_of};
 
 /// Directory with a stand-in for each built file.
@@ -77,6 +77,13 @@ fn tarball_is_reproducible_and_complete() {
         assert_eq!(modes.get(&path), Some(&mode), "{path}: {modes:?}");
     }
     assert!(!modes.keys().any(|path| path.contains("lintian")), "{modes:?}");
+}
+
+#[test]
+fn deb_package_has_the_time_of_the_commit() {
+    let command = cargo_deb(Arch::Amd64, Path::new("dist")).unwrap();
+    let (_, time) = command.get_envs().find(|(name, _)| *name == "SOURCE_DATE_EPOCH").unwrap();
+    assert_eq!(time.unwrap().to_str().unwrap(), crate::build::time().unwrap().to_string());
 }
 
 #[test]
