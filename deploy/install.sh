@@ -33,6 +33,10 @@ say() {
     echo "install.sh: $*"
 }
 
+warn() {
+    say "WARNING: $*" >&2
+}
+
 has() {
     command -v "$1" >/dev/null 2>&1
 }
@@ -88,7 +92,7 @@ verify_with_openssl() {
 
 verify_signature() {
     if [ -n "$no_signature" ]; then
-        say "WARNING: the signature is not verified" >&2
+        warn "the signature is not verified"
         return
     fi
     [ -n "$public_key" ] || die "no public key is set: use --public-key, or --no-signature to install without verification"
@@ -115,17 +119,32 @@ verify_checksum() {
     [ "${actual%% *}" = "$expected" ] || die "the checksum of $1 is wrong: nothing was installed"
 }
 
-# Prints the format of the package for this machine.
+# Prints the format of the package for this machine. The package manager must own the system: distributions also offer the
+# others as tools.
 machine_format() {
     if [ -n "$root" ]; then
         echo tar
-    elif has dpkg && has apt-get; then
+    elif has apt-get && dpkg --status dpkg >/dev/null 2>&1; then
         echo deb
-    elif has rpm; then
+    elif rpm --query --whatprovides /bin/sh >/dev/null 2>&1; then
         echo rpm
     else
         echo tar
     fi
+}
+
+# Fails if a symlink leads from the directory of a file out of the root: an absolute one of an image points into this machine.
+check_directory() {
+    dir=$root/${1%/*}
+    while [ ! -d "$dir" ]; do
+        [ ! -L "$dir" ] || die "the symlink $dir has no directory below $root: nothing was installed"
+        dir=${dir%/*}
+    done
+    inside=$(cd "$root" && pwd -P)
+    case $(cd "$dir" && pwd -P)/ in
+    "${inside%/}"/*) ;;
+    *) die "$dir is not below $root, because of a symlink: nothing was installed" ;;
+    esac
 }
 
 # Installs one file of the tarball. Keeps a configuration that exists, and replaces a running program atomically.
@@ -133,7 +152,8 @@ install_file() {
     target=$root/$1
     case $1 in
     etc/*)
-        if [ -e "$target" ]; then
+        # The target of a symlink may be mounted later, or lie in the image.
+        if [ -e "$target" ] || [ -L "$target" ]; then
             if cmp -s "$1" "$target"; then
                 return
             fi
@@ -143,8 +163,12 @@ install_file() {
         ;;
     esac
     mkdir -p "${target%/*}"
-    cp -p "$1" "$target.tmp"
-    mv -f "$target.tmp" "$target"
+    partial=$target.tmp
+    # cp would write through a symlink.
+    rm -f "$partial"
+    cp -p "$1" "$partial"
+    mv -f "$partial" "$target"
+    partial=''
 }
 
 install_tarball() {
@@ -155,9 +179,16 @@ install_tarball() {
     find . -type f >../found || die "failed to list the files of $1: nothing was installed"
     sed 's,^\./,,' ../found | sort >../files
     [ -s ../files ] || die "$1 has no files: nothing was installed"
+    if [ -n "$root" ]; then
+        while IFS= read -r file; do
+            check_directory "$file"
+        done <../files
+        check_directory etc/systemd/system/multi-user.target.wants/imds-agent.service
+    fi
     if [ -n "$dry_run" ]; then
         sed "s,^,install.sh: would install $root/," ../files
     else
+        changing=1
         while IFS= read -r file; do
             install_file "$file"
         done <../files
@@ -167,12 +198,14 @@ install_tarball() {
     change systemctl ${root:+"--root=$root"} enable imds-agent.service
     if [ -z "$root" ] && [ -d /run/systemd/system ]; then
         change systemctl daemon-reload
-        [ -n "$no_start" ] || change systemctl restart imds-agent.service
+        # The caller reports a service that does not run.
+        [ -n "$no_start" ] || change systemctl restart imds-agent.service || :
     fi
 }
 
 # Runs a package manager. systemctl in its scripts does not start the service if SYSTEMD_OFFLINE is set.
 install_package() {
+    changing=1
     if [ -n "$no_start" ]; then
         change env SYSTEMD_OFFLINE=1 "$@"
     else
@@ -180,11 +213,38 @@ install_package() {
     fi
 }
 
+# Reports what keeps the service from running.
+check_service() {
+    if ! has systemctl; then
+        if [ -n "$root" ]; then
+            warn "the service is not enabled: run systemctl enable imds-agent in the image"
+        else
+            warn "nothing starts the agent on a machine without systemd"
+        fi
+    elif [ -z "$root$no_start" ] && [ -d /run/systemd/system ]; then
+        if ! systemctl --quiet is-enabled imds-agent.service; then
+            warn "the service is disabled"
+        elif ! systemctl --quiet is-active imds-agent.service; then
+            die "imds-agent $version is installed, but does not run: see systemctl status imds-agent"
+        fi
+    fi
+}
+
+# Removes the files of this run, and reports an installation that stopped in between.
+finish() {
+    status=$?
+    rm -rf "$work"
+    if [ "$status" -ne 0 ] && [ -n "$changing" ] && [ -z "$dry_run" ]; then
+        [ -z "$partial" ] || rm -f "$partial"
+        echo "install.sh: the installation is incomplete: run the script again" >&2
+    fi
+}
+
 main() {
-    # `cd` prints directories that it finds there.
-    unset CDPATH
+    # `cd` prints directories that it finds in CDPATH. The others change which files tar unpacks.
+    unset CDPATH TAR_OPTIONS GZIP
     version=$VERSION base_url=$BASE_URL public_key=$PUBLIC_KEY
-    from='' format='' root='' no_start='' no_signature='' dry_run=''
+    from='' format='' root='' no_start='' no_signature='' dry_run='' changing='' partial=''
     while [ $# -gt 0 ]; do
         case $1 in
         --version | --base-url | --public-key | --from | --format | --root)
@@ -241,7 +301,9 @@ main() {
     fi
 
     work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
+    # TMPDIR may be relative.
+    work=$(cd "$work" && pwd)
+    trap finish EXIT
     trap 'exit 1' HUP INT TERM
     cd "$work"
     fetch SHA256SUMS
@@ -254,7 +316,11 @@ main() {
     rpm) install_package rpm --upgrade --oldpackage --replacepkgs "$name" ;;
     tar) install_tarball "$name" ;;
     esac
-    [ -n "$dry_run" ] || say "installed imds-agent $version from $name"
+    changing=''
+    if [ -z "$dry_run" ]; then
+        check_service
+        say "installed imds-agent $version from $name"
+    fi
 }
 
 main "$@"

@@ -237,10 +237,17 @@ fn deb(arch: Arch, dir: &Path) -> Result<()> {
         "the Debian package can only be built from {}: unset CARGO_TARGET_DIR",
         expected.display()
     );
+    execute(&mut cargo_deb(arch, dir)?)
+}
+
+fn cargo_deb(arch: Arch, dir: &Path) -> Result<Command> {
     let mut deb = cargo("deb");
     deb.args(["--no-build", "--no-strip", "--locked", "--package", "imds-agent", "--deb-revision", "1"]);
     deb.args(["--profile", build::SHIPPED_PROFILE, "--target", &arch.triple(), "--output"]).arg(dir);
-    execute(deb.current_dir(root()))
+    // Otherwise cargo-deb takes the time at which Cargo.toml was checked out.
+    deb.env("SOURCE_DATE_EPOCH", build::time()?.to_string());
+    deb.current_dir(root());
+    Ok(deb)
 }
 
 /// Writes the checksums of every file of `dir` in the format of sha256sum(1), and returns them.

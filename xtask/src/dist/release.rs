@@ -29,8 +29,9 @@ pub(crate) struct Release {
     #[arg(long, value_name = "URI", default_value = "urn:imds-agent:builder:local")]
     builder_id: String,
     /// Directory of the release on a server, for the manifest of the kubectl plugin; `{version}` stands for the version
-    #[arg(long, value_name = "URL", default_value = "https://releases.example.com/v{version}")]
-    base_url: String,
+    /// [default: `BASE_URL` in deploy/install.sh]
+    #[arg(long, value_name = "URL")]
+    base_url: Option<String>,
     /// Repository of the sources on a server such as GitHub, for home, sources, maintainers and icon of the chart
     #[arg(long, value_name = "URL", value_parser = chart::repository_url)]
     repository: Option<String>,
@@ -70,7 +71,11 @@ impl Release {
         }
         let built: Vec<_> = arches.iter().copied().zip(dirs.iter().map(PathBuf::as_path)).collect();
         let dir = artifacts("dist")?.join("release");
-        write(&built, &dir, &self.builder_id, &self.base_url, self.repository.as_deref())?;
+        let base_url = match self.base_url {
+            Some(url) => url,
+            None => publisher_url(&fs::read_to_string(root().join("deploy/install.sh"))?),
+        };
+        write(&built, &dir, &self.builder_id, &base_url, self.repository.as_deref())?;
         if let Some(key) = &self.sign_key {
             sign(key, &dir)?;
         }
@@ -182,22 +187,36 @@ pub(super) fn sign(key: &Path, dir: &Path) -> Result<()> {
     minisign.arg("-S").arg("-s").arg(key).args(["-t", &format!("imds-agent {VERSION}"), "-m"]);
     execute(minisign.arg(&sums)).context("failed to sign the checksums")?;
     let script = fs::read_to_string(dir.join("install.sh")).context("failed to read install.sh")?;
-    match script.lines().find_map(|line| line.strip_prefix("PUBLIC_KEY=")) {
-        Some(public) if !public.is_empty() => {
-            let mut verify = Command::new("minisign");
-            verify.args(["-V", "-q", "-P", public.trim_matches(['\'', '"']), "-m"]);
-            execute(verify.arg(&sums)).context("the public key in deploy/install.sh is another one")
-        }
-        _ => {
-            print_status("deploy/install.sh contains no public key: users need the option --public-key");
-            Ok(())
-        }
-    }
+    let Some(public) = setting(&script, "PUBLIC_KEY") else {
+        print_status("deploy/install.sh contains no public key: users need the option --public-key");
+        return Ok(());
+    };
+    let mut verify = Command::new("minisign");
+    verify.args(["-V", "-q", "-P", public, "-m"]);
+    execute(verify.arg(&sums)).context("the public key in deploy/install.sh is another one")
+}
+
+/// Returns a value that the publisher has set in the installation script.
+fn setting<'a>(script: &'a str, name: &str) -> Option<&'a str> {
+    let value = script.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))?;
+    Some(value.trim_matches(['\'', '"'])).filter(|value| !value.is_empty())
+}
+
+/// Returns the directory from which the installation script downloads, or an example without one.
+fn publisher_url(script: &str) -> String {
+    setting(script, "BASE_URL").unwrap_or("https://releases.example.com/v{version}").to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn downloads_have_the_url_of_the_publisher() {
+        let script = "VERSION=0.1.0\nBASE_URL='https://example.org/v{version}'\n    BASE_URL=other\n";
+        assert_eq!(publisher_url(script), "https://example.org/v{version}");
+        assert_eq!(publisher_url("BASE_URL=\n"), "https://releases.example.com/v{version}");
+    }
 
     #[test]
     fn notes_are_the_section_of_the_version() {

@@ -22,7 +22,10 @@ pub(super) fn write(arch: Arch, contents: &Contents, dir: &Path) -> Result<PathB
     let work = dir.join("rpm");
     let _ = fs::remove_dir_all(&work);
     let staging = work.join("staging");
-    let mut list = String::from("%dir /etc/imds-agent\n%dir /usr/share/doc/imds-agent\n");
+    let mut list = String::new();
+    for dir in ["/etc/imds-agent", "/usr/share/doc/imds-agent"] {
+        writeln!(list, "%dir %attr(755, root, root) {dir}")?;
+    }
     for file in &contents.files {
         let path = staging.join(&file.path);
         fs::create_dir_all(path.parent().context("a file is below a directory")?)?;

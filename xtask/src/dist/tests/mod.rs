@@ -15,8 +15,15 @@ use imds_tests::lacks_program;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Chart, VERSION, contents::Contents, oci, plugin, release, rpm, sha256, tarball};
-use crate::{arch::Arch, workspace::output_of};
+use super::{
+    Chart, VERSION, cargo_deb,
+    contents::{Contents, File},
+    oci, plugin, release, rpm, sha256, tarball,
+};
+use crate::{
+    arch::Arch,
+    workspace::{output_of, root},
+};
 
 /// Directory with a stand-in for each built file.
 fn built() -> TempDir {
@@ -77,6 +84,33 @@ fn tarball_is_reproducible_and_complete() {
         assert_eq!(modes.get(&path), Some(&mode), "{path}: {modes:?}");
     }
     assert!(!modes.keys().any(|path| path.contains("lintian")), "{modes:?}");
+}
+
+#[test]
+fn documented_removal_covers_each_file() {
+    let text = fs::read_to_string(root().join("docs/uninstall.md")).unwrap();
+    let removed: Vec<_> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("    rm "))
+        .flat_map(|arguments| arguments.split(' '))
+        .collect();
+    for File { path, .. } in contents(built().path()).files {
+        let is_removed = |argument: &&str| {
+            let (start, end) = argument.split_once('*').unwrap_or((argument, ""));
+            let rest = format!("/{path}").strip_prefix(start).map(str::to_owned);
+            rest.is_some_and(|rest| {
+                rest.is_empty() || rest.starts_with('/') || (!end.is_empty() && rest.ends_with(end))
+            })
+        };
+        assert!(removed.iter().any(is_removed), "{path}");
+    }
+}
+
+#[test]
+fn deb_package_has_the_time_of_the_commit() {
+    let command = cargo_deb(Arch::Amd64, Path::new("dist")).unwrap();
+    let (_, time) = command.get_envs().find(|(name, _)| *name == "SOURCE_DATE_EPOCH").unwrap();
+    assert_eq!(time.unwrap().to_str().unwrap(), crate::build::time().unwrap().to_string());
 }
 
 #[test]

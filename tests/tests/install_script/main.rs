@@ -1,6 +1,8 @@
 //! The installation script of a release, below a directory instead of the root of the machine: downloads over HTTP, signatures,
 //! checksums and its failures.
 
+mod partial;
+
 use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
@@ -18,7 +20,7 @@ use imds_tests::{
 };
 use tempfile::TempDir;
 
-const SCRIPT: &str = include_str!("../../deploy/install.sh");
+const SCRIPT: &str = include_str!("../../../deploy/install.sh");
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Programs of a small machine, on which the script must run.
 const PROGRAMS: [&str; 20] = [
@@ -89,6 +91,12 @@ impl Release {
     fn write_program(&self, name: &str, text: &str) {
         let path = self.path("bin").join(name);
         write_executable(&path, text);
+    }
+
+    /// Removes a program from the machine, so that another can be written, and returns its path on this one.
+    fn replace_program(&self, name: &str) -> PathBuf {
+        fs::remove_file(self.path("bin").join(name)).unwrap();
+        find_program(name).unwrap()
     }
 
     /// Writes the tarball with a stand-in for the binary, as `cargo xtask dist` lays it out.
@@ -216,7 +224,8 @@ fn image_build_installs_below_its_root() {
     fs::write(release.path("release/install.sh"), script).unwrap();
     // mkosi mounts the directory of its configuration at $SRCDIR.
     symlink("release", release.path("imds-agent")).unwrap();
-    fs::write(release.path("postinst"), include_str!("../../deploy/machine-image/mkosi.postinst")).unwrap();
+    fs::write(release.path("postinst"), include_str!("../../../deploy/machine-image/mkosi.postinst"))
+        .unwrap();
     let mut build = Command::new("/bin/sh");
     build.arg(release.path("postinst")).env_clear().env("PATH", release.path("bin"));
     build.env("SRCDIR", release.dir.path()).env("BUILDROOT", release.path("machine"));
