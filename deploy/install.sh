@@ -169,6 +169,10 @@ install_file() {
     cp -p "$1" "$partial"
     mv -f "$partial" "$target"
     partial=''
+    # A new file has the SELinux type of its directory. Without SELinux, the program does nothing.
+    if [ -z "$root" ] && has restorecon; then
+        restorecon "$target" || warn "failed to set the SELinux type of $target"
+    fi
 }
 
 install_tarball() {
