@@ -42,7 +42,7 @@ fn without_bpffs(env: &TestEnv, capabilities: &str, agent: &AgentCommand<'_>) ->
 fn missing_bpffs_is_mounted() {
     let FailedStart { env, pod: _pod } = FailedStart::new();
     // Prints the mode of the root of the bpffs after the agent has ended. The kernel adds the sticky bit.
-    let script = "umount -l /sys/fs/bpf && \"$@\" && stat --format=%a /sys/fs/bpf";
+    let script = "umount -l /sys/fs/bpf && \"$@\" && stat -c %a /sys/fs/bpf";
     let agent = env.agent().args(&["--once"]);
     let result = output(wrapped(&env, &["unshare", "--mount", "sh", "-c", script, "sh"], &agent));
     let stderr = String::from_utf8_lossy(&result.stderr);
