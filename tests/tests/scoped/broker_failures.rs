@@ -4,7 +4,7 @@ use std::{fs, time::Instant};
 
 use imds_tests::{
     PodLink, TestEnv,
-    executable::{agent_executable, broker_of, write_executable},
+    executable::{agent_executable, broker_of, find_program, write_executable},
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
@@ -67,7 +67,9 @@ fn agent_without_cap_kill_ends_the_broker() {
     let pod = env.add_pod(PodLink::Routed);
     let wrapper = env.scratch_dir().join("agent");
     let program = agent_executable();
-    let drop_kill = "exec setpriv --bounding-set -kill --inh-caps -kill";
+    // By path, because busybox's shell prefers its own setpriv.
+    let setpriv = find_program("setpriv").expect("setpriv of util-linux");
+    let drop_kill = format!("exec {} --bounding-set -kill --inh-caps -kill", setpriv.display());
     write_executable(&wrapper, &format!("#!/bin/sh\n{drop_kill} {} \"$@\"\n", program.display()));
     let agent = env.agent().config(&scoped_netns(&pod.netns)).hooks(HOOKS).binary(&wrapper).spawn_ready();
     wait_allowed(&env, &pod.netns, IMDS);
