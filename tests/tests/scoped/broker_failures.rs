@@ -67,7 +67,7 @@ fn agent_without_cap_kill_ends_the_broker() {
     let pod = env.add_pod(PodLink::Routed);
     let wrapper = env.scratch_dir().join("agent");
     let program = agent_executable();
-    // By path, because busybox's shell prefers its own setpriv.
+    // The wrapper names the path, because busybox's shell prefers its own setpriv.
     let setpriv = find_program("setpriv").expect("setpriv of util-linux");
     let drop_kill = format!("exec {} --bounding-set -kill --inh-caps -kill", setpriv.display());
     write_executable(&wrapper, &format!("#!/bin/sh\n{drop_kill} {} \"$@\"\n", program.display()));
