@@ -98,12 +98,12 @@ fn reload_changes_the_allowed_requests() {
     let broker = broker_of(agent.pid());
     write("");
     agent.hang_up();
-    poll_until(LONG, "the rules to end", || get(&env, &pod.netns, IMDS, ALLOWED).is_err().then_some(()));
+    // A request may also fail because the machine is busy.
+    env.status_when("the rules end", |status| status.exemptions.is_empty());
     assert_denied(&env, &pod.netns);
     if let Some(pid) = broker {
         poll_until(LONG, "the broker to end", || (!stand_in::exists(pid)).then_some(()));
     }
-    assert!(env.status().exemptions.is_empty());
 }
 
 #[test]
