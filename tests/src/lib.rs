@@ -10,6 +10,7 @@
 #![expect(clippy::must_use_candidate, reason = "a probe is often sent for its packets alone")]
 
 pub mod api_server;
+pub mod certificate;
 pub mod cgroup;
 pub mod cni;
 pub mod daemon_set;

@@ -4,13 +4,15 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, TcpListener},
-    process::{Command, Stdio},
+    process::Stdio,
     sync::{Arc, Mutex},
     thread,
     time::{Duration, Instant},
 };
 
-use imds_tests::{PodLink, TestEnv, WHOLE_TEST, lacks_program, poll::poll_until, probe::LONG};
+use imds_tests::{
+    PodLink, TestEnv, WHOLE_TEST, certificate::SelfSigned, lacks_program, poll::poll_until, probe::LONG,
+};
 
 use crate::{
     metric,
@@ -165,25 +167,7 @@ fn certificate_of_the_receiver_is_verified() {
     }
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
-    let (key, certificate) = (env.scratch_dir().join("key.pem"), env.scratch_dir().join("ca.pem"));
-    let made = Command::new("openssl")
-        .args([
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-days",
-            "2",
-        ])
-        .args(["-subj", "/CN=otel", "-addext", "subjectAltName=IP:127.0.0.1"])
-        .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout"])
-        .args([key.as_os_str(), "-out".as_ref(), certificate.as_os_str()])
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{made:?}");
+    let SelfSigned { certificate, key } = SelfSigned::create(env.scratch_dir());
     let free = env.node.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).unwrap().local_addr().unwrap();
     let mut server = env
         .node

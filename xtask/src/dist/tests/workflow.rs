@@ -9,6 +9,7 @@ use std::{
 };
 
 use imds_tests::{
+    certificate::SelfSigned,
     executable::{find_program, write_executable},
     lacks_program, skip,
 };
@@ -33,11 +34,7 @@ struct Registry {
 impl Registry {
     /// Starts a registry that keeps its files in `dir`, with a certificate in `cert.pem` there.
     fn start(program: &Path, dir: &Path) -> Self {
-        let (certificate, key) = (dir.join("cert.pem"), dir.join("key.pem"));
-        let mut openssl = Command::new("openssl");
-        openssl.args(["req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=registry"]);
-        openssl.args(["-addext", "subjectAltName=IP:127.0.0.1", "-keyout"]).arg(&key);
-        output_of(openssl.arg("-out").arg(&certificate)).unwrap();
+        let SelfSigned { certificate, key } = SelfSigned::create(dir);
         let (htpasswd, config) = (dir.join("htpasswd"), dir.join("registry.yml"));
         fs::write(&htpasswd, HTPASSWD).unwrap();
         let text = serde_json::json!({
