@@ -229,11 +229,11 @@ impl<'w> AgentCommand<'w> {
         let binary = self.binary.clone().unwrap_or_else(agent_executable);
         let mut command = self.test_env.node.command(binary);
         command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
-        if matches!(self.args.first().map(String::as_str), Some("run" | "unload")) {
+        let subcommand = self.args.first().map(String::as_str);
+        if matches!(subcommand, Some("run" | "unload")) {
             command.arg("--state-dir").arg(self.test_env.state_dir());
         }
-        let is_run = self.args.first().is_some_and(|subcommand| subcommand == "run");
-        if is_run && !self.args.iter().any(|argument| argument == CLSACT_DELAY) {
+        if subcommand == Some("run") && !self.args.iter().any(|argument| argument == CLSACT_DELAY) {
             // Pods of tests have no CNI plugin that could need their qdisc slot.
             command.args([CLSACT_DELAY, "0"]);
         }
