@@ -1,8 +1,7 @@
 //! The command `cargo xtask e2e`.
 
 use std::{
-    fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
 };
 
@@ -55,7 +54,9 @@ impl EndToEnd {
         }
         let mut test = cargo("test");
         test.args(["--package", "imds-tests", "--locked", "--test", "e2e", "--", "--include-ignored"]);
-        test.args(self.filter).env("IMDS_DEB", package(&dir)?).env("IMDS_AGENT", dir.join("imds-agent"));
+        test.args(self.filter)
+            .env("IMDS_DEB", dist::artifact(&dir, ".deb")?)
+            .env("IMDS_AGENT", dir.join("imds-agent"));
         execute(test.env(DEBIAN_ROOT, root))
     }
 }
@@ -84,14 +85,4 @@ fn debootstrap(root: &Path) -> Result<()> {
     debootstrap.args(["--variant=minbase", "--include", PACKAGES, "bookworm"]).arg(root);
     debootstrap.stdout(Stdio::null());
     execute(&mut debootstrap).context("failed to create a Debian root: is this machine online?")
-}
-
-/// Returns the only Debian package in `dir`.
-fn package(dir: &Path) -> Result<PathBuf> {
-    let entries = fs::read_dir(dir).with_context(|| format!("failed to list {}", dir.display()))?;
-    let mut packages = entries.flatten().map(|entry| entry.path());
-    let is_package = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "deb");
-    packages
-        .find(is_package)
-        .with_context(|| format!("no .deb in {}: run the command without --no-build", dir.display()))
 }

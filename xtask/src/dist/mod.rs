@@ -250,6 +250,17 @@ fn cargo_deb(arch: Arch, dir: &Path) -> Result<Command> {
     Ok(deb)
 }
 
+/// Returns the artifact of the agent with this suffix.
+pub(crate) fn artifact(dir: &Path, suffix: &str) -> Result<PathBuf> {
+    let entries = fs::read_dir(dir).with_context(|| format!("failed to list {}", dir.display()))?;
+    let is_artifact = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("imds-agent") && name.ends_with(suffix)
+    };
+    let found = entries.flatten().map(|entry| entry.path()).find(is_artifact);
+    found.with_context(|| format!("no imds-agent*{suffix} in {}: run without --no-build", dir.display()))
+}
+
 /// Writes the checksums of every file of `dir` in the format of sha256sum(1), and returns them.
 fn write_checksums(dir: &Path) -> Result<String> {
     let mut names = Vec::new();

@@ -1,12 +1,6 @@
 //! The command `cargo xtask install-check`.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -105,21 +99,10 @@ fn archive(tools: &Tools, kernel: &Kernel, root: &Path, dir: &Path) -> Result<Ve
     cpio.copy_program("tools/busybox", &tools.guest_program("busybox")?, tools)?;
     cpio.add_modules(kernel)?;
     for (name, suffix) in [("imds-agent.tar.gz", ".tar.gz"), ("imds-agent.deb", ".deb")] {
-        cpio.copy(&format!("artifacts/{name}"), &artifact(dir, suffix)?)?;
+        cpio.copy(&format!("artifacts/{name}"), &dist::artifact(dir, suffix)?)?;
     }
     add_tree(&mut cpio, root, root)?;
     Ok(cpio.finish())
-}
-
-/// Returns the artifact of the agent with this suffix.
-fn artifact(dir: &Path, suffix: &str) -> Result<PathBuf> {
-    let entries = fs::read_dir(dir).with_context(|| format!("failed to list {}", dir.display()))?;
-    let is_artifact = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("imds-agent") && name.ends_with(suffix)
-    };
-    let found = entries.flatten().map(|entry| entry.path()).find(is_artifact);
-    found.with_context(|| format!("no imds-agent*{suffix} in {}: run without --no-build", dir.display()))
 }
 
 /// Adds the files, directories and symbolic links of `dir`, by their paths below `root`.
