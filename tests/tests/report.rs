@@ -45,9 +45,12 @@ fn report(env: &TestEnv, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+fn json_report(env: &TestEnv) -> Value {
+    serde_json::from_str(&report(env, &["-o", "json"])).unwrap()
+}
+
 fn denials(env: &TestEnv) -> Vec<Value> {
-    let report: Value = serde_json::from_str(&report(env, &["-o", "json"])).unwrap();
-    report["denials"].as_array().unwrap().clone()
+    json_report(env)["denials"].as_array().unwrap().clone()
 }
 
 fn reaches(env: &TestEnv, netns: &Netns) -> bool {
@@ -280,10 +283,13 @@ fn audit_to_rules_to_enforcement() {
     assert!(denials(&env).is_empty() && report(&env, &[]).starts_with("no denials"));
     assert!(reaches(&env, &pods[0].netns));
 
-    let found = poll_until(LONG, "the audited pod in the report", || {
-        let found = denials(&env);
+    // The agent can read the packet with the request later than those that open the connection.
+    let found = poll_until(LONG, "the audited pod and its request in the report", || {
+        let report = json_report(&env);
+        let found = report["denials"].as_array().unwrap();
         let hooks = |denial: &Value| denial["counts"].as_object().map(serde_json::Map::len);
-        (found.first().and_then(hooks) == Some(3)).then_some(found)
+        let has_request = !report["requests"].as_array().unwrap().is_empty();
+        (found.first().and_then(hooks) == Some(3) && has_request).then(|| found.clone())
     });
     let [denial] = &found[..] else { panic!("{found:?}") };
     for (field, expected) in [
