@@ -1,6 +1,6 @@
 //! Two agents on one node with different pin directories.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use imds_tests::{AgentCommand, PodLink, Status, TestEnv, hook, probe::LONG, with_each_backend};
 
@@ -80,5 +80,49 @@ fn both_agents_are_reported_and_coexist() {
         env.wait_enforced(&pod);
         env.assert_blocked(&pod);
         env.status_when("only one agent runs", Status::is_ready);
+    });
+}
+
+#[test]
+fn unload_of_stopped_agents() {
+    with_each_backend(|backend| {
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let directory = Second::new(&env);
+        let first = env.agent().backend(backend).resync(1).spawn_ready();
+        // A second agent reports the first one, so it is not ready.
+        let start_second = || {
+            let agent = env.agent().backend(backend).resync(1).pin_dir(&directory.path).spawn();
+            agent.wait_for_log("mode enforce:", LONG);
+            agent
+        };
+        let second = start_second();
+        let unload = || {
+            let output = env.imds_agent(&["unload", "--stopped"]).output();
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let is_running =
+            |path: &Path, pid| format!("left {}: its agent (pid {pid}) is running\n", path.display());
+        let [one, two] = [env.pin_dir(), &directory.path];
+        assert_eq!(unload(), is_running(one, first.pid()) + &is_running(two, second.pid()));
+        env.assert_blocked(&pod);
+
+        second.kill9();
+        let text = unload();
+        assert!(text.starts_with(&is_running(one, first.pid())), "{text}");
+        assert!(text.contains(&format!("removed {} (", two.display())) && !two.exists(), "{text}");
+        env.wait_enforced(&pod);
+        env.assert_blocked(&pod);
+
+        // A directory that is not named is found.
+        let third = start_second();
+        first.kill9();
+        third.kill9();
+        env.assert_blocked(&pod);
+        let text = unload();
+        assert!(one.parent().is_some_and(Path::exists) && !one.exists() && !two.exists(), "{text}");
+        env.assert_open(&pod);
+        assert_eq!(unload(), format!("nothing is loaded at {}\n", one.display()));
     });
 }

@@ -21,13 +21,14 @@ use crate::{
         self, DatapathError, Progress, Removed,
         maps::config_record,
         pin::{
+            agents,
             dir::{PinDir, PinError},
             lock::{self, UNPINNED},
         },
     },
     diagnose::preflight,
     kube::{ClusterClient, cluster::ApiConfig},
-    node::netlink::Netlink,
+    node::{link::Link, netlink::Netlink},
 };
 
 const PROGRESS: Duration = Duration::from_secs(1);
@@ -36,6 +37,9 @@ const CONDITION_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Args, Debug)]
 pub(super) struct UnloadArgs {
+    /// Unload every pin directory of this node whose agent has stopped, and leave those of running agents
+    #[arg(long, conflicts_with_all = ["wait", "timeout"])]
+    stopped: bool,
     /// Wait for SIGTERM after the unload, so that a service manager or the kubelet does not start the process again
     #[arg(long)]
     wait: bool,
@@ -52,56 +56,125 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     let terminate = args.wait.then(|| signal(SignalKind::terminate()));
     let mut terminate = terminate.transpose().context("failed to listen for SIGTERM")?;
-    let pins = PinDir::new(&args.pins.pin_dir)?;
     let netlink = Netlink::connect()?;
-    let links = netlink.links().await?;
-    let (mut reported, mut is_off) = (Instant::now(), false);
-    let progress = |progress| match progress {
-        Progress::PolicyOff => is_off = true,
-        Progress::AskedAgent(pid) => {
-            let pid = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
-            eprintln!("waiting for the running agent{pid} to release {}", args.pins.pin_dir.display());
-        }
-        Progress::Detached(done, all) if reported.elapsed() >= PROGRESS => {
-            eprintln!("detached {done} of {all} links; all packets pass");
-            reported = Instant::now();
-        }
-        Progress::Detached(..) => {}
-    };
-    let reported_node = reported_node(&pins);
-    let unload_command = if args.pins.pin_dir == Path::new(DEFAULT_PIN_DIR) {
-        "imds-agent unload".to_owned()
+    let node = Node { links: netlink.links().await?, netlink };
+    let pins = PinDir::new(&args.pins.pin_dir)?;
+    let is_complete = if args.stopped {
+        node.unload_stopped(&pins).await?
     } else {
-        format!("imds-agent unload --pin-dir {}", pins.root().display())
+        node.unload(&pins, Duration::from_secs(args.timeout)).await?;
+        true
     };
-    let failed = |reason: String, pid| {
-        let remedy = stop_command(pid, &unload_command);
-        Failure::Failed(anyhow!("failed to unload: {reason}. Stop the agent first: {remedy}"))
-    };
-    match datapath::unload(&pins, &netlink, &links, Duration::from_secs(args.timeout), progress).await {
-        Ok(removed) => {
-            if removed.pin_dir.is_none()
-                && let Some(agent) = lock::unpinned_agent()?
-            {
-                return Err(failed(UNPINNED.to_owned(), agent.pid));
-            }
-            print(&pins, &removed);
-        }
-        Err(DatapathError::Pin(error @ PinError::NotReleased { pid, .. })) => {
-            let policy = if is_off { "; all packets pass already" } else { "" };
-            return Err(failed(format!("{error}{policy}"), pid));
-        }
-        Err(error) => return Err(error.into()),
-    }
-    // A later start must not bring back exemptions of this installation.
-    args.state.store().remove()?;
-    if let Some(api) = reported_node {
-        withdraw_protection(api).await;
+    if is_complete {
+        // A later start must not bring back exemptions of this installation.
+        args.state.store().remove()?;
     }
     if let Some(terminate) = &mut terminate {
         terminate.recv().await;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Interfaces of this network namespace, from which programs are removed.
+struct Node {
+    netlink: Netlink,
+    links: Vec<Link>,
+}
+
+impl Node {
+    /// Unloads one pin directory. Asks a running agent to release it.
+    async fn unload(&self, pins: &PinDir, timeout: Duration) -> Result<(), Failure> {
+        let reported_node = reported_node(pins);
+        let unload_command = if pins.root() == Path::new(DEFAULT_PIN_DIR) {
+            "imds-agent unload".to_owned()
+        } else {
+            format!("imds-agent unload --pin-dir {}", pins.root().display())
+        };
+        let failed = |reason: String, pid| {
+            let remedy = stop_command(pid, &unload_command);
+            Failure::Failed(anyhow!("failed to unload: {reason}. Stop the agent first: {remedy}"))
+        };
+        let mut printer = ProgressPrinter::new(pins);
+        let progress = |progress| printer.print(progress);
+        match datapath::unload(pins, &self.netlink, &self.links, timeout, progress).await {
+            Ok(removed) => {
+                if removed.pin_dir.is_none()
+                    && let Some(agent) = lock::unpinned_agent()?
+                {
+                    return Err(failed(UNPINNED.to_owned(), agent.pid));
+                }
+                print(pins, &removed);
+            }
+            Err(DatapathError::Pin(error @ PinError::NotReleased { pid, .. })) => {
+                let policy = if printer.is_off { "; all packets pass already" } else { "" };
+                return Err(failed(format!("{error}{policy}"), pid));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        withdraw_protection(reported_node).await;
+        Ok(())
+    }
+
+    /// Unloads `named` and the other pin directories of this node, except those of running agents. Reports whether no agent
+    /// runs.
+    async fn unload_stopped(&self, named: &PinDir) -> Result<bool, Failure> {
+        let others = agents::other_pin_dirs(named);
+        let (mut is_complete, mut failures) = (lock::unpinned_agent()?.is_none(), Vec::new());
+        for pins in [named].into_iter().chain(&others) {
+            let reported_node = reported_node(pins);
+            let mut printer = ProgressPrinter::new(pins);
+            let progress = |progress| printer.print(progress);
+            match datapath::unload_stopped(pins, &self.netlink, &self.links, progress).await {
+                Ok(Some(removed)) => {
+                    print(pins, &removed);
+                    if removed.pin_dir.is_some() {
+                        withdraw_protection(reported_node).await;
+                    }
+                }
+                Ok(None) => {
+                    is_complete = false;
+                    let owner = pins.lock_owner()?.and_then(|owner| owner.pid);
+                    let pid = owner.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
+                    println!("left {}: its agent{pid} is running", pins.root().display());
+                }
+                Err(error) => failures.push(error),
+            }
+        }
+        let Some(last) = failures.pop() else { return Ok(is_complete) };
+        for error in failures {
+            eprintln!("{:#}", anyhow::Error::from(error));
+        }
+        Err(last.into())
+    }
+}
+
+/// Printer of the progress of one pin directory.
+struct ProgressPrinter<'a> {
+    pins: &'a PinDir,
+    reported: Instant,
+    /// True once all packets pass.
+    is_off: bool,
+}
+
+impl<'a> ProgressPrinter<'a> {
+    fn new(pins: &'a PinDir) -> Self {
+        Self { pins, reported: Instant::now(), is_off: false }
+    }
+
+    fn print(&mut self, progress: Progress) {
+        match progress {
+            Progress::PolicyOff => self.is_off = true,
+            Progress::AskedAgent(pid) => {
+                let pid = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
+                eprintln!("waiting for the running agent{pid} to release {}", self.pins.root().display());
+            }
+            Progress::Detached(done, all) if self.reported.elapsed() >= PROGRESS => {
+                eprintln!("detached {done} of {all} links; all packets pass");
+                self.reported = Instant::now();
+            }
+            Progress::Detached(..) => {}
+        }
+    }
 }
 
 /// Returns the node whose condition the recorded configuration reports.
@@ -114,7 +187,8 @@ fn reported_node(pins: &PinDir) -> Option<ApiConfig> {
 }
 
 /// Ends the claim of the node's condition that pods are denied.
-async fn withdraw_protection(api: ApiConfig) {
+async fn withdraw_protection(node: Option<ApiConfig>) {
+    let Some(api) = node else { return };
     let mut client = ClusterClient::new(api);
     let result = timeout(CONDITION_TIMEOUT, report_unloaded(&mut client)).await;
     let error = match result {

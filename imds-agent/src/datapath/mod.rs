@@ -33,7 +33,7 @@ use self::{
 };
 pub use self::{
     datapath_error::DatapathError,
-    pin::unload::{Progress, Removed, unload},
+    pin::unload::{Progress, Removed, unload, unload_stopped},
 };
 use crate::{
     config::{Hooks, Sendmsg, endpoint_set::EndpointSet},

@@ -81,6 +81,7 @@ pub(crate) const RUNS: &[Run] = &[
     run(State::Stopped, "imds-agent verify", 3, &[" failed"]),
     run(State::Stopped, "imds-agent config show", 0, &["mode = \"audit\""]),
     run(State::Stopped, "imds-agent doctor", 0, &["CHECK"]),
+    run(State::Stopped, "imds-agent unload --stopped", 0, &["removed"]),
     run(State::Unloaded, "imds-agent unload", 0, &[]),
     run(State::Unloaded, "imds-agent status", 3, &["state      unloaded"]),
     run(State::Unloaded, "imds-agent doctor", 0, &["CHECK"]),

@@ -14,6 +14,7 @@ use imds_tests::{
 
 const CONFIG: &str = "/etc/imds-agent/imds.toml";
 const SERVICE: &str = "imds-agent.service";
+const SECOND_PIN_DIR: &str = "/sys/fs/bpf/imds-second";
 /// Path of the package inside the machine.
 const DEB: &str = "/mnt/imds-agent.deb";
 
@@ -146,9 +147,11 @@ fn install_enforces_and_removal_ends_it() {
     case.machine.checked(&["systemctl", "stop", SERVICE]);
     case.env.assert_blocked(&case.pod);
     case.machine.checked(&["systemctl", "start", SERVICE]);
+    case.machine.checked(&["imds-agent", "run", "--once", "--pin-dir", SECOND_PIN_DIR]);
+    assert!(case.has(SECOND_PIN_DIR));
     case.machine.checked(&["apt-get", "remove", "--yes", "imds-agent"]);
     case.env.assert_open(&case.pod);
-    assert!(case.has(CONFIG) && !case.has("/sys/fs/bpf/imds"));
+    assert!(case.has(CONFIG) && !case.has("/sys/fs/bpf/imds") && !case.has(SECOND_PIN_DIR));
     case.machine.checked(&["apt-get", "purge", "--yes", "imds-agent"]);
     assert_eq!(case.traces(), before);
 }

@@ -1,4 +1,4 @@
-//! Search for other agents in the same network namespace, each with its own pin directory.
+//! Search for other agents, and their pin directories, in the same network namespace.
 
 use std::{
     fmt, fs,
@@ -51,10 +51,21 @@ impl OtherAgent {
 
 /// Finds the other agents that run in this network namespace, on every mounted bpffs.
 pub fn find(own: &PinDir) -> Vec<OtherAgent> {
+    let others = other_pin_dirs(own).into_iter();
+    // Checks the lock last, because the check takes the lock for a moment.
+    let running = others.filter_map(|pins| {
+        let holder = pins.lock_owner().ok().flatten()?;
+        Some(OtherAgent { pid: holder.pid, pin_dir: pins.root().to_owned() })
+    });
+    running.collect()
+}
+
+/// Returns the other pin directories of this network namespace and this version's map schema, on every mounted bpffs. Their
+/// agents may have stopped.
+pub fn other_pin_dirs(own: &PinDir) -> Vec<PinDir> {
     let Ok(netns) = netns_owner::this_netns() else { return Vec::new() };
     let inode = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
-    let own = inode(own.root());
-    let mut seen = vec![own];
+    let mut seen = vec![inode(own.root())];
     let mut found = Vec::new();
     for root in pin_dirs() {
         let key = inode(&root);
@@ -64,14 +75,11 @@ pub fn find(own: &PinDir) -> Vec<OtherAgent> {
         seen.push(key);
         let Ok(pins) = PinDir::new(&root) else { continue };
         let is_here = |policy: Policy| policy.layout == MAP_SCHEMA_VERSION && policy.netns == netns;
-        // Checks the lock last, because the check takes the lock for a moment.
-        if pinned_policy(&pins).is_some_and(is_here)
-            && let Ok(Some(holder)) = pins.lock_owner()
-        {
-            found.push(OtherAgent { pid: holder.pid, pin_dir: root });
+        if pinned_policy(&pins).is_some_and(is_here) {
+            found.push(pins);
         }
     }
-    found.sort_by(|one, other| one.pin_dir.cmp(&other.pin_dir));
+    found.sort_by(|one, other| one.root().cmp(other.root()));
     found
 }
 

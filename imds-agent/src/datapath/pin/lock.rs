@@ -65,6 +65,19 @@ impl PinDir {
         Ok(lock.map(|lock| self.locked_by(lock, false)))
     }
 
+    /// Locks the directory for this process, if it exists and its agent has stopped. Waits for `status`, which holds the lock for
+    /// a moment.
+    pub(crate) fn lock_stopped(&self) -> Result<Option<PinLock>, PinError> {
+        let deadline = Instant::now() + LOCK_TIMEOUT;
+        loop {
+            let lock = self.try_lock_existing()?;
+            if lock.is_some() || !self.exists() || Instant::now() >= deadline {
+                return Ok(lock);
+            }
+            thread::sleep(LOCK_RETRY);
+        }
+    }
+
     fn locked_by(&self, lock: Flock<File>, is_new: bool) -> PinLock {
         PinLock { dir: self.clone(), lock, ready: None, is_new, failure: None }
     }

@@ -85,17 +85,45 @@ pub async fn unload(
         let Some(pin_lock) = wait_for_release(pins, agent, timeout).await? else { return Ok(removed) };
         (pin_lock, agent)
     };
+    removed.agent = agent;
+    remove(&pin_lock, netlink, links, &mut removed, progress).await?;
+    Ok(removed)
+}
+
+/// Removes the same as [`unload`], unless an agent runs that uses the directory. Returns `None` in that case.
+pub async fn unload_stopped(
+    pins: &PinDir,
+    netlink: &Netlink,
+    links: &[Link],
+    progress: impl FnMut(Progress),
+) -> Result<Option<Removed>, DatapathError> {
+    let mut removed = Removed::default();
+    // Keeps the directory open, so that the kernel does not reuse its inode number.
+    let Some(_directory) = pins.open_owned()? else { return Ok(Some(removed)) };
+    netns_owner::ensure_no_filters_elsewhere(pins)?;
+    let Some(pin_lock) = pins.lock_stopped()? else { return Ok(None) };
+    remove(&pin_lock, netlink, links, &mut removed, progress).await?;
+    Ok(Some(removed))
+}
+
+/// Removes everything of the locked directory.
+async fn remove(
+    pin_lock: &PinLock,
+    netlink: &Netlink,
+    links: &[Link],
+    removed: &mut Removed,
+    mut progress: impl FnMut(Progress),
+) -> Result<(), DatapathError> {
+    let pins = &pin_lock.dir;
     rcu::restore_if_recorded(pins);
-    // Repeats this, because the agent may have applied its configuration in the meantime.
+    // A running agent may have applied its configuration since it was asked to release the directory.
     if policy::switch_off(pins)? {
         progress(Progress::PolicyOff);
     }
-    removed.agent = agent;
-    detach(pins, netlink, links, &mut removed, progress).await?;
+    detach(pins, netlink, links, removed, progress).await?;
     removed.left = pins.remove_own()?;
     removed.pin_dir = Some(pins.root().to_owned());
-    drop(pin_lock);
-    Ok(removed)
+    Ok(())
 }
 
 /// Asks the running agent to release the directory, and waits for it. Returns `None` if the directory was removed.
