@@ -100,7 +100,7 @@ fn build_all(arches: &[Arch]) -> Result<()> {
         deb(arch, &dir)?;
         let contents = Contents::read(&dir, &dist)?;
         tarball::write(arch, &contents, &dir)?;
-        rpm::write(arch, &contents, &dir)?;
+        rpm::write(arch, VERSION, &contents, &dir)?;
     }
     Ok(())
 }
@@ -243,7 +243,9 @@ fn deb(arch: Arch, dir: &Path) -> Result<()> {
 fn cargo_deb(arch: Arch, dir: &Path) -> Result<Command> {
     let mut deb = cargo("deb");
     deb.args(["--no-build", "--no-strip", "--locked", "--package", "imds-agent", "--deb-revision", "1"]);
-    deb.args(["--profile", build::SHIPPED_PROFILE, "--target", &arch.triple(), "--output"]).arg(dir);
+    // The name that cargo-deb chooses has the version with `~`, which release servers replace.
+    let package = dir.join(format!("imds-agent_{VERSION}-1_{}.deb", arch.debian()));
+    deb.args(["--profile", build::SHIPPED_PROFILE, "--target", &arch.triple(), "--output"]).arg(package);
     // Otherwise cargo-deb takes the time at which Cargo.toml was checked out.
     deb.env("SOURCE_DATE_EPOCH", build::time()?.to_string());
     deb.current_dir(root());

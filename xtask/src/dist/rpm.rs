@@ -10,15 +10,15 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{VERSION, contents::Contents};
+use super::contents::Contents;
 use crate::{
     arch::Arch,
     build,
     workspace::{execute, root},
 };
 
-/// Builds the package of one architecture in `dir`, and returns its path.
-pub(super) fn write(arch: Arch, contents: &Contents, dir: &Path) -> Result<PathBuf> {
+/// Builds the package of one architecture and version in `dir`, and returns its path.
+pub(super) fn write(arch: Arch, version: &str, contents: &Contents, dir: &Path) -> Result<PathBuf> {
     let work = dir.join("rpm");
     let _ = fs::remove_dir_all(&work);
     let staging = work.join("staging");
@@ -47,10 +47,11 @@ pub(super) fn write(arch: Arch, contents: &Contents, dir: &Path) -> Result<PathB
     for (name, value) in [
         ("_topdir", work.to_string_lossy().as_ref()),
         ("_rpmdir", dir.to_string_lossy().as_ref()),
-        ("_rpmfilename", "%%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm"),
+        ("_rpmfilename", &format!("imds-agent-{version}-1.%%{{ARCH}}.rpm")),
         ("package_staging", staging.to_string_lossy().as_ref()),
         ("package_files", files.to_string_lossy().as_ref()),
-        ("package_version", VERSION),
+        // A pre-release precedes its release.
+        ("package_version", &version.replace('-', "~")),
         ("package_summary", &contents.summary),
         ("package_description", &contents.description),
     ] {
@@ -64,5 +65,5 @@ pub(super) fn write(arch: Arch, contents: &Contents, dir: &Path) -> Result<PathB
     rpmbuild.arg(root().join("deploy/rpm/imds-agent.spec"));
     execute(rpmbuild.env("SOURCE_DATE_EPOCH", build::time()?.to_string()))?;
     fs::remove_dir_all(&work).with_context(|| format!("failed to remove {}", work.display()))?;
-    Ok(dir.join(format!("imds-agent-{VERSION}-1.{}.rpm", arch.machine())))
+    Ok(dir.join(format!("imds-agent-{version}-1.{}.rpm", arch.machine())))
 }

@@ -119,8 +119,8 @@ fn rpm_package_is_reproducible_and_installable() {
         return;
     }
     let (dir, other) = (built(), built());
-    let package = rpm::write(Arch::Arm64, &contents(dir.path()), dir.path()).unwrap();
-    let again = rpm::write(Arch::Arm64, &contents(other.path()), other.path()).unwrap();
+    let package = rpm::write(Arch::Arm64, VERSION, &contents(dir.path()), dir.path()).unwrap();
+    let again = rpm::write(Arch::Arm64, VERSION, &contents(other.path()), other.path()).unwrap();
     assert_eq!(fs::read(&package).unwrap(), fs::read(again).unwrap());
 
     let query = |arguments: &[&str]| output_of(Command::new("rpm").arg("-qp").args(arguments).arg(&package));
@@ -151,6 +151,19 @@ fn rpm_package_is_reproducible_and_installable() {
     output_of(install.args(["--install", "--nodeps", "--noscripts", "--ignorearch"]).arg(&package)).unwrap();
     let installed = fs::read_to_string(machine.join("usr/bin/imds-agent")).unwrap();
     assert!(installed.contains("stand-in"));
+}
+
+#[test]
+fn rpm_package_of_a_pre_release_is_older() {
+    if lacks_program("the RPM package", &["rpmbuild", "rpm"]) {
+        return;
+    }
+    let dir = built();
+    let package = rpm::write(Arch::Amd64, "0.2.0-rc.1", &contents(dir.path()), dir.path()).unwrap();
+    assert_eq!(package.file_name().unwrap(), "imds-agent-0.2.0-rc.1-1.x86_64.rpm");
+    let version = output_of(Command::new("rpm").args(["-qp", "--queryformat", "%{VERSION}"]).arg(&package));
+    let order = format!("%{{lua:print(rpm.vercmp('{}', '0.2.0'))}}", version.unwrap());
+    assert_eq!(output_of(Command::new("rpm").args(["--eval", &order])).unwrap().trim(), "-1");
 }
 
 /// Unpacks an OCI layout, checks the digest of each blob, and returns the directory.

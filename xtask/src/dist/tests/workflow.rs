@@ -140,7 +140,11 @@ fn workflow_uploads_each_file() {
     let (release, directory) = (released(), tempfile::tempdir().unwrap());
     write_executable(&directory.path().join("gh"), "#!/bin/sh\nprintf '%s\\n' \"$@\"\n");
     let path = format!("{}:{}", directory.path().display(), env::var("PATH").unwrap());
-    let arguments = output_of(step("Create the release", release.path()).env("PATH", path)).unwrap();
+    let create = |tag: &str| {
+        let mut create = step("Create the release", release.path());
+        output_of(create.env("PATH", &path).env("GITHUB_REF_NAME", tag)).unwrap()
+    };
+    let arguments = create(&format!("v{VERSION}"));
     let (options, files) = arguments.split_once("\n--\n").unwrap();
     assert!(options.starts_with(&format!("release\ncreate\nv{VERSION}\n--verify-tag\n")), "{options}");
     assert!(options.ends_with("\n--notes-file\nnotes.md"), "{options}");
@@ -151,4 +155,5 @@ fn workflow_uploads_each_file() {
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     expected.sort_unstable();
     assert_eq!(uploaded, expected);
+    assert!(create("v0.2.0-rc.1").starts_with("release\ncreate\nv0.2.0-rc.1\n--prerelease\n"));
 }
