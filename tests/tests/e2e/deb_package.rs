@@ -99,7 +99,7 @@ impl Case {
     fn older(&self) -> &'static str {
         let script = "dpkg-deb --raw-extract imds-agent.deb older && \
                       sed -i 's/^Version: .*/Version: 0.0.9-1/' older/DEBIAN/control && \
-                      dpkg-deb --build older older.deb";
+                      dpkg-deb -Znone --build older older.deb";
         self.machine.checked(&["sh", "-ec", &format!("cd /mnt && {script}")]);
         "/mnt/older.deb"
     }
