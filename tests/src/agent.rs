@@ -354,6 +354,7 @@ impl Agent<'_> {
     /// Waits for a line of the log that contains `pattern`, and returns it.
     #[track_caller]
     pub fn wait_for_log(&self, pattern: &str, deadline: Duration) -> String {
+        let deadline = scaled_timeout(deadline);
         let found = try_poll(deadline, || {
             self.log_lines().into_iter().map(|(_, line)| line).find(|line| line.contains(pattern))
         });

@@ -62,7 +62,12 @@ impl TestCluster {
     /// Waits until requests of the pod are denied, and asserts that no packet arrives.
     #[track_caller]
     pub fn wait_denied(&self, pod: &Pod) {
-        poll_until(LONG, "the pod to be denied", || (!self.reaches(&pod.netns)).then_some(()));
+        // An answer that is only late does not count: no packet arrives either.
+        poll_until(LONG, "the pod to be denied", || {
+            let mut is_answered = false;
+            let has_arrived = self.env.arrives(|| is_answered = self.reaches(&pod.netns));
+            (!is_answered && !has_arrived).then_some(())
+        });
         self.assert_denied(&pod.netns);
     }
 

@@ -191,7 +191,7 @@ fn reload_changes_the_listen_address() {
         try_get(&env, "127.0.0.1:9300", "/readyz").is_ok_and(|(status, _)| status == 200).then_some(())
     });
     assert!(at_socket(&socket).is_err() && !socket.exists());
-    assert!(agent.log().contains("failed to serve metrics and health at 192.0.2.1:9300"), "{}", agent.log());
+    agent.wait_for_log("failed to serve metrics and health at 192.0.2.1:9300", LONG);
     env.assert_blocked(&pod);
     write("");
     poll_until(LONG, "nothing to be served", || try_get(&env, "127.0.0.1:9300", "/").is_err().then_some(()));

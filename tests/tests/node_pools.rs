@@ -4,6 +4,7 @@ use std::process::Command;
 
 use imds_tests::{
     AgentCommand, METADATA, Pod, PodLink, TestCluster, output,
+    poll::poll_until,
     probe::{LONG, http_get},
 };
 use serde_json::json;
@@ -85,9 +86,12 @@ fn labels_choose_from_the_last_good_file() {
     std::fs::write(&file, &good).expect("write a configuration");
     let agent = || cluster.env.agent().config_file(file.to_str().expect("a path in UTF-8"));
     cluster.server.set_labels(NODE, json!({ "tier": "production" }));
-    drop(agent().spawn_ready());
-    // As after a reboot with a broken file: the pins are gone, the stored file stays.
     let stored = cluster.env.state_dir().join("last-good.toml");
+    let first = agent().spawn_ready();
+    // The agent stores the file a moment after `status` says that it is ready.
+    poll_until(LONG, "the last good configuration", || stored.exists().then_some(()));
+    drop(first);
+    // As after a reboot with a broken file: the pins are gone, the stored file stays.
     let kept = cluster.env.scratch_dir().join("kept.toml");
     std::fs::rename(&stored, &kept).expect("keep the last good configuration");
     cluster.env.unload();

@@ -7,7 +7,9 @@ use imds_ebpf_common::{Mode, Policy};
 use imds_tests::{
     AttachMode, Netns, Pod, PodLink, TestEnv,
     foreign_bpf::{ForeignProgram, TC_ACT_OK},
-    hook, output, skip_without_tcx, with_each_backend,
+    hook, output,
+    probe::LONG,
+    skip_without_tcx, with_each_backend,
 };
 
 fn bpftool(args: &[&str]) {
@@ -31,8 +33,9 @@ fn enforced_env(backend: AttachMode) -> (TestEnv, Pod) {
 fn assert_starts_with_new_maps(env: &TestEnv, pod: &Pod, backend: AttachMode, reason: &str) {
     env.assert_blocked(pod);
     let agent = env.start_agent(backend);
-    let log = agent.log();
-    assert!(log.contains("starting with new maps and counters") && log.contains(reason), "{reason}: {log}");
+    for text in ["starting with new maps and counters", reason] {
+        agent.wait_for_log(text, LONG);
+    }
     env.assert_blocked(pod);
     env.assert_harmless(pod);
     assert!(env.status().interface(&pod.host_ifname).counts.denied.packets > 0);
@@ -80,7 +83,7 @@ fn maps_of_other_version_are_replaced() {
         assert!(!output.status.success() && said.contains("another version"), "{command:?}: {said}");
     }
     let agent = env.start_agent(AttachMode::Tcx);
-    assert!(agent.log().contains("schema 99"), "{}", agent.log());
+    agent.wait_for_log("schema 99", LONG);
     env.assert_blocked(&pod);
 }
 
@@ -100,11 +103,9 @@ fn program_at_map_or_link_pin_is_replaced() {
         bpftool(&["prog", "pin", "pinned", foreign.pin().to_str().unwrap(), pin.to_str().unwrap()]);
     }
     let agent = env.start_agent(AttachMode::Tcx);
-    assert!(
-        agent.log().contains("imds_policy") && agent.log().contains("links/from_pod_"),
-        "{}",
-        agent.log()
-    );
+    for pin in ["imds_policy", "links/from_pod_"] {
+        agent.wait_for_log(pin, LONG);
+    }
     env.assert_blocked(&pod);
     assert_eq!(hook::tcx(&env.node, &pod.host_ifname).len(), 1);
 }

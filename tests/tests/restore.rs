@@ -23,6 +23,11 @@ fn link_pin(env: &TestEnv, pod: &Pod) -> PathBuf {
     env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex))
 }
 
+/// Removes the pin directory. The agent may restore pins in the meantime, so that the directory is not empty.
+fn remove_pins(env: &TestEnv) {
+    poll_until(LONG, "the pin directory to be removed", || fs::remove_dir_all(env.pin_dir()).ok());
+}
+
 /// Detaches the agent's program without a trace in the pin directory.
 fn detach(env: &TestEnv, backend: AttachMode, pod: &Pod) {
     match backend {
@@ -113,7 +118,7 @@ fn removed_pin_directory_is_restored() {
         env.assert_blocked(&pod);
         let denied = env.status().total.denied.packets;
 
-        fs::remove_dir_all(env.pin_dir()).unwrap();
+        remove_pins(&env);
         env.assert_blocked(&pod);
         let status =
             env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
@@ -224,7 +229,7 @@ fn pins_of_every_hook_are_restored() {
             names
         };
         let before = links();
-        fs::remove_dir_all(env.pin_dir()).unwrap();
+        remove_pins(&env);
         assert!(!is_open(), "{on}");
         poll_until(LONG, "the links to be pinned again", || (links() == before).then_some(()));
         assert!(!is_open(), "{on}");

@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::net::UnixDatagram, time::Duration};
 
-use imds_tests::{PodLink, TestEnv, probe::LONG};
+use imds_tests::{PodLink, TestEnv, poll::poll_until, probe::LONG};
 
 /// Settings that work on every tested kernel.
 const REST: &str = "[hooks]\nsocket = false\n[metrics]\nlisten = []";
@@ -14,19 +14,18 @@ impl Manager {
     /// Waits for a line with this prefix, and returns the rest of the line.
     #[track_caller]
     fn wait_for(&self, start: &str) -> String {
-        let mut received = Vec::new();
         let mut message = [0; 4096];
-        loop {
-            let length = self
-                .0
-                .recv(&mut message)
-                .unwrap_or_else(|error| panic!("no {start} after {received:?}: {error}"));
-            let text = String::from_utf8(message[..length].to_vec()).unwrap();
-            if let Some(rest) = text.lines().find_map(|line| line.strip_prefix(start)) {
-                return rest.to_owned();
+        poll_until(LONG * 3, &format!("the notification {start}"), || {
+            while let Ok(length) = self.0.recv(&mut message) {
+                let text = std::str::from_utf8(&message[..length]).unwrap();
+                if let Some(rest) = text.lines().find_map(|line| line.strip_prefix(start)) {
+                    return Some(rest.to_owned());
+                }
+                // Printed if the test fails.
+                eprintln!("another notification: {text}");
             }
-            received.push(text);
-        }
+            None
+        })
     }
 }
 
@@ -37,7 +36,7 @@ fn readiness_and_watchdog_are_notified() {
     let (socket, config) = (env.scratch_dir().join("notify"), env.scratch_dir().join("imds.toml"));
     fs::write(&config, format!("mode = 'audit'\n{REST}")).unwrap();
     let manager = Manager(UnixDatagram::bind(&socket).unwrap());
-    manager.0.set_read_timeout(Some(LONG)).unwrap();
+    manager.0.set_nonblocking(true).unwrap();
     env.assert_open(&pod);
 
     let agent = env

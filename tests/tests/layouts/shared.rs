@@ -127,5 +127,5 @@ fn macvlan_pod_imitates_an_ifb() {
     assert!(reachable(&env.node, METADATA));
     drop(agent);
     env.unload();
-    assert!(reaches(&env, &inner));
+    poll_until(LONG, "responses after unload", || reaches(&env, &inner).then_some(()));
 }

@@ -191,7 +191,7 @@ fn broken_list_stays_closed_at_the_first_start() {
         let problem =
             status.problems.iter().find(|problem| problem.problem.contains("node.allow: \"kubelet\""));
         assert!(problem.is_some_and(|problem| problem.problem.contains(&left)), "{:?}", status.problems);
-        assert!(agent.log().contains(&left), "{}", agent.log());
+        agent.wait_for_log(&left, LONG);
         drop(agent);
         env.unload();
     }
@@ -206,22 +206,22 @@ fn packets_of_unlisted_sockets_are_denied() {
     let [listed, unlisted] = ["kubelet.service", "other.service"].map(|path| env.add_cgroup(path));
     let node = &*env.node;
     let open = |cgroup: &Cgroup| cgroup.run(|| node.run(|| connect(METADATA, LONG)).unwrap());
-    let ping = |cgroup: &Cgroup| cgroup.run(|| icmp_echo(node, METADATA, SHORT).is_answer());
+    let ping = |cgroup: &Cgroup, timeout| cgroup.run(|| icmp_echo(node, METADATA, timeout).is_answer());
     let [mut cut, mut spared] = [&unlisted, &listed].map(open);
-    assert!(ping(&listed) && ping(&unlisted));
+    assert!(ping(&listed, LONG) && ping(&unlisted, LONG));
 
     let config = allow(&[&entry(listed.path())]);
     let agent = env.agent().hooks(&["from_pod"]).config(&config).spawn_ready();
     env.assert_nothing_arrives(|| {
         assert!(http_exchange(&mut cut, SHORT).is_err());
-        assert!(!ping(&unlisted));
+        assert!(!ping(&unlisted, SHORT));
     });
-    assert!(http_exchange(&mut spared, LONG).is_ok() && ping(&listed));
+    assert!(http_exchange(&mut spared, LONG).is_ok() && ping(&listed, LONG));
     let counts = node_allow(&env).counts;
     assert!(counts.denied.bytes > 0 && counts.exempt.bytes > 0, "{counts:?}");
     drop(agent);
     env.unload();
-    assert!(ping(&unlisted));
+    assert!(ping(&unlisted, LONG));
 }
 
 #[test]

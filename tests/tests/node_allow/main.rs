@@ -6,14 +6,15 @@ mod listed_processes;
 mod verify_and_rootless;
 
 use std::{
-    io,
+    io::{self, ErrorKind},
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     path::Path,
 };
 
 use imds_tests::{
     Cgroup, METADATA, TestEnv,
-    probe::{SHORT, http_exchange},
+    poll::poll_until,
+    probe::{LONG, SHORT, http_exchange},
     status::NodeAllow,
 };
 
@@ -74,14 +75,16 @@ fn echo(any: &str, address: impl Into<IpAddr>) -> io::Result<()> {
     socket.recv(&mut [0; 16]).map(drop)
 }
 
-/// Reports whether the user's call reaches the endpoint. Panics if the call fails with another error than EPERM.
+/// Reports whether the user's call reaches the endpoint. Repeats a call without an answer in time. Panics if a call fails with
+/// another error than EPERM.
 #[track_caller]
 fn reaches(env: &TestEnv, cgroup: &Cgroup, user: u32) -> bool {
-    match run_as(env, cgroup, user, || http(METADATA)) {
-        Ok(()) => true,
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => false,
+    poll_until(LONG, "an answer or a denial", || match run_as(env, cgroup, user, || http(METADATA)) {
+        Ok(()) => Some(true),
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Some(false),
+        Err(error) if matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock) => None,
         Err(error) => panic!("neither reached nor denied: {error}"),
-    }
+    })
 }
 
 #[track_caller]

@@ -13,7 +13,7 @@ use imds_tests::{
     hook::{self, qdisc_kinds},
     known_here, lacks_program,
     poll::poll_until,
-    probe::{SHORT, http_get, reachable},
+    probe::{http_get, reachable},
     skip_without_tcx,
 };
 use serde_json::{Value, json};
@@ -199,7 +199,7 @@ fn assert_pods_start(make: MakeNetwork, mode: Mode, config: &str, count: u32) {
     for pod in pods.iter().chain([&before]) {
         assert_qdiscs_of_plugin(&env, pod);
         assert!(!hook::programs(&env.node, pod.veth()).iter().any(hook::Attached::is_ours));
-        assert!(http_get(&pod.netns, METADATA, SHORT * 4).is_answer(), "{}", pod.veth());
+        assert!(reachable(&pod.netns, METADATA), "{}", pod.veth());
     }
     pods.into_iter().chain([before]).for_each(CniPod::delete);
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_tests::{
-    METADATA, PodLink, Status, TestEnv, WHOLE_TEST,
+    METADATA, PodLink, Problem, Status, TestEnv, WHOLE_TEST,
     doctor::{doctor_report, one},
     known_here, lacks_program,
     poll::poll_until,
@@ -136,10 +136,12 @@ fn userspace_datapath_is_reported() {
     let ovs = OpenVSwitch::start(&env);
     ovs.add_bridge(BRIDGE, nic, USERSPACE);
     set_address(&env, BRIDGE);
-    let status = env.status_when("the datapath is reported", |status| status.state == "degraded");
-    let of_datapath = |name: &Option<String>| name.as_deref() == Some(USERSPACE_PORT);
-    let problem = status.problems.iter().find(|problem| of_datapath(&problem.interface));
-    let problem = problem.unwrap_or_else(|| panic!("{status:#?}"));
+    let is_of_datapath = |problem: &&Problem| problem.interface.as_deref() == Some(USERSPACE_PORT);
+    // A bridge that has no program yet is a problem too.
+    let status = env.status_when("the datapath is reported", |status| {
+        status.state == "degraded" && status.problems.iter().any(|problem| is_of_datapath(&problem))
+    });
+    let problem = status.problems.iter().find(is_of_datapath).expect("a problem");
     assert!(problem.problem.contains("from_pod does not see"), "{problem:?}");
     assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
     assert_eq!(one(&doctor_report(&env), "open_vswitch")["state"], "degraded");

@@ -25,6 +25,11 @@ fn is_open(pod: &Pod) -> bool {
     http_get(&pod.netns, METADATA, SHORT).is_answer() || udp_echo(&pod.netns, METADATA, SHORT).is_answer()
 }
 
+/// Reports whether the pod gets a response, also on a busy machine.
+fn reaches_in_time(pod: &Pod) -> bool {
+    try_poll(LONG, || is_open(pod).then_some(())).is_some()
+}
+
 fn has_ours(env: &TestEnv, interface: &str, at: TcAttachType) -> bool {
     hook::programs_at(&env.node, interface, at).iter().any(hook::Attached::is_ours)
 }
@@ -41,7 +46,7 @@ fn ingress_qdisc_on_the_uplink() {
         let env = TestEnv::new();
         let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
         run(&env.node, &format!("tc qdisc add dev {} ingress", TestEnv::UPLINK));
-        assert!(pods.iter().all(is_open));
+        assert!(pods.iter().all(reaches_in_time));
         let agent = env.agent().backend(mode).hooks(&["node_egress"]).resync(1).spawn();
         poll_until(LONG, "the agent to have synced", || {
             env.try_status().ok().filter(|status| status.agent.ready).map(drop)
@@ -71,7 +76,7 @@ fn ingress_qdisc_on_the_uplink() {
         drop(agent);
         env.unload();
         assert_eq!(qdisc_kinds(&env.node, TestEnv::UPLINK), ["ingress", "noqueue"]);
-        assert!(pods.iter().all(is_open));
+        assert!(pods.iter().all(reaches_in_time));
     });
 }
 
@@ -168,7 +173,7 @@ fn ingress_qdisc_on_pod_link() {
                 &format!("tc filter add dev {veth} parent ffff: prio 7 u32 match u32 0 0 classid 1:1"),
             );
         }
-        assert!(pods.iter().all(is_open));
+        assert!(pods.iter().all(reaches_in_time));
         let agent = env.agent().backend(mode).resync(1).spawn_ready();
         for pod in &pods {
             env.assert_blocked(pod);
@@ -183,7 +188,7 @@ fn ingress_qdisc_on_pod_link() {
             assert_eq!(qdisc_kinds(&env.node, veth), ["ingress", "noqueue"]);
             assert!(!has_ours(&env, veth, TcAttachType::Ingress));
             assert!(has_u32_filter(&env, veth));
-            assert!(is_open(pod));
+            assert!(reaches_in_time(pod));
         }
     });
 }

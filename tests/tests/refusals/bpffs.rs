@@ -200,6 +200,7 @@ fn later_bpffs_gets_all_pins() {
         (status.agent.ready && status.all_pods_enforced() && status.problems.iter().all(is_private))
             .then_some(())
     });
+    poll_until(LONG, "the log of the restored pins", || (lines("restored") > 0).then_some(()));
     assert_eq!(
         (lines("failed to mount a bpffs at /sys/fs/bpf"), lines("restored")),
         (1, 1),

@@ -1,6 +1,6 @@
 //! Changes of the file that the agent must notice, and SIGHUP.
 
-use std::{fs, os::unix::fs::symlink, path::Path, time::Duration};
+use std::{cell::Cell, fs, os::unix::fs::symlink, path::Path, time::Duration};
 
 use imds_tests::{AttachMode, ConfigFile, PodLink, TestEnv, poll::poll_until, skip_without_netns_cookie};
 use nix::{
@@ -18,8 +18,14 @@ fn every_file_replacement_is_noticed() {
     let agent = file.agent().backend(AttachMode::Clsact).args(&["--resync", "3600"]).spawn_ready();
     let modes = |n: usize| ["enforce", "audit", "off"][n % 3];
     let config = |mode: &str| format!("mode = '{mode}'\n{FROM_POD}");
+    let generation = Cell::new(env.status().generation());
+    // The mode is effective before its generation is recorded.
     let assert_effective = |mode: &str| {
-        env.status_when(mode, |status| status.mode.as_deref() == Some(mode) && status.problems.is_empty());
+        let status = env.status_when(mode, |status| {
+            let is_recorded = status.generation() > generation.get();
+            status.mode.as_deref() == Some(mode) && is_recorded && status.problems.is_empty()
+        });
+        generation.set(status.generation());
     };
 
     fs::write(&file.path, config("audit")).unwrap();

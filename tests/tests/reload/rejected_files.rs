@@ -45,9 +45,12 @@ fn bad_file_keeps_previous_config() {
     agent.hang_up();
     assert_rejected(&env, &good, "not a regular file");
     fs::remove_file(&file.path).unwrap();
-    fs::write(&file.path, [0xff, 0xfe]).unwrap();
+    // Moved there as a whole: an empty file would be a valid one.
+    let whole = file.path.with_extension("new");
+    fs::write(&whole, [0xff, 0xfe]).unwrap();
+    fs::rename(&whole, &file.path).unwrap();
     assert_rejected(&env, &good, "UTF-8");
-    fs::write(&file.path, " ".repeat((1 << 20) + 1)).unwrap();
+    file.replace(&" ".repeat((1 << 20) + 1));
     assert_rejected(&env, &good, "MiB");
 
     // The rejection is recorded without the agent too, until the next agent loads a valid file.

@@ -168,7 +168,8 @@ fn reload_changes_host_network() {
     }
     let env = TestEnv::new();
     let container = env.add_cgroup("kubepods.slice/pod7.slice");
-    let is_open = || container.run(|| http_get(&env.node, METADATA, SHORT).is_answer());
+    // A denied call fails at once.
+    let is_open = || container.run(|| http_get(&env.node, METADATA, LONG).is_answer());
     assert!(reachable(&env.node, METADATA) && is_open());
     let file = ConfigFile::new(&env, FROM_POD);
     let agent = file.agent().backend(AttachMode::Clsact).spawn_ready();

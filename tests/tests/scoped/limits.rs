@@ -12,6 +12,7 @@ use imds_tests::{
 
 use crate::{
     ENDPOINTS, IMDS, REFUSED, agent, assert_denied, get, redirected, scoped, scoped_netns, stand_in,
+    wait_open,
 };
 
 #[test]
@@ -32,7 +33,7 @@ fn audit_mode_redirects_nothing() {
     let pod = env.add_pod(PodLink::Routed);
     let config = format!("mode = 'audit'\n{}", scoped_netns(&pod.netns));
     let agent = agent(&env, &config).spawn_ready();
-    assert_eq!(get(&env, &pod.netns, IMDS, REFUSED).unwrap(), 200);
+    wait_open(&env, &pod.netns);
     let status = env.status();
     assert!(redirected(&status).is_empty() && status.total.audited.packets > 0, "{status:#?}");
     assert_eq!(broker_of(agent.pid()), None, "no broker is needed");
@@ -66,7 +67,7 @@ fn unload_ends_the_broker() {
     let broker = broker_of(agent.pid()).expect("a broker");
     env.unload();
     poll_until(LONG, "the broker to end", || (!stand_in::exists(broker)).then_some(()));
-    assert_eq!(get(&env, &pod.netns, IMDS, REFUSED).unwrap(), 200);
+    wait_open(&env, &pod.netns);
     drop(agent);
     let _again = crate::start(&env, &pod);
     let other = env.add_pod(PodLink::Routed);

@@ -99,8 +99,19 @@ pub(crate) fn exchange(stream: &mut TcpStream, path: &str) -> io::Result<u16> {
 /// Waits until an allowed request gets an answer.
 #[track_caller]
 pub(crate) fn wait_allowed(env: &TestEnv, netns: &Netns, address: SocketAddr) {
-    poll_until(LONG, "the allowed request to be answered", || {
-        (get(env, netns, address, ALLOWED).ok() == Some(200)).then_some(())
+    wait_answer(env, netns, address, ALLOWED);
+}
+
+/// Waits until the endpoint itself answers a request that the rules do not allow.
+#[track_caller]
+pub(crate) fn wait_open(env: &TestEnv, netns: &Netns) {
+    wait_answer(env, netns, IMDS, REFUSED);
+}
+
+#[track_caller]
+fn wait_answer(env: &TestEnv, netns: &Netns, address: SocketAddr, path: &str) {
+    poll_until(LONG, &format!("an answer to the request of {path}"), || {
+        (get(env, netns, address, path).ok() == Some(200)).then_some(())
     });
 }
 
@@ -140,7 +151,7 @@ pub(crate) fn start<'e>(env: &'e TestEnv, pod: &Pod) -> Agent<'e> {
 fn rule_is_applied_or_reported() {
     let env = TestEnv::new();
     let [pod, other] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
-    assert_eq!(get(&env, &pod.netns, IMDS, REFUSED).unwrap(), 200);
+    wait_open(&env, &pod.netns);
     if lacks_netns_cookie() {
         let _agent = agent(&env, &scoped_netns(&pod.netns)).spawn_degraded("Linux 5.14");
         // The socket hook cannot be attached either, so that packets are dropped.
@@ -149,7 +160,7 @@ fn rule_is_applied_or_reported() {
     let agent = start(&env, &pod);
     assert_scoped(&env, &pod.netns, IMDS);
     assert_denied(&env, &other.netns);
-    assert_eq!(get(&env, &pod.netns, (SERVICE, 80).into(), ALLOWED).unwrap(), 200);
+    wait_allowed(&env, &pod.netns, (SERVICE, 80).into());
 
     let status = env.status();
     // A pod may have a listener for the IPv6 endpoint too.
@@ -163,7 +174,7 @@ fn rule_is_applied_or_reported() {
     assert!(text.contains(" to four (rule region), only GET /metadata/instance\n"), "{text}");
     drop(agent);
     env.unload();
-    assert_eq!(get(&env, &pod.netns, IMDS, REFUSED).unwrap(), 200);
+    wait_open(&env, &pod.netns);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io::{Read as _, Write as _},
     net::TcpStream,
+    path::Path,
     process::Stdio,
     time::Duration,
 };
@@ -53,10 +54,31 @@ fn lines(text: &str) -> Vec<Value> {
         .collect()
 }
 
+/// Returns the events or records of requests.
+fn with_request(events: &str) -> Vec<Value> {
+    lines(events).into_iter().filter(|event| !event["http"].is_null()).collect()
+}
+
 /// Returns the events of requests.
 fn requests(env: &TestEnv, args: &[&str]) -> Vec<Value> {
-    let events = output(env, &[&["events", "-o", "json", "--no-follow"], args].concat());
-    lines(&events).into_iter().filter(|event| !event["http"].is_null()).collect()
+    with_request(&output(env, &[&["events", "-o", "json", "--no-follow"], args].concat()))
+}
+
+/// Waits for events or records of all requests: the broker reports each after its end, perhaps in another order.
+#[track_caller]
+fn wait_requests(what: &str, read: impl Fn() -> Vec<Value>) -> Vec<Value> {
+    let found = poll_until(LONG, what, || {
+        let all = read();
+        (summary(all.iter().map(|one| &one["http"])).len() >= EXPECTED.len()).then_some(all)
+    });
+    assert_eq!(summary(found.iter().map(|one| &one["http"])), EXPECTED);
+    found
+}
+
+/// Returns the whole lines of a file that another process writes; nothing if there is no file yet.
+fn whole_lines(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.split_inclusive('\n').filter(|line| line.ends_with('\n')).collect()
 }
 
 /// Returns path, version and outcome of requests, sorted and without repetition.
@@ -101,10 +123,7 @@ fn requests_are_reported() {
     assert_eq!(answer(INSTANCE_ID, TOKEN).as_deref(), Some("HTTP/1.1 200"));
     assert_eq!(answer(USER_DATA, "").as_deref(), Some("HTTP/1.1 403"));
 
-    let events = poll_until(LONG, "events of requests", || {
-        Some(requests(env, &["--since", "1h"])).filter(|all| all.iter().any(|one| one["verdict"] == "denied"))
-    });
-    assert_eq!(summary(events.iter().map(|event| &event["http"])), EXPECTED);
+    let events = wait_requests("events of requests", || requests(env, &["--since", "1h"]));
     let refused = events.iter().find(|event| event["verdict"] == "denied").unwrap();
     let name = format!("pod-{uid}");
     assert_eq!((&refused["pod"]["namespace"], &refused["pod"]["pod"]), (&"kube-system".into(), &name.into()));
@@ -119,24 +138,15 @@ fn requests_are_reported() {
     let expected =
         format!("kube-system/pod-{uid} -> 169.254.169.254:80 refused GET {USER_DATA} (IMDSv1, status 403");
     assert!(text.contains(&expected) && !text.contains("secret"), "{text}");
-    let text = poll_until(LONG, "events of the follower", || {
-        let text = fs::read_to_string(&printed).unwrap();
-        text.contains(USER_DATA).then_some(text)
-    });
-    assert!(text.contains(INSTANCE_ID), "{text}");
+    wait_requests("events of the follower", || with_request(&whole_lines(&printed)));
     follower.kill().unwrap();
     follower.wait().unwrap();
     // The follower has read all requests.
     assert_eq!(requests(env, &[]), Vec::<Value>::new());
 
-    let recorded = poll_until(LONG, "records of the sink", || {
-        let text = fs::read_to_string(&records).unwrap_or_default();
-        (text.contains(USER_DATA) && text.ends_with('\n')).then_some(text)
-    });
+    let of_requests = wait_requests("records of the sink", || with_request(&whole_lines(&records)));
+    let recorded = whole_lines(&records);
     assert!(!recorded.contains("secret"), "{recorded}");
-    let recorded = lines(&recorded);
-    let of_requests: Vec<_> = recorded.iter().filter(|record| !record["http"].is_null()).collect();
-    assert_eq!(summary(of_requests.iter().map(|record| &record["http"])), EXPECTED);
     let refused = of_requests.iter().find(|record| record["verdict"] == "denied").unwrap();
     assert_eq!((&refused["pod"]["service_account"], &refused["rule"]), (&"agent".into(), &"region".into()));
 

@@ -34,7 +34,7 @@ fn standard_output_has_only_records() {
     env.wait_enforced(&pod);
     send(&pod, [40_000, 40_001]);
     for port in [40_000, 40_001] {
-        let line = received.recv_timeout(LONG).expect("a line");
+        let line = poll_until(LONG, "a line", || received.try_recv().ok());
         let record: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
         assert_eq!(record["src_endpoint"]["port"], port, "{line}");
     }

@@ -8,7 +8,7 @@ use std::{
     thread,
 };
 
-use imds_tests::{TestEnv, probe::LONG};
+use imds_tests::{TestEnv, poll::poll_until, probe::LONG};
 use serde_json::Value;
 
 /// Answer to one request.
@@ -53,8 +53,9 @@ impl OtlpReceiver {
     }
 
     /// Returns the next request, which must arrive within the time limit.
+    #[track_caller]
     pub(crate) fn next(&self) -> Received {
-        self.requests.recv_timeout(LONG).expect("a request")
+        poll_until(LONG, "a request", || self.requests.try_recv().ok())
     }
 }
 

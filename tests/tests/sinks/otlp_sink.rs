@@ -121,6 +121,7 @@ fn dead_receiver_gets_the_records_later() {
     let text = String::from_utf8_lossy(&status.stdout).into_owned();
     assert!(text.contains(&format!("\nsinks      otlp:{origin} (failing: ")), "{text}");
     assert_eq!(metric(&env, &format!("imds_agent_sink_failing{{sink=\"otlp:{origin}\"}}")), 1);
+    agent.wait_for_log(origin, LONG);
     let lines = agent.log_lines().iter().filter(|(_, line)| line.contains(origin)).count();
     assert_eq!(lines, 1, "{}", agent.log());
     // Only the configuration has the path, which may be secret.
@@ -183,7 +184,9 @@ fn certificate_of_the_receiver_is_verified() {
     let path = env.scratch_dir().join("imds.toml");
     let write = |keys: &str| {
         let hooks = "[hooks]\nsocket = false\nnode_egress = false\n";
-        fs::write(&path, format!("{hooks}{}", sinks(&[sink("otlp", "url", &url) + keys]))).unwrap();
+        let new = path.with_extension("new");
+        fs::write(&new, format!("{hooks}{}", sinks(&[sink("otlp", "url", &url) + keys]))).unwrap();
+        fs::rename(new, &path).unwrap();
     };
     write("");
     let agent = env.imds_agent(&["run"]).config_file(path.to_str().unwrap()).spawn_ready();
@@ -192,14 +195,9 @@ fn certificate_of_the_receiver_is_verified() {
     wait_failing(&env, "ertificate");
 
     write(&format!(", ca_file = '{}'", certificate.display()));
-    poll_until(LONG, "the new sink", || {
-        env.imds_agent(&["config", "show"])
-            .output()
-            .stdout
-            .windows(7)
-            .any(|text| text == b"ca_file")
-            .then_some(())
-    });
+    // The configuration is effective before the telemetry thread has its sinks. A new sink has no error.
+    let failing = format!("imds_agent_sink_failing{{sink=\"otlp:https://{free}\"}}");
+    poll_until(LONG, "the new sink", || (metric(&env, &failing) == 0).then_some(()));
     send(&pod, [40_001]);
     let (mut output, text) = (server.stdout.take().unwrap(), Arc::new(Mutex::new(Vec::new())));
     let of_thread = Arc::clone(&text);

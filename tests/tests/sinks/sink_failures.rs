@@ -4,7 +4,12 @@ use std::{fs, os::unix::fs::symlink};
 
 use imds_tests::{PodLink, TestEnv, poll::poll_until, probe::LONG};
 
-use crate::{file_sink, records, send, sink_errors, sinks, wait_failing, wait_records, wait_working};
+use crate::{
+    file_sink, metrics, records, send, sink_errors, sinks, wait_failing, wait_records, wait_working,
+};
+
+/// Start of the series that each sink has once.
+const SERIES: &str = "imds_agent_sink_failing{sink=\"";
 
 #[test]
 fn reload_adds_and_removes_sinks() {
@@ -16,7 +21,17 @@ fn reload_adds_and_removes_sinks() {
         let hooks = "[hooks]\nsocket = false\nnode_egress = false\n";
         fs::write(&path, format!("{hooks}{events}")).unwrap();
     };
-    let names = || sink_errors(&env).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    // `status` names the sinks of the configuration, which the telemetry thread gets separately.
+    let wait_sinks = |expected: &[&String]| {
+        poll_until(LONG, &format!("the sinks {expected:?}"), || {
+            let names: Vec<_> = sink_errors(&env).into_iter().map(|(name, _)| name).collect();
+            let metrics = metrics(&env);
+            let has_series = |name: &&String| metrics.contains(&format!("{SERIES}{name}\"}}"));
+            let is_running =
+                metrics.matches(SERIES).count() == expected.len() && expected.iter().all(has_series);
+            (is_running && names.iter().eq(expected.iter().copied())).then_some(())
+        });
+    };
     let [first_name, second_name] = [&first, &second].map(|path| format!("file:{}", path.display()));
     write(&sinks(&[file_sink(&first)]));
     let agent = env.imds_agent(&["run"]).config_file(path.to_str().unwrap()).spawn_ready();
@@ -24,17 +39,17 @@ fn reload_adds_and_removes_sinks() {
     wait_records(&first, 1);
 
     write(&sinks(&[file_sink(&second), file_sink(&first)]));
-    poll_until(LONG, "two sinks", || (names() == [second_name.clone(), first_name.clone()]).then_some(()));
+    wait_sinks(&[&second_name, &first_name]);
     send(&pod, [40_001]);
     assert_eq!(wait_records(&second, 1)[0]["src_endpoint"]["port"], 40_001);
     wait_records(&first, 2);
 
     write(&sinks(&[file_sink(&second)]));
-    poll_until(LONG, "one sink", || (names() == [second_name.clone()]).then_some(()));
+    wait_sinks(&[&second_name]);
     send(&pod, [40_002]);
     wait_records(&second, 2);
     write("");
-    poll_until(LONG, "no sink", || names().is_empty().then_some(()));
+    wait_sinks(&[]);
     // An invalid table changes nothing.
     write(&sinks(&["type = 'file'".to_owned()]));
     agent.wait_for_log("needs the key `path`", LONG);

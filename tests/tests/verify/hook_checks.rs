@@ -192,6 +192,8 @@ fn host_network_hook() {
     let env = TestEnv::new().with_ipv6();
     let agent = env.agent().config(AWS).resync(3600).hooks(&[HOOK]).spawn();
     agent.wait_for_log("hostNetwork pods are not restricted", LONG);
+    // The agent logs the line during its initial sync.
+    env.status_when("the agent is ready", |status| status.agent.ready);
     let without_cgroup = verify(&env);
     assert_fails(&without_cgroup, &[HOOK]);
 
