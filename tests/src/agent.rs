@@ -351,9 +351,10 @@ impl Agent<'_> {
         self.log.lock().expect("the reader has not panicked").clone()
     }
 
-    /// Waits for a line of the log that contains `pattern`, and returns it.
+    /// Waits for a line of the log that contains `pattern`, and returns it. The limit is longer on emulated machines.
     #[track_caller]
     pub fn wait_for_log(&self, pattern: &str, deadline: Duration) -> String {
+        let deadline = scaled_timeout(deadline);
         let found = try_poll(deadline, || {
             self.log_lines().into_iter().map(|(_, line)| line).find(|line| line.contains(pattern))
         });
