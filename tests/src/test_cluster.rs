@@ -75,7 +75,7 @@ impl TestCluster {
     /// Returns the value of a series in the agent's metrics.
     #[must_use]
     pub fn metric(&self, series: &str) -> u64 {
-        let (_, metrics) = try_get(&self.env, DEFAULT, "/metrics").expect("the agent's metrics");
+        let (_, metrics) = poll_until(LONG, "metrics", || try_get(&self.env, DEFAULT, "/metrics").ok());
         let mut lines = metrics.lines();
         let value = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
         value.unwrap_or_else(|| panic!("no {series} in:\n{metrics}"))

@@ -30,7 +30,7 @@ fn has_problem(status: &Status, text: &str) -> bool {
 }
 
 fn ready_metric(env: &TestEnv) -> String {
-    let (_, metrics) = try_get(env, DEFAULT, "/metrics").unwrap();
+    let (_, metrics) = poll_until(LONG, "metrics", || try_get(env, DEFAULT, "/metrics").ok());
     metrics.lines().find(|line| line.starts_with("imds_agent_ready ")).unwrap_or_default().to_owned()
 }
 
