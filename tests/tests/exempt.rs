@@ -287,7 +287,8 @@ fn rules_follow_the_configuration() {
 
     fs::write(&path, format!("mode = 'enforce'\n{hooks}")).unwrap();
     wait_denied(&env, &pod);
-    assert!(env.status().exemptions.is_empty());
+    // One hook can deny the pod before its exemptions from the others are removed.
+    env.status_when("no sender is exempt", |status| status.exemptions.is_empty());
     drop(agent);
     env.unload();
     assert!(reaches(&env, &pod.netns));
