@@ -62,7 +62,12 @@ impl TestCluster {
     /// Waits until requests of the pod are denied, and asserts that no packet arrives.
     #[track_caller]
     pub fn wait_denied(&self, pod: &Pod) {
-        poll_until(LONG, "the pod to be denied", || (!self.reaches(&pod.netns)).then_some(()));
+        // A request without a response in time is denied only if it does not arrive.
+        poll_until(LONG, "the pod to be denied", || {
+            let mut is_answered = true;
+            let arrives = self.env.arrives(|| is_answered = self.reaches(&pod.netns));
+            (!is_answered && !arrives).then_some(())
+        });
         self.assert_denied(&pod.netns);
     }
 

@@ -71,7 +71,12 @@ fn wait_exempt(env: &TestEnv, pod: &Pod) {
 
 #[track_caller]
 fn wait_denied(env: &TestEnv, pod: &Pod) {
-    poll_until(LONG, "the pod to be denied", || (!reaches(env, &pod.netns)).then_some(()));
+    // A request without a response in time is denied only if it does not arrive.
+    poll_until(LONG, "the pod to be denied", || {
+        let mut is_answered = true;
+        let arrives = env.arrives(|| is_answered = reaches(env, &pod.netns));
+        (!is_answered && !arrives).then_some(())
+    });
     env.assert_nothing_arrives(|| assert!(!reaches(env, &pod.netns)));
 }
 
