@@ -351,7 +351,7 @@ impl Agent<'_> {
         self.log.lock().expect("the reader has not panicked").clone()
     }
 
-    /// Waits for a line of the log that contains `pattern`, and returns it.
+    /// Waits for a line of the log that contains `pattern`, and returns it. The limit is longer on emulated machines.
     #[track_caller]
     pub fn wait_for_log(&self, pattern: &str, deadline: Duration) -> String {
         let deadline = scaled_timeout(deadline);

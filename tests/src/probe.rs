@@ -16,6 +16,7 @@ use nix::sys::socket::{
 use crate::{
     Netns,
     poll::try_poll,
+    scale::scaled_timeout,
     services::{ECHO_PORT, HTTP_PORT},
 };
 
@@ -58,10 +59,11 @@ impl From<io::Result<Vec<u8>>> for Outcome {
     }
 }
 
-/// Reports whether the HTTP server at `address` responds within [`LONG`].
+/// Reports whether the HTTP server at `address` responds within [`LONG`], or longer on emulated machines.
 pub fn reachable(netns: &Netns, address: impl Into<IpAddr>) -> bool {
     let address = address.into();
-    try_poll(LONG, || http_get(netns, address, SHORT).is_answer().then_some(())).is_some()
+    let deadline = scaled_timeout(LONG);
+    try_poll(deadline, || http_get(netns, address, SHORT).is_answer().then_some(())).is_some()
 }
 
 /// Sends an HTTP request to `address`.

@@ -4,6 +4,7 @@ use crate::{
     Agent, Cgroup, TestEnv,
     poll::try_poll,
     probe::LONG,
+    scale::scaled_timeout,
     skip::{WHOLE_TEST, lacks_netns_cookie, skip},
 };
 
@@ -128,7 +129,7 @@ impl<'w> AttackVectors<'w> {
     #[track_caller]
     fn assert_open(&self, when: &str) {
         for (name, is_open) in &self.all {
-            let found = try_poll(LONG, || self.is_open(is_open).then_some(()));
+            let found = try_poll(scaled_timeout(LONG), || self.is_open(is_open).then_some(()));
             assert!(found.is_some(), "{name} is not open {when}");
         }
     }

@@ -70,6 +70,8 @@ impl Node {
             status.problems
         );
         assert_eq!(self.env.imds_agent(&["status"]).output().status.code(), Some(3));
+        // The line is written and read by other threads than the status.
+        agent.wait_for_log(part, LONG);
         let log = agent.log();
         let errors: Vec<_> = log.lines().filter(|line| line.contains("ERROR")).collect();
         assert!(matches!(errors[..], [error] if error.contains(part)), "{errors:?}");

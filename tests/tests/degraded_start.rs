@@ -30,7 +30,7 @@ fn has_problem(status: &Status, text: &str) -> bool {
 }
 
 fn ready_metric(env: &TestEnv) -> String {
-    let (_, metrics) = try_get(env, DEFAULT, "/metrics").unwrap();
+    let (_, metrics) = poll_until(LONG, "metrics", || try_get(env, DEFAULT, "/metrics").ok());
     metrics.lines().find(|line| line.starts_with("imds_agent_ready ")).unwrap_or_default().to_owned()
 }
 
@@ -69,7 +69,9 @@ fn rejected_socket_programs_degrade_the_agent() {
     assert_eq!(status.hooks, ["from_pod", "socket"]);
     assert!(status.sockets.is_some_and(|sockets| !sockets.attached));
     assert_eq!(ready_metric(&env), "imds_agent_ready 0");
-    assert_eq!(agent.log().matches("failed to load BPF program imds_connect4").count(), 2, "{}", agent.log());
+    let failures = || agent.log().matches("failed to load BPF program imds_connect4").count();
+    poll_until(LONG, "both lines about the program", || (failures() >= 2).then_some(()));
+    assert_eq!(failures(), 2, "{}", agent.log());
 
     policy.lift();
     agent.wait_for_log("attached imds_connect4 to cgroup", LONG * 3);

@@ -246,8 +246,12 @@ fn requests_that_pass_are_shown() {
         assert_eq!((&http["method"], &http["path"]), (&method.into(), &path.into()));
         assert_eq!((&http["imds_version"], &http["outcome"]), (&version.into(), &"audited".into()));
     }
-    let report = env.imds_agent(&["report", "-o", "json"]).output();
-    let report: Value = serde_json::from_slice(&report.stdout).unwrap();
+    // The agent adds a request to the report after it has shown it.
+    let report = poll_until(LONG, "three requests in the report", || {
+        let report = env.imds_agent(&["report", "-o", "json"]).output();
+        let report: Value = serde_json::from_slice(&report.stdout).unwrap();
+        (report["requests"].as_array().unwrap().len() >= 3).then_some(report)
+    });
     let mut requests: Vec<_> =
         report["requests"].as_array().unwrap().iter().map(|request| &request["path"]).collect();
     requests.sort_by_key(ToString::to_string);

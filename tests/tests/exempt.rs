@@ -71,7 +71,12 @@ fn wait_exempt(env: &TestEnv, pod: &Pod) {
 
 #[track_caller]
 fn wait_denied(env: &TestEnv, pod: &Pod) {
-    poll_until(LONG, "the pod to be denied", || (!reaches(env, &pod.netns)).then_some(()));
+    // A request without a response in time is denied only if it does not arrive.
+    poll_until(LONG, "the pod to be denied", || {
+        let mut is_answered = true;
+        let arrives = env.arrives(|| is_answered = reaches(env, &pod.netns));
+        (!is_answered && !arrives).then_some(())
+    });
     env.assert_nothing_arrives(|| assert!(!reaches(env, &pod.netns)));
 }
 
@@ -287,7 +292,8 @@ fn rules_follow_the_configuration() {
 
     fs::write(&path, format!("mode = 'enforce'\n{hooks}")).unwrap();
     wait_denied(&env, &pod);
-    assert!(env.status().exemptions.is_empty());
+    // One hook can deny the pod before its exemptions from the others are removed.
+    env.status_when("no sender is exempt", |status| status.exemptions.is_empty());
     drop(agent);
     env.unload();
     assert!(reaches(&env, &pod.netns));

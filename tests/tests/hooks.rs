@@ -58,7 +58,7 @@ fn errors(netns: &Netns, endpoint: Ipv4Addr) -> Vec<(&'static str, Option<ErrorK
     let (v4, mapped) = (SocketAddr::from((endpoint, 80)), SocketAddr::from((endpoint.to_ipv6_mapped(), 80)));
     let kind = |result: std::io::Result<()>| result.err().map(|error| error.kind());
     let tcp = |address| {
-        let connected = netns.run(|| std::net::TcpStream::connect_timeout(&address, SHORT));
+        let connected = netns.run(|| std::net::TcpStream::connect_timeout(&address, LONG));
         kind(connected.map(drop))
     };
     let (udp4, udp6) = (udp_socket(netns, "0.0.0.0:0"), udp_socket(netns, "[::]:0"));

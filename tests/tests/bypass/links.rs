@@ -12,6 +12,9 @@ use imds_tests::{
 
 use crate::{ALL, TC_HOOKS, services::nft};
 
+/// Attempts with a vector that must change something while packets wait in a queue.
+pub(crate) const ATTEMPTS: usize = 10;
+
 /// Returns the hooks that can deny a pod without its own interface on the node, with this kernel.
 fn hooks_without_link() -> Vec<&'static str> {
     let without = lacks_tc_netns_cookie("`node_egress`");
@@ -99,12 +102,14 @@ fn frames_changed_in_the_uplinks_queue() {
         let arrived = fabric.find(LONG, |frame| frame.ends_with(b"original") || frame.ends_with(b"modified"));
         arrived.expect("one of the frames arrives").ends_with(b"modified")
     };
-    assert!(is_changed_on_arrival());
+    // On a busy machine the frame can leave the queue before it is changed.
+    let is_open = || (0..ATTEMPTS).any(|_| is_changed_on_arrival());
+    assert!(is_open());
     let agent = env.agent().hooks(&TC_HOOKS).spawn_ready();
     assert!(!is_changed_on_arrival());
     drop(agent);
     env.unload();
-    assert!(is_changed_on_arrival());
+    assert!(is_open());
 }
 
 pub(crate) fn lacks_ifb() -> bool {

@@ -7,7 +7,7 @@ use imds_tests::{
 
 use crate::{
     ALL, AWS,
-    links::{add_ifb, lacks_ifb, send_by_ifb},
+    links::{ATTEMPTS, add_ifb, lacks_ifb, send_by_ifb},
     services::{CLUSTER_IP, CLUSTER_IP_V6, redirect},
     source_route::{LOOSE, source_route},
     tunnels::{VXLAN, tunnel},
@@ -134,12 +134,15 @@ fn a_metadata_service_on_the_node_by_an_ifb() {
         socket.set_read_timeout(Some(SHORT)).expect("a timeout");
         socket.recv(&mut [0; 256]).is_ok()
     };
-    assert!(is_open());
+    // On a busy machine the packets can leave the ifb before the pod has deleted its filter.
+    let is_open_soon = || (0..ATTEMPTS).any(|_| is_open());
+    assert!(is_open_soon());
     for (hooks, expected) in [(&["from_pod"][..], true), (&["from_pod", LOCAL_SERVICE], false)] {
         let agent = env.agent().hooks(hooks).spawn_ready();
-        assert_eq!(is_open(), expected, "{hooks:?}: {}", agent.log());
+        let is_open = if expected { is_open_soon() } else { is_open() };
+        assert_eq!(is_open, expected, "{hooks:?}: {}", agent.log());
         drop(agent);
         env.unload();
-        assert!(is_open(), "after {hooks:?}");
+        assert!(is_open_soon(), "after {hooks:?}");
     }
 }

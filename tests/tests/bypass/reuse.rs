@@ -1,7 +1,7 @@
 //! Interface names and indices that are reused, and interfaces that change theirs.
 
 use imds_tests::{
-    METADATA, Netns, Pod, PodLink, TestEnv,
+    METADATA, Pod, PodLink, TestEnv,
     hook::{self, Attached},
     known_here, output,
     poll::poll_until,
@@ -71,15 +71,9 @@ fn reused_name_and_index_start_from_zero() {
 
     // The agent is killed first: the next one can only detect the change by the interfaces themselves.
     agent.kill9();
-    let (name, index) = (first.host_ifname.clone(), first.host_ifindex);
+    let (name, index, address) = (first.host_ifname.clone(), first.host_ifindex, first.address);
     first.delete();
-    let successor = Netns::new("successor");
-    env.node.ip(&format!(
-        "link add {name} index {index} type veth peer name {} netns {}",
-        Pod::IFNAME,
-        successor.name()
-    ));
-    env.node.ip(&format!("link set {name} up"));
+    let _successor = env.add_successor(&name, index, address);
     let agent = env.agent().spawn_ready();
     let status = env.status();
     let interface = status.interface(&name);

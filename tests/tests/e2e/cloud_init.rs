@@ -103,7 +103,10 @@ fn failed_download_is_repeated_after_the_boot() {
     assert_eq!(state_at_kubelet(&machine), "inactive\n");
     env.assert_open(&pod);
     assert_eq!(machine.property(INSTALLER, "UnitFileState"), "enabled");
-    assert_eq!(machine.property(INSTALLER, "SubState"), "auto-restart");
+    // An attempt may be running.
+    poll_until(RETRY, "a pause between attempts", || {
+        (machine.property(INSTALLER, "SubState") == "auto-restart").then_some(())
+    });
     assert!(!run_last_command(&machine));
     machine.checked(&["mv", "/srv/later", "/srv/release"]);
     poll_until(RETRY, "the next attempt", || {

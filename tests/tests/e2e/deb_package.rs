@@ -136,7 +136,7 @@ fn install_enforces_and_removal_ends_it() {
     case.configure(&format!("{rule}\n[metrics]\nlisten = ['/run/imds-agent/metrics.sock']"));
     case.machine.checked(&["systemctl", "reload", SERVICE]);
     poll_until(LONG, "the exemption", || (!case.is_denied()).then_some(()));
-    assert!(case.has("/run/imds-agent/metrics.sock"));
+    poll_until(LONG, "the socket", || case.has("/run/imds-agent/metrics.sock").then_some(()));
     let status = case.machine.checked(&["imds-agent", "status"]);
     assert!(status.contains("enforcing"), "{status}");
     case.configure("");

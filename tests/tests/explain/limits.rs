@@ -4,7 +4,7 @@ use std::{fs, net::TcpListener, ops::RangeInclusive, time::Duration};
 
 use imds_tests::{
     METADATA, Netns, Pod, PodLink, TestEnv, doctor,
-    probe::{Outcome, SHORT, http_get},
+    probe::{LONG, Outcome, http_get},
     skip_without_netns_cookie,
 };
 
@@ -14,7 +14,7 @@ use crate::{HOOKS, IMDS, TOKEN, agent, assert_refused, explain, explained_pods, 
 #[track_caller]
 fn assert_reset(env: &TestEnv, pod: &Pod) {
     env.assert_nothing_arrives(|| {
-        let outcome = env.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT));
+        let outcome = env.in_cgroup(|| http_get(&pod.netns, METADATA, LONG));
         assert!(matches!(outcome, Outcome::Refused), "{outcome:?}");
     });
 }

@@ -3,8 +3,13 @@
 use std::{fs, path::PathBuf, process::Command, thread::sleep, time::Duration};
 
 use imds_tests::{
-    AttachMode, PodLink, TestEnv, foreign_bpf::detach_link, hook::run_tc, output, poll::poll_until, scaled,
-    skip_without_tcx,
+    AttachMode, PodLink, TestEnv,
+    foreign_bpf::detach_link,
+    hook::run_tc,
+    output,
+    poll::{poll_until, try_poll},
+    probe::LONG,
+    scaled, skip_without_tcx,
 };
 use nix::sys::signal::Signal;
 
@@ -165,9 +170,11 @@ fn stripped_at_random(backend: AttachMode) {
             });
         }
     });
-    let repaired = case.metric("imds_agent_drift_corrections_total{action=\"attached\"}");
-    println!("{stripped} links and filters removed, {repaired} attached again");
-    assert!(repaired >= stripped, "{}", agent.log());
+    let repaired = || case.metric("imds_agent_drift_corrections_total{action=\"attached\"}");
+    // The agent reports the number after the repair.
+    let all = try_poll(LONG, || (repaired() >= stripped).then_some(()));
+    println!("{stripped} links and filters removed, {} attached again", repaired());
+    assert!(all.is_some(), "{}", agent.log());
     drop(agent);
     case.assert_well();
 }

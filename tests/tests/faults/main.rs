@@ -20,7 +20,10 @@ use imds_tests::{
     AgentCommand, AttachMode, METADATA, Pod, PodLink, TestEnv,
     flood::Flood,
     http::{DEFAULT, try_get},
-    lacks_netns_cookie, skip,
+    lacks_netns_cookie,
+    poll::poll_until,
+    probe::LONG,
+    skip,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -107,7 +110,7 @@ impl Case {
     /// Returns the sum of the agent's metrics whose series begins with `name`.
     #[track_caller]
     fn metric(&self, name: &str) -> u64 {
-        let (_, metrics) = try_get(&self.env, DEFAULT, "/metrics").unwrap();
+        let (_, metrics) = poll_until(LONG, "metrics", || try_get(&self.env, DEFAULT, "/metrics").ok());
         let lines = metrics.lines().filter(|line| line.starts_with(name));
         lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }

@@ -104,7 +104,11 @@ fn full_user_space_maps() {
             fill(&case, name);
             let late = add_enforced_pod(&case);
             // Only the map of interfaces gets a new entry.
-            let is_said = agent.log().contains("failed to read or write map");
+            let error = "failed to read or write map";
+            if name == "imds_interfaces" {
+                agent.wait_for_log(error, LONG);
+            }
+            let is_said = agent.log().contains(error);
             assert_eq!(is_said, name == "imds_interfaces", "{name}: {}", agent.log());
             agent.kill9();
             let agent = case.agent().spawn_ready();

@@ -34,9 +34,10 @@ fn out_of_descriptors() {
                 let is_known = case.env.try_status().is_ok_and(|status| status.agent.ready);
                 (agent.has_ended() || is_known).then_some(())
             });
-            let text = fs::read_to_string(&log).unwrap();
-            let is_whole = case.env.try_status().is_ok_and(|status| status.is_ready());
-            assert!(is_whole || text.contains("os error 24"), "limit {limit}: {text}");
+            let text = || fs::read_to_string(&log).unwrap();
+            let is_whole = || case.env.try_status().is_ok_and(|status| status.is_ready());
+            let found = try_poll(LONG, || (is_whole() || text().contains("os error 24")).then_some(()));
+            assert!(found.is_some(), "limit {limit}: {}", text());
             fs::write(&log, "").unwrap();
         }
     });

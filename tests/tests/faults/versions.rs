@@ -12,7 +12,7 @@ use std::{
 
 use aya::maps::{Array, Map, MapData, MapInfo};
 use imds_ebpf_common::Policy;
-use imds_tests::{AttachMode, hook, scaled, skip_without_tcx};
+use imds_tests::{AttachMode, hook, probe::LONG, scaled, skip_without_tcx};
 
 use super::{Case, Random};
 
@@ -72,8 +72,7 @@ fn upgraded_and_back(backend: AttachMode) {
                 // Upgrades to the other version and back.
                 for agent in [case.agent().binary(&other), case.agent()] {
                     let agent = agent.spawn_ready();
-                    let log = agent.log();
-                    assert!(log.contains("starting with new maps and counters"), "{log}");
+                    agent.wait_for_log("starting with new maps and counters", LONG);
                     assert_taken_over(&case);
                     changes += 1;
                     if round % 2 == 0 {
@@ -124,7 +123,7 @@ fn maps_of_same_size_and_other_schema() {
             let policy = policies.get(&0, 0).unwrap();
             policies.set(0, Policy { layout: policy.layout - 1, ..policy }, 0).unwrap();
             let agent = case.agent().spawn_ready();
-            assert!(agent.log().contains("the maps have schema"), "{}", agent.log());
+            agent.wait_for_log("the maps have schema", LONG);
             agent.kill9();
         }
     });

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 
 use imds_tests::{
     DNS_PORT, METADATA, METADATA_V6, Netns, TestEnv, packets,
+    poll::poll_until,
     probe::{LONG, SHORT, connect, http_exchange, http_get, http_get_at, icmp_echo, send_ipv4, udp_echo},
     skip_without_netns_cookie,
 };
@@ -101,8 +102,11 @@ fn earlier_connection_is_cut() {
         })
     };
     let (mut tcp, udp) = open();
-    udp.send(b"echo").unwrap();
-    assert!(udp.recv(&mut [0; 16]).is_ok());
+    let echoes = || {
+        udp.send(b"echo").unwrap();
+        udp.recv(&mut [0; 16]).ok()
+    };
+    poll_until(LONG, "an echo before the agent starts", echoes);
     let (mut spared, _) = open();
     assert!(http_exchange(&mut spared, LONG).is_ok());
 
@@ -113,8 +117,7 @@ fn earlier_connection_is_cut() {
     });
     drop(agent);
     env.unload();
-    udp.send(b"echo").unwrap();
-    assert!(udp.recv(&mut [0; 16]).is_ok());
+    poll_until(LONG, "an echo after unload", echoes);
     let (mut again, _) = open();
     assert!(http_exchange(&mut again, LONG).is_ok());
 }
