@@ -9,7 +9,10 @@ use std::{
 use imds_ebpf_common::{Policy, maps::MAP_SCHEMA_VERSION, names::MAP_POLICY};
 
 use super::{dir::PinDir, netns_owner};
-use crate::{datapath::maps::pinned_maps::pinned_policy, node::mounts::mount_points};
+use crate::{
+    datapath::maps::pinned_maps::pinned_policy,
+    node::mounts::{mount_points, mountinfo},
+};
 
 /// File system type of a bpffs.
 const BPFFS: &str = "bpf";
@@ -85,7 +88,7 @@ pub fn other_pin_dirs(own: &PinDir) -> Vec<PinDir> {
 
 /// Returns the directories with a pinned policy map.
 fn pin_dirs() -> Vec<PathBuf> {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mountinfo = mountinfo().unwrap_or_default();
     let mut pin_dirs = Vec::new();
     let mut unread: Vec<_> = mount_points(&mountinfo, BPFFS).into_iter().map(|path| (path, 0)).collect();
     let mut read = 0;
