@@ -3,6 +3,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     os::unix::fs::MetadataExt as _,
     path::Path,
     thread,
@@ -35,8 +36,9 @@ impl PinDir {
         self.ensure_bpffs()?;
         self.ensure_usable()?;
         let is_new = !self.exists();
-        self.make_directories()?;
         let lock = self.locked_by(self.lock_path(self.root())?, is_new);
+        // Only under the lock: `unload` may have been removing them.
+        self.make_directories()?;
         // A killed `unload` may have left the setting changed, and its request in place.
         rcu::restore_if_recorded(self);
         self.withdraw_unload_request()?;
@@ -96,11 +98,18 @@ impl PinDir {
         Ok(Some(LockOwner { is_ready: is_locked(&self.directory(PinKind::Map))?, ..owner }))
     }
 
-    /// Locks the directory at `path`. If the directory was removed in the meantime, creates it and locks the new one.
+    /// Locks the directory at `path`. If the directory does not exist or was removed in the meantime, creates it and locks the new
+    /// one.
     fn lock_path(&self, path: &Path) -> Result<Flock<File>, PinError> {
         let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
-            let directory = File::open(path).map_err(io_error("open", path))?;
+            let directory = match File::open(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && path.starts_with(self.root()) => {
+                    self.make_directories()?;
+                    continue;
+                }
+                opened => opened.map_err(io_error("open", path))?,
+            };
             let inode = directory.metadata().map_err(io_error("inspect", path))?.ino();
             match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) if has_inode(path, inode) => return Ok(lock),
@@ -227,4 +236,17 @@ fn find_lock_owner(inode: u64) -> Option<i32> {
         let same = file.rsplit(':').next()?.parse() == Ok(inode);
         pid.parse().ok().filter(|&pid| same && pid > 0)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_directory_is_made_and_locked() {
+        let directory = tempfile::tempdir().unwrap();
+        let pins = PinDir::new(&directory.path().join("pins")).unwrap();
+        let lock = pins.lock_path(pins.root()).unwrap();
+        assert!(is_lock_of(&lock, pins.root()) && pins.directory(PinKind::Map).is_dir());
+    }
 }
