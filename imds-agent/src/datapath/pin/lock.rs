@@ -2,7 +2,7 @@
 //! network namespace instead.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Metadata},
     io,
     os::unix::fs::MetadataExt as _,
     path::Path,
@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::stat::{major, minor},
+};
 
 use super::{
     contents::PinKind,
@@ -110,13 +113,14 @@ impl PinDir {
                 }
                 opened => opened.map_err(io_error("open", path))?,
             };
-            let inode = directory.metadata().map_err(io_error("inspect", path))?.ino();
+            let metadata = directory.metadata().map_err(io_error("inspect", path))?;
             match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) if has_inode(path, inode) => return Ok(lock),
+                Ok(lock) if has_inode(path, metadata.ino()) => return Ok(lock),
                 Ok(_) => self.make_directories()?,
                 Err(_) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
                 Err(_) => {
-                    return Err(PinError::Locked { path: path.to_owned(), pid: find_lock_owner(inode) });
+                    let pid = find_lock_owner(&metadata);
+                    return Err(PinError::Locked { path: path.to_owned(), pid });
                 }
             }
         }
@@ -133,8 +137,8 @@ fn lock_owner(path: &Path) -> Result<Option<LockOwner>, PinError> {
     if !is_locked(path)? {
         return Ok(None);
     }
-    let inode = fs::metadata(path).map_err(io_error("inspect", path))?.ino();
-    Ok(Some(LockOwner { pid: find_lock_owner(inode), is_ready: false }))
+    let metadata = fs::metadata(path).map_err(io_error("inspect", path))?;
+    Ok(Some(LockOwner { pid: find_lock_owner(&metadata), is_ready: false }))
 }
 
 /// Another process that holds the lock of a pin directory.
@@ -226,20 +230,26 @@ fn is_locked(path: &Path) -> Result<bool, PinError> {
     Ok(Flock::lock(directory, FlockArg::LockSharedNonblock).is_err())
 }
 
-/// Returns the pid of the process that holds a flock(2) on an inode, from /proc/locks. The format of a line is
-/// `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`.
-fn find_lock_owner(inode: u64) -> Option<i32> {
-    let locks = fs::read_to_string("/proc/locks").ok()?;
+/// Returns the pid of the process that holds a flock(2) on a file, from /proc/locks.
+fn find_lock_owner(file: &Metadata) -> Option<i32> {
+    owner_in(&fs::read_to_string("/proc/locks").ok()?, file.dev(), file.ino())
+}
+
+/// Returns the pid in the line of this inode. The format of a line is `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`, with
+/// hexadecimal device numbers. Other file systems have the same inode numbers.
+fn owner_in(locks: &str, device: u64, inode: u64) -> Option<i32> {
+    let file = format!("{:02x}:{:02x}:{inode}", major(device), minor(device));
     locks.lines().find_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
-        let [_, "FLOCK", _, "WRITE", pid, file, ..] = fields[..] else { return None };
-        let same = file.rsplit(':').next()?.parse() == Ok(inode);
-        pid.parse().ok().filter(|&pid| same && pid > 0)
+        let [_, "FLOCK", _, "WRITE", pid, locked, ..] = fields[..] else { return None };
+        pid.parse().ok().filter(|&pid| locked == file && pid > 0)
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::stat::makedev;
+
     use super::*;
 
     #[test]
@@ -248,5 +258,15 @@ mod tests {
         let pins = PinDir::new(&directory.path().join("pins")).unwrap();
         let lock = pins.lock_path(pins.root()).unwrap();
         assert!(is_lock_of(&lock, pins.root()) && pins.directory(PinKind::Map).is_dir());
+    }
+
+    #[test]
+    fn owner_is_that_of_the_same_file_system() {
+        let locks = "1: FLOCK  ADVISORY  WRITE 7 00:1a:42 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 8 00:2b:42 0 EOF\n\
+                     3: POSIX  ADVISORY  WRITE 9 103:02:43 0 EOF\n";
+        assert_eq!(owner_in(locks, makedev(0, 0x2b), 42), Some(8));
+        assert_eq!(owner_in(locks, makedev(0, 0x2c), 42), None);
+        assert_eq!(owner_in(locks, makedev(0x103, 2), 43), None);
     }
 }
