@@ -199,6 +199,10 @@ install_tarball() {
     fi
     cd ..
     has systemctl || return 0
+    # The removal of the .deb masks the service until the package is purged. This keeps the mask of an administrator.
+    if [ -z "$root" ] && has deb-systemd-helper; then
+        change env DPKG_MAINTSCRIPT_PACKAGE=imds-agent deb-systemd-helper unmask imds-agent.service || :
+    fi
     change systemctl ${root:+"--root=$root"} enable imds-agent.service
     if [ -z "$root" ] && [ -d /run/systemd/system ]; then
         change systemctl daemon-reload

@@ -1,6 +1,9 @@
 //! Two agents on one node with different pin directories.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
 
 use imds_tests::{AgentCommand, PodLink, Status, TestEnv, hook, probe::LONG, with_each_backend};
 
@@ -125,4 +128,20 @@ fn unload_of_stopped_agents() {
         env.assert_open(&pod);
         assert_eq!(unload(), format!("nothing is loaded at {}\n", one.display()));
     });
+}
+
+#[test]
+fn full_disk_does_not_end_an_unload() {
+    let env = TestEnv::new();
+    let directory = Second::new(&env);
+    let pin_dirs = [env.pin_dir(), &directory.path];
+    for pin_dir in pin_dirs {
+        let agent = env.agent().pin_dir(pin_dir).spawn();
+        agent.wait_for_log("mode enforce:", LONG);
+        agent.kill9();
+    }
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let mut unload = env.imds_agent(&["unload", "--stopped"]).command();
+    let status = unload.stdout(full.try_clone().unwrap()).stderr(full).status().unwrap();
+    assert!(status.success() && !pin_dirs.into_iter().any(Path::exists), "{status}");
 }

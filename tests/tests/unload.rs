@@ -1,6 +1,6 @@
 //! `unload` removes everything of the agent, and nothing of other software.
 
-use std::fs;
+use std::{fs, process::Stdio};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
@@ -223,4 +223,21 @@ fn unload_during_the_start() {
     env.unload();
     env.assert_open(&pod);
     drop(agent);
+}
+
+/// `unload` removes the directories of an agent that starts at the same time, and waits for the lock.
+#[test]
+fn agent_that_starts_during_an_unload() {
+    let env = TestEnv::new();
+    for _ in 0..20 {
+        let once = || {
+            let output = env.agent().once();
+            assert!(output.status.success(), "{output:?}");
+        };
+        once();
+        let mut unload = env.imds_agent(&["unload", "--stopped"]).command();
+        let mut unload = unload.stdout(Stdio::null()).spawn().unwrap();
+        once();
+        assert!(unload.wait().unwrap().success());
+    }
 }

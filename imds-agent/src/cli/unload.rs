@@ -1,6 +1,7 @@
 //! `imds-agent unload`: ends enforcement and prints the progress.
 
 use std::{
+    fmt, io,
     path::Path,
     process::ExitCode,
     time::{Duration, Instant},
@@ -135,14 +136,17 @@ impl Node {
                     is_complete = false;
                     let owner = pins.lock_owner()?.and_then(|owner| owner.pid);
                     let pid = owner.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
-                    println!("left {}: its agent{pid} is running", pins.root().display());
+                    write_progress(
+                        io::stdout(),
+                        format_args!("left {}: its agent{pid} is running", pins.root().display()),
+                    );
                 }
                 Err(error) => failures.push(error),
             }
         }
         let Some(last) = failures.pop() else { return Ok(is_complete) };
         for error in failures {
-            eprintln!("{:#}", anyhow::Error::from(error));
+            write_progress(io::stderr(), format_args!("{:#}", anyhow::Error::from(error)));
         }
         Err(last.into())
     }
@@ -166,10 +170,17 @@ impl<'a> ProgressPrinter<'a> {
             Progress::PolicyOff => self.is_off = true,
             Progress::AskedAgent(pid) => {
                 let pid = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
-                eprintln!("waiting for the running agent{pid} to release {}", self.pins.root().display());
+                let path = self.pins.root().display();
+                write_progress(
+                    io::stderr(),
+                    format_args!("waiting for the running agent{pid} to release {path}"),
+                );
             }
             Progress::Detached(done, all) if self.reported.elapsed() >= PROGRESS => {
-                eprintln!("detached {done} of {all} links; all packets pass");
+                write_progress(
+                    io::stderr(),
+                    format_args!("detached {done} of {all} links; all packets pass"),
+                );
                 self.reported = Instant::now();
             }
             Progress::Detached(..) => {}
@@ -196,27 +207,36 @@ async fn withdraw_protection(node: Option<ApiConfig>) {
         Ok(Err(error)) => error.to_string(),
         Err(_) => format!("the API server did not answer within {CONDITION_TIMEOUT:?}"),
     };
-    eprintln!("failed to set the condition MetadataProtected of node {} to False: {error}", client.node());
+    let node = client.node();
+    write_progress(
+        io::stderr(),
+        format_args!("failed to set the condition MetadataProtected of node {node} to False: {error}"),
+    );
 }
 
 fn print(pins: &PinDir, removed: &Removed) {
     let Some(pin_dir) = &removed.pin_dir else {
-        println!("nothing is loaded at {}", pins.root().display());
-        return;
+        return write_progress(io::stdout(), format_args!("nothing is loaded at {}", pins.root().display()));
     };
     let sockets = if removed.sockets { ", and sockets" } else { "" };
-    println!(
-        "removed {} (enforced until now: {} interfaces{sockets})",
-        pin_dir.display(),
-        removed.interfaces.len()
-    );
+    let (path, interfaces) = (pin_dir.display(), removed.interfaces.len());
+    let text = format_args!("removed {path} (enforced until now: {interfaces} interfaces{sockets})");
+    write_progress(io::stdout(), text);
     for path in &removed.left {
-        eprintln!(
-            "left {}: the agent did not create it, and does not start while it is there",
-            path.display()
-        );
+        let path = path.display();
+        let text =
+            format_args!("left {path}: the agent did not create it, and does not start while it is there");
+        write_progress(io::stderr(), text);
     }
     if let Some(pid) = removed.agent {
-        println!("the agent (pid {pid}) keeps running but no longer enforces; restart it to enforce again");
+        let text = format_args!(
+            "the agent (pid {pid}) keeps running but no longer enforces; restart it to enforce again"
+        );
+        write_progress(io::stdout(), text);
     }
+}
+
+/// Writes a line. Ignores a closed pipe and a full disk, which must not end the command before its work is done.
+fn write_progress(mut output: impl io::Write, line: fmt::Arguments<'_>) {
+    let _ = writeln!(output, "{line}");
 }

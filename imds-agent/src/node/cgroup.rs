@@ -9,7 +9,7 @@ use std::{
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
-use super::mounts::mount_points;
+use super::mounts::{mount_points, mountinfo};
 
 /// File system type of cgroup v1.
 const V1: &str = "cgroup";
@@ -20,7 +20,7 @@ const INITIAL_NAMESPACE: u64 = 0xefff_fffb;
 /// /sys/fs/cgroup/unified on hybrid ones. Returns `None` if it is not mounted, or in a container that sees only its own
 /// cgroup, which appears to be the root.
 pub fn root() -> io::Result<Option<PathBuf>> {
-    let Some(Root { path, height }) = find(&fs::read_to_string("/proc/self/mountinfo")?) else {
+    let Some(Root { path, height }) = find(&mountinfo()?) else {
         return Ok(None);
     };
     let is_container = height == 0
@@ -91,7 +91,7 @@ pub fn children(path: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// Returns the mount points of the cgroup v1 hierarchies.
 pub fn v1_roots() -> io::Result<Vec<PathBuf>> {
-    Ok(mount_points(&fs::read_to_string("/proc/self/mountinfo")?, V1))
+    Ok(mount_points(&mountinfo()?, V1))
 }
 
 /// Mount of the hierarchy, or of a part of it that contains the root of this process's cgroup namespace.

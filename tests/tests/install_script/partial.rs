@@ -132,6 +132,30 @@ fn format_is_that_of_the_package_manager() {
 }
 
 #[test]
+fn mask_of_a_removed_package_is_lifted() {
+    if is_skipped() {
+        return;
+    }
+    let release = release();
+    for program in ["deb-systemd-helper", "systemctl"] {
+        release.write_program(program, "#!/bin/sh\nexit 1\n");
+    }
+    let dry_run = |root: &[&str]| {
+        let mut script = Command::new("/bin/sh");
+        script.arg(release.path("install.sh")).args(["--dry-run", "--format", "tar"]).args(root);
+        script.arg("--from").arg(release.path("release")).args(["--public-key", &release.key]);
+        let output = script.env_clear().env("PATH", release.path("bin")).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let unmask = "would run: env DPKG_MAINTSCRIPT_PACKAGE=imds-agent deb-systemd-helper unmask imds-agent.service\n\
+                  install.sh: would run: systemctl enable imds-agent.service\n";
+    let text = dry_run(&[]);
+    assert!(text.contains(unmask), "{text}");
+    let text = dry_run(&["--root", release.path("machine").to_str().unwrap()]);
+    assert!(text.contains("would run: systemctl --root=") && !text.contains("unmask"), "{text}");
+}
+
+#[test]
 fn tmpdir_and_tar_options_do_not_matter() {
     if is_skipped() {
         return;

@@ -1,6 +1,7 @@
 //! Search for other agents, and their pin directories, in the same network namespace.
 
 use std::{
+    collections::VecDeque,
     fmt, fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -9,7 +10,10 @@ use std::{
 use imds_ebpf_common::{Policy, maps::MAP_SCHEMA_VERSION, names::MAP_POLICY};
 
 use super::{dir::PinDir, netns_owner};
-use crate::{datapath::maps::pinned_maps::pinned_policy, node::mounts::mount_points};
+use crate::{
+    datapath::maps::pinned_maps::pinned_policy,
+    node::mounts::{mount_points, mountinfo},
+};
 
 /// File system type of a bpffs.
 const BPFFS: &str = "bpf";
@@ -83,24 +87,28 @@ pub fn other_pin_dirs(own: &PinDir) -> Vec<PinDir> {
     found
 }
 
-/// Returns the directories with a pinned policy map.
+/// Returns the directories with a pinned policy map, on every mounted bpffs.
 fn pin_dirs() -> Vec<PathBuf> {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    pin_dirs_below(mount_points(&mountinfo().unwrap_or_default(), BPFFS))
+}
+
+/// Searches level by level, so that one directory with many others does not hide those beside it.
+fn pin_dirs_below(roots: Vec<PathBuf>) -> Vec<PathBuf> {
     let mut pin_dirs = Vec::new();
-    let mut unread: Vec<_> = mount_points(&mountinfo, BPFFS).into_iter().map(|path| (path, 0)).collect();
+    let mut found: VecDeque<_> = roots.into_iter().map(|path| (path, 0)).collect();
     let mut read = 0;
-    while let Some((directory, depth)) = unread.pop() {
+    while let Some((directory, depth)) = found.pop_front() {
         if directory.join("maps").join(MAP_POLICY).exists() {
             pin_dirs.push(directory);
             continue;
         }
-        read += 1;
-        if depth >= MAX_DEPTH || read > MAX_DIRECTORIES {
+        if depth >= MAX_DEPTH || read >= MAX_DIRECTORIES {
             continue;
         }
+        read += 1;
         let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
         let below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        unread.extend(below.map(|entry| (entry.path(), depth + 1)));
+        found.extend(below.map(|entry| (entry.path(), depth + 1)));
     }
     pin_dirs
 }
@@ -118,6 +126,21 @@ mod tests {
             mount_points(mountinfo, BPFFS),
             [Path::new("/sys/fs/bpf"), Path::new("/run/cilium/bpffs")]
         );
+    }
+
+    #[test]
+    fn many_directories_hide_none() {
+        let (first, last) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for number in 0..=MAX_DIRECTORIES {
+            fs::create_dir_all(last.path().join(format!("other/{number}"))).unwrap();
+        }
+        let pin_dir = first.path().join("a/green");
+        fs::create_dir_all(pin_dir.join("maps")).unwrap();
+        fs::write(pin_dir.join("maps").join(MAP_POLICY), "").unwrap();
+        for roots in [[&first, &last], [&last, &first]] {
+            let roots = roots.map(|root| root.path().to_owned()).to_vec();
+            assert_eq!(pin_dirs_below(roots), [&*pin_dir]);
+        }
     }
 
     #[test]

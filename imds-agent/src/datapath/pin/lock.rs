@@ -2,14 +2,18 @@
 //! network namespace instead.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Metadata},
+    io,
     os::unix::fs::MetadataExt as _,
     path::Path,
     thread,
     time::{Duration, Instant},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::stat::{major, minor},
+};
 
 use super::{
     contents::PinKind,
@@ -35,8 +39,9 @@ impl PinDir {
         self.ensure_bpffs()?;
         self.ensure_usable()?;
         let is_new = !self.exists();
-        self.make_directories()?;
         let lock = self.locked_by(self.lock_path(self.root())?, is_new);
+        // Only under the lock: `unload` may have been removing them.
+        self.make_directories()?;
         // A killed `unload` may have left the setting changed, and its request in place.
         rcu::restore_if_recorded(self);
         self.withdraw_unload_request()?;
@@ -96,18 +101,26 @@ impl PinDir {
         Ok(Some(LockOwner { is_ready: is_locked(&self.directory(PinKind::Map))?, ..owner }))
     }
 
-    /// Locks the directory at `path`. If the directory was removed in the meantime, creates it and locks the new one.
+    /// Locks the directory at `path`. If the directory does not exist or was removed in the meantime, creates it and locks the new
+    /// one.
     fn lock_path(&self, path: &Path) -> Result<Flock<File>, PinError> {
         let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
-            let directory = File::open(path).map_err(io_error("open", path))?;
-            let inode = directory.metadata().map_err(io_error("inspect", path))?.ino();
+            let directory = match File::open(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && path.starts_with(self.root()) => {
+                    self.make_directories()?;
+                    continue;
+                }
+                opened => opened.map_err(io_error("open", path))?,
+            };
+            let metadata = directory.metadata().map_err(io_error("inspect", path))?;
             match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) if has_inode(path, inode) => return Ok(lock),
+                Ok(lock) if has_inode(path, metadata.ino()) => return Ok(lock),
                 Ok(_) => self.make_directories()?,
                 Err(_) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
                 Err(_) => {
-                    return Err(PinError::Locked { path: path.to_owned(), pid: find_lock_owner(inode) });
+                    let pid = find_lock_owner(&metadata);
+                    return Err(PinError::Locked { path: path.to_owned(), pid });
                 }
             }
         }
@@ -124,8 +137,8 @@ fn lock_owner(path: &Path) -> Result<Option<LockOwner>, PinError> {
     if !is_locked(path)? {
         return Ok(None);
     }
-    let inode = fs::metadata(path).map_err(io_error("inspect", path))?.ino();
-    Ok(Some(LockOwner { pid: find_lock_owner(inode), is_ready: false }))
+    let metadata = fs::metadata(path).map_err(io_error("inspect", path))?;
+    Ok(Some(LockOwner { pid: find_lock_owner(&metadata), is_ready: false }))
 }
 
 /// Another process that holds the lock of a pin directory.
@@ -217,14 +230,43 @@ fn is_locked(path: &Path) -> Result<bool, PinError> {
     Ok(Flock::lock(directory, FlockArg::LockSharedNonblock).is_err())
 }
 
-/// Returns the pid of the process that holds a flock(2) on an inode, from /proc/locks. The format of a line is
-/// `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`.
-fn find_lock_owner(inode: u64) -> Option<i32> {
-    let locks = fs::read_to_string("/proc/locks").ok()?;
+/// Returns the pid of the process that holds a flock(2) on a file, from /proc/locks.
+fn find_lock_owner(file: &Metadata) -> Option<i32> {
+    owner_in(&fs::read_to_string("/proc/locks").ok()?, file.dev(), file.ino())
+}
+
+/// Returns the pid in the line of this inode. The format of a line is `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`, with
+/// hexadecimal device numbers. Other file systems have the same inode numbers.
+fn owner_in(locks: &str, device: u64, inode: u64) -> Option<i32> {
+    let file = format!("{:02x}:{:02x}:{inode}", major(device), minor(device));
     locks.lines().find_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
-        let [_, "FLOCK", _, "WRITE", pid, file, ..] = fields[..] else { return None };
-        let same = file.rsplit(':').next()?.parse() == Ok(inode);
-        pid.parse().ok().filter(|&pid| same && pid > 0)
+        let [_, "FLOCK", _, "WRITE", pid, locked, ..] = fields[..] else { return None };
+        pid.parse().ok().filter(|&pid| locked == file && pid > 0)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::stat::makedev;
+
+    use super::*;
+
+    #[test]
+    fn missing_directory_is_made_and_locked() {
+        let directory = tempfile::tempdir().unwrap();
+        let pins = PinDir::new(&directory.path().join("pins")).unwrap();
+        let lock = pins.lock_path(pins.root()).unwrap();
+        assert!(is_lock_of(&lock, pins.root()) && pins.directory(PinKind::Map).is_dir());
+    }
+
+    #[test]
+    fn owner_is_that_of_the_same_file_system() {
+        let locks = "1: FLOCK  ADVISORY  WRITE 7 00:1a:42 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 8 00:2b:42 0 EOF\n\
+                     3: POSIX  ADVISORY  WRITE 9 103:02:43 0 EOF\n";
+        assert_eq!(owner_in(locks, makedev(0, 0x2b), 42), Some(8));
+        assert_eq!(owner_in(locks, makedev(0, 0x2c), 42), None);
+        assert_eq!(owner_in(locks, makedev(0x103, 2), 43), None);
+    }
 }

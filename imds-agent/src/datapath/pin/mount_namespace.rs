@@ -8,6 +8,7 @@ use std::{fs, os::unix::fs::MetadataExt as _};
 use nix::sys::stat::{major, minor};
 
 use super::dir::PinDir;
+use crate::node::mounts::read_mountinfo;
 
 /// Problem of a bpffs that is not the node's.
 pub const PRIVATE_BPFFS: &str = "the bpffs is mounted only in the mount namespace of the agent: enforcement ends with the container or service";
@@ -19,7 +20,8 @@ impl PinDir {
     /// Reports whether the file system of the pins is known not to be mounted where the first process is. In a container with a
     /// pid namespace of its own, that process shows nothing of the node.
     pub fn is_private(&self) -> bool {
-        let (Ok(root), Ok(mountinfo)) = (fs::metadata(self.root()), fs::read_to_string("/proc/1/mountinfo"))
+        let (Ok(root), Ok(mountinfo)) =
+            (fs::metadata(self.root()), read_mountinfo("/proc/1/mountinfo".as_ref()))
         else {
             return false;
         };

@@ -107,6 +107,28 @@ fn documented_removal_covers_each_file() {
 }
 
 #[test]
+fn purge_keeps_the_state_of_another_agent() {
+    let machine = tempfile::tempdir().unwrap();
+    let path = |path: &str| machine.path().join(path);
+    let script = fs::read_to_string(root().join("deploy/deb/postrm")).unwrap();
+    let script = ["/etc/", "/var/"].iter().fold(script, |script, start| {
+        script.replace(&format!(" {start}"), &format!(" {}{start}", machine.path().display()))
+    });
+    let purge = || output_of(Command::new("sh").args(["-c", &script, "postrm", "purge"])).unwrap();
+    for directory in ["etc/imds-agent", "var/lib/imds-agent", "var/log/imds-agent"] {
+        fs::create_dir_all(path(directory)).unwrap();
+        fs::write(path(directory).join("file"), "").unwrap();
+    }
+    purge();
+    assert!(path("var/lib/imds-agent/file").exists());
+    fs::remove_file(path("var/lib/imds-agent/file")).unwrap();
+    purge();
+    for directory in ["etc", "var/lib", "var/log"] {
+        assert_eq!(fs::read_dir(path(directory)).unwrap().count(), 0, "{directory}");
+    }
+}
+
+#[test]
 fn deb_package_has_the_time_of_the_commit() {
     let command = cargo_deb(Arch::Amd64, Path::new("dist")).unwrap();
     let (_, time) = command.get_envs().find(|(name, _)| *name == "SOURCE_DATE_EPOCH").unwrap();
