@@ -77,10 +77,7 @@ fn assert_fallback(text: &str) {
 }
 
 fn assert_same(one: &Config, other: &Config) {
-    assert_eq!(
-        (one.mode, one.on_deny, one.hooks, one.mark),
-        (other.mode, other.on_deny, other.hooks, other.mark)
-    );
+    assert_eq!((one.mode, one.on_deny, one.hooks), (other.mode, other.on_deny, other.hooks));
     assert_eq!((&one.listen, &one.kubernetes), (&other.listen, &other.kubernetes));
     for name in ["eth0", "veth1a2b3c4d", "cni0", "lo", "a", ""] {
         assert_eq!(one.interfaces.includes(name), other.interfaces.includes(name));
@@ -100,7 +97,6 @@ fn assert_no_weaker(config: &Config, table: &Table) {
         let is_on = hooks.and_then(|hooks| hooks.get(hook.name())?.as_bool()).unwrap_or(by_default);
         assert_eq!(config.hooks.contains(hook), is_on, "{}", hook.name());
     }
-    assert!(config.mark.is_power_of_two());
     let names_pods = tables(table, "exempt")
         .any(|rule| rule.contains_key("namespace") || rule.contains_key("namespace_selector"));
     assert!(!names_pods || config.kubernetes.enabled != Enabled::No);

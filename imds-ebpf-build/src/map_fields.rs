@@ -109,7 +109,7 @@ impl Enum {
             }
             Self::ExemptionFlag => (
                 "exemption_flag",
-                vec![("none", 0), ("mark", ExemptionRecord::MARK), ("bridge", ExemptionRecord::BRIDGE)],
+                vec![("none", 0), ("passes", ExemptionRecord::PASSES), ("bridge", ExemptionRecord::BRIDGE)],
             ),
             Self::Hook => ("hook", Hook::ALL.map(|hook| (hook.name(), hook as u32)).into()),
             Self::Mode => {
@@ -121,7 +121,7 @@ impl Enum {
                 vec![
                     ("none", OwnPackets::None as u32),
                     ("with_socket", OwnPackets::WithSocket as u32),
-                    ("marked", OwnPackets::Marked as u32),
+                    ("passed", OwnPackets::Passed as u32),
                 ],
             ),
             Self::Protocol => {

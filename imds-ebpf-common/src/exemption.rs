@@ -12,7 +12,7 @@ pub const MAX_EXEMPTIONS: usize = 1 << 14;
 pub const NODE_SOURCES: u32 = 0;
 
 /// Index in the map of source addresses for those of the node and of all exempt pods, while the node has a device whose packets
-/// pass a second `node_egress` hook ([`OwnPackets::Marked`](crate::OwnPackets::Marked)). No interface has it: ifindexes are
+/// pass a second `node_egress` hook ([`OwnPackets::Passed`](crate::OwnPackets::Passed)). No interface has it: ifindexes are
 /// below 2^31.
 pub const PASSED_SOURCES: u32 = u32::MAX;
 
@@ -90,7 +90,7 @@ pub struct ExemptionRecord {
     pub verdict: u32,
     /// Number of the exemption rule in the configuration, from 1.
     pub rule: u32,
-    /// Flag: [`ExemptionRecord::MARK`], [`ExemptionRecord::BRIDGE`] or 0.
+    /// Flag: [`ExemptionRecord::PASSES`], [`ExemptionRecord::BRIDGE`] or 0.
     pub flags: u32,
     /// Explicit padding, always written as 0.
     pub reserved: u32,
@@ -102,7 +102,7 @@ pub struct ExemptionRecord {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct ProbeRecord {
-    /// Flags: [`ProbeRecord::EXEMPT`], [`ProbeRecord::MARK`] and [`ProbeRecord::BRIDGE`].
+    /// Flags: [`ProbeRecord::EXEMPT`], [`ProbeRecord::PASSES`] and [`ProbeRecord::BRIDGE`].
     pub flags: u32,
     /// Explicit padding, always written as 0.
     pub reserved: u32,
@@ -113,18 +113,18 @@ pub struct ProbeRecord {
 impl ProbeRecord {
     /// Flag: the programs treat the probe as an exempt sender.
     pub const EXEMPT: u32 = 1;
-    /// Flag: `from_pod` sets the exemption mark on packets of the probe.
-    pub const MARK: u32 = 2;
-    /// Flag: the probe is a bridge, and only marked packets from it belong to the probe.
+    /// Flag: `from_pod` sets [`PASSED_HASH`](crate::PASSED_HASH) on packets of the probe.
+    pub const PASSES: u32 = 2;
+    /// Flag: the probe is a bridge, and only packets that `from_pod` has let pass belong to the probe.
     pub const BRIDGE: u32 = 4;
 }
 
 impl ExemptionRecord {
-    /// Flag: `from_pod` sets the exemption mark on packets of this subject. Needed for a pod behind a bridge of the node,
+    /// Flag: `from_pod` sets [`PASSED_HASH`](crate::PASSED_HASH) on packets of this subject. Needed for a pod behind a bridge of the node,
     /// because the ingress interface at `node_egress` is then the bridge.
-    pub const MARK: u32 = 1;
-    /// Flag: the subject is a bridge of the node with the host-side interface of an exempt pod as a port. Only marked packets
-    /// from the bridge with an address of an exempt pod or of the node as their source are exempt.
+    pub const PASSES: u32 = 1;
+    /// Flag: the subject is a bridge of the node with the host-side interface of an exempt pod as a port. Only packets
+    /// that `from_pod` has let pass with an address of an exempt pod or of the node as their source are exempt.
     pub const BRIDGE: u32 = 2;
 
     /// Creates the record of an exemption with this `verdict` by the rule with the number `rule`, from 1.

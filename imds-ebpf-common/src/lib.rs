@@ -53,7 +53,9 @@ pub use maps::{
     AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, OwnPackets, PodRecord,
     Policy, ProviderRecord, Role,
 };
-pub use packet::{NoHeader, Packet, find_header, flow, is_unrelated_fast, is_unrelated_frame, service};
+pub use packet::{
+    NoHeader, PASSED_HASH, Packet, find_header, flow, is_unrelated_fast, is_unrelated_frame, service,
+};
 pub use policy::{DenyAction, DenyErrno, Hook, Mode, TcHook, TcHookSet, Verdict};
 pub use policy_lookup::{InMemoryPolicy, PolicyLookup};
 pub use redirect::{ListenerKey, RedirectRecord};

@@ -4,7 +4,7 @@ use crate::{Hook, TcHook, Verdict, event::RateLimiter};
 
 /// Version of the map layouts. Increment it with every change of meaning that does not change a size, so that the agent
 /// never misreads pinned maps of another version.
-pub const MAP_SCHEMA_VERSION: u32 = 11;
+pub const MAP_SCHEMA_VERSION: u32 = 12;
 
 /// Effective settings of the programs, which read them only for packets and calls to a protected endpoint.
 #[repr(C)]
@@ -20,19 +20,12 @@ pub struct Policy {
     pub netns: u32,
     /// Enabled hooks: one [`Hook::bit`](crate::Hook::bit) each.
     pub hooks: u32,
-    /// Bit of the packet mark by which `from_pod` passes exemptions of pods behind a bridge to `node_egress`; 0 for none.
-    pub mark: u32,
     /// Number of the effective [`DenyErrno`](crate::DenyErrno).
     pub on_deny_errno: u32,
-    /// Explicit padding, always written as 0.
-    pub reserved: u32,
     /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`); 0 for the initial one, whose cookie the programs get
     /// from `bpf_get_netns_cookie`.
     pub netns_cookie: u64,
 }
-
-/// Default of [`Policy::mark`]: a bit that kube-proxy, Cilium, Calico, the AWS CNI and Istio do not use.
-pub const MARK: u32 = 1 << 12;
 
 /// Key of the map of [`Counter`]s.
 #[repr(C)]
@@ -183,7 +176,7 @@ pub struct InterfaceRecord {
     /// Number of the [`OwnPackets`] of the interface.
     pub own_packets: u8,
     /// 1 if the interface is a port of a bridge, bond or team with a `node_egress` hook, else 0. Copies of one packet for
-    /// several ports have no socket, but keep the mark of that hook.
+    /// several ports have no socket, but keep the hash that this hook has set.
     pub sends_copies: u8,
 }
 
@@ -196,9 +189,9 @@ pub enum OwnPackets {
     None = 0,
     /// Packets with a socket, which TC redirected to this interface of the node.
     WithSocket = 1,
-    /// Packets with the mark that another `node_egress` hook has set, from a source address of the node or of an exempt pod. They
+    /// Packets that another `node_egress` hook has let pass, from a source address of the node or of an exempt pod. They
     /// return from an ifb device, or from a bridge port whose veth peer is also in the node's network namespace.
-    Marked = 2,
+    Passed = 2,
 }
 
 impl InterfaceRecord {
@@ -310,7 +303,7 @@ impl AttachMode {
     }
 }
 
-const _: () = assert!(size_of::<Policy>() == 40);
+const _: () = assert!(size_of::<Policy>() == 32);
 const _: () = assert!(size_of::<CounterKey>() == 8);
 const _: () = assert!(size_of::<Counter>() == 56);
 const _: () = assert!(size_of::<InterfaceRecord>() == 24);

@@ -15,6 +15,10 @@ use crate::{
     policy_lookup::PolicyLookup,
 };
 
+/// Flow hash (`skb->hash`) of packets to protected endpoints that a hook has let pass, by which the next hook recognizes them. An
+/// arbitrary number: hashes that the kernel chooses are random, so that a packet has this one with a probability of 2⁻³².
+pub const PASSED_HASH: u32 = 0xa5c3_169e;
+
 /// Largest number of VLAN tags that the parser skips. Linux allows at most 8 stacked devices (`MAX_NEST_DEV`,
 /// include/linux/netdevice.h).
 ///

@@ -1,8 +1,8 @@
 //! Exemptions: looks up the exemption that changes the verdict on a packet or call.
 //!
-//! The programs identify senders by values that no other program can write: the netns cookie of the socket and the ingress
-//! interface. Only pods behind a bridge of the node need the packet mark, because the ingress interface of their packets at
-//! `node_egress` is the bridge. Rules of the node can set the mark too, so that it counts only together with the source address.
+//! The programs identify senders by values that pods and firewall rules can't write: the netns cookie of the socket and the ingress
+//! interface. Pods behind a bridge of the node need the hash of the packet in addition, because the ingress interface of their packets
+//! at `node_egress` is the bridge ([`crate::passed`]).
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
@@ -17,6 +17,7 @@ use crate::{
     maps::{self, Maps},
     netns::{self, SocketNetns},
     packet::Skb,
+    passed::{is_passed, set_passed},
     sender::SocketOwner,
 };
 
@@ -33,8 +34,8 @@ pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Ve
 /// Applies exemptions at `from_pod`, where the interface identifies the pod.
 ///
 /// An exemption covers packets of the pod's sockets and packets from its addresses, but not traffic that the pod forwards
-/// for other senders. Sets the exemption mark for pods behind a bridge, and clears it on all other packets to protected
-/// endpoints.
+/// for other senders. Sets the hash of passed packets for pods behind a bridge, and no other packet to a protected endpoint
+/// keeps it.
 #[inline(always)]
 pub(crate) fn apply_at_from_pod(
     skb: *mut __sk_buff,
@@ -55,29 +56,21 @@ fn exempt_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verd
     let packet = Skb::new(skb);
     let ifindex = packet.ifindex();
     let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-    let (mut exempted, mut is_marked) = (verdict, false);
+    let (mut exempted, mut passes) = (verdict, false);
     if Maps.may_be_exempt(subject.slot()) {
         let (found, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
         let is_changed = found as u32 != verdict as u32 && flags & ExemptionRecord::BRIDGE == 0;
         if is_changed && is_own_packet(skb, ip, ifindex, address) {
-            (exempted, is_marked) = (found, flags & ExemptionRecord::MARK != 0);
+            (exempted, passes) = (found, flags & ExemptionRecord::PASSES != 0);
             maps::record_exempt_use(ifindex);
         }
     }
-    set_mark(skb, u32::from(is_marked));
+    set_passed(skb, u32::from(passes));
     exempted as u32
 }
 
-/// Sets or clears the exemption mark. A separate function without branches, so that the verifier follows one path per call.
-#[inline(never)]
-pub(crate) fn set_mark(skb: *mut __sk_buff, is_marked: u32) {
-    let packet = Skb::new(skb);
-    let bit = maps::mark_bit();
-    packet.set_mark((packet.mark() & !bit) | (bit & is_marked.wrapping_neg()));
-}
-
 /// Applies exemptions at `node_egress`. Uses the most reliable identity first: the network namespace of the socket, then the
-/// ingress interface, then the mark of packets from a bridge with an exempt pod as port.
+/// ingress interface, then the hash of packets from a bridge with an exempt pod as port.
 #[inline(always)]
 pub(crate) fn apply_at_node_egress(
     skb: *mut __sk_buff,
@@ -111,7 +104,7 @@ fn exempt_at_node_egress(
     apply_by_interface(skb, ip, Skb::new(skb).ingress_ifindex(), verdict, address) as u32
 }
 
-/// Applies the exemption of the ingress interface `ifindex`. For a bridge, only if the packet is marked.
+/// Applies the exemption of the ingress interface `ifindex`. For a bridge, only if `from_pod` has let the packet pass.
 #[inline(always)]
 pub(crate) fn apply_by_interface(
     skb: *mut __sk_buff,
@@ -127,7 +120,7 @@ pub(crate) fn apply_by_interface(
     let (exempted, flags) = unpack(find_exemption_packed(subject.id, subject.kind, address, verdict as u32));
     let packet = Skb::new(skb);
     let is_bridge = flags & ExemptionRecord::BRIDGE != 0;
-    if exempted as u32 == verdict as u32 || (is_bridge && packet.mark() & maps::mark_bit() == 0) {
+    if exempted as u32 == verdict as u32 || (is_bridge && !is_passed(skb)) {
         return verdict;
     }
     // Hidden from the verifier, which otherwise follows the function for each value.
@@ -159,14 +152,13 @@ fn is_exempt_netns(cookie: u64, address: &Address) -> bool {
         || maps::has_exemption(&ExemptionKey { address: *address, subject })
 }
 
-/// Reports whether a packet from the interface of an exempt pod, or a marked packet from a bridge with an exempt pod, is the
+/// Reports whether a packet from the interface of an exempt pod, or a passed packet from a bridge with an exempt pod, is the
 /// pod's own. A separate function, so that the verifier checks it once.
 ///
 /// The source must be the pod's, or the node's after source NAT. If `from_pod` is attached to the pod's interface by a link, that
 /// hook compares the source before source NAT, and the node's addresses count only while it lets packets of the pod pass. There
 /// is no recent use if another pod's interface has got the same index while no agent runs, or if `from_pod` saw only the address
-/// of a Service. Behind a bridge, the source counts in addition to the mark: a rule of the node can set the bit on packets of all
-/// pods, and another pod can forge the address.
+/// of a Service. Behind a bridge, the source counts in addition to the hash, because other programs of the node can set the hash.
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "the value has 32 bits")]
 fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, is_bridge: usize) -> bool {

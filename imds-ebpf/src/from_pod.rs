@@ -6,6 +6,7 @@ use imds_ebpf_common::{EndpointMatch, Hook, IpOffset, Subject, SubjectKind, look
 use crate::{
     exempt, maps,
     packet::{ReceivedSkb, Skb},
+    passed::set_passed,
     probe,
     reject::ReplyDirection,
     requests,
@@ -31,7 +32,7 @@ impl TcProgram for FromPod {
         };
         let pod = Subject::new(SubjectKind::Interface, packet.ifindex().into());
         if let Some(probed) = probe::classify(pod, hook, verdict) {
-            exempt::set_mark(skb, u32::from(probed.is_marked));
+            set_passed(skb, u32::from(probed.passes));
             return action(probed.verdict);
         }
         let verdict = exempt::apply_at_from_pod(skb, ip, verdict, &destination);

@@ -24,6 +24,7 @@ mod netns;
 mod node_egress;
 mod node_process;
 mod packet;
+mod passed;
 mod probe;
 mod redirect;
 mod reject;

@@ -203,12 +203,6 @@ fn has_bit(offset: usize, slot: u16) -> bool {
     byte >> bit & 1 == 1
 }
 
-/// Returns the bit that the programs use in the packet mark; 0 for none.
-#[inline(always)]
-pub(crate) fn mark_bit() -> u32 {
-    POLICY.get(0).map_or(0, |policy| policy.mark)
-}
-
 /// Reports whether the map has an exemption with this key.
 #[inline(always)]
 pub(crate) fn has_exemption(key: &ExemptionKey) -> bool {

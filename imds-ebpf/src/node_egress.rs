@@ -1,13 +1,17 @@
 //! `node_egress` hook: gives a verdict on packets that the node forwards for pods, and lets the node's own packets pass.
 
+use core::ptr;
+
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use imds_ebpf_common::{
-    EndpointMatch, Hook, IpOffset, Subject, SubjectKind, Verdict, event::RateLimitKey, lookup_endpoint,
+    EndpointMatch, Hook, IpOffset, ProbeRecord, Subject, SubjectKind, Verdict, event::RateLimitKey,
+    lookup_endpoint,
 };
 
 use crate::{
     events, exempt, maps,
     packet::Skb,
+    passed::{is_passed, set_passed},
     probe::{self, Probed},
     reject::ReplyDirection,
     sender::{self, SocketOwner},
@@ -31,13 +35,13 @@ impl TcProgram for NodeEgress {
         let Some(EndpointMatch { destination, verdict }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
             return TC_ACT_UNSPEC;
         };
-        let Some(sender) = sender::identify(skb, ip) else { return pass_marked(skb) };
-        if let Some(probed) = classify_probe(&packet, sender, verdict) {
-            exempt::set_mark(skb, 1);
+        let Some(sender) = sender::identify(skb, ip) else { return pass_own(skb) };
+        if let Some(probed) = classify_probe(skb, sender, verdict) {
+            set_passed(skb, 1);
             return action(probed.verdict);
         }
         let verdict = exempt::apply_at_node_egress(skb, ip, sender, verdict, &destination);
-        exempt::set_mark(skb, 1);
+        set_passed(skb, 1);
         let _uncounted = maps::count(packet.ifindex(), hook, verdict, packet.len());
         let limiter =
             events::rate_limiter(&RateLimitKey::new(packet.ingress_ifindex().into(), hook, verdict));
@@ -45,10 +49,10 @@ impl TcProgram for NodeEgress {
     }
 }
 
-/// Sets the mark on a packet of the node, so that the next `node_egress` hook on its path lets it pass. Returns the TC action.
+/// Lets a packet of the node pass at this and the next `node_egress` hooks on its path. Returns the TC action.
 #[inline(never)]
-fn pass_marked(skb: *mut __sk_buff) -> i32 {
-    exempt::set_mark(skb, 1);
+fn pass_own(skb: *mut __sk_buff) -> i32 {
+    set_passed(skb, 1);
     TC_ACT_UNSPEC
 }
 
@@ -66,13 +70,22 @@ fn subject(cookie: u64, ifindex: u32) -> Subject {
 
 /// Counts a packet if its sender is a test sender, and returns the verdict. Identifies the sender like any other.
 #[inline(always)]
-fn classify_probe(packet: &Skb, sender: SocketOwner, verdict: Verdict) -> Option<Probed> {
-    if !maps::has_probes() {
-        return None;
-    }
-    let probe = maps::probe(&subject(sender.cookie, packet.ingress_ifindex()))?;
-    if probe::is_bridge(probe) && packet.mark() & maps::mark_bit() == 0 {
+fn classify_probe(skb: *mut __sk_buff, sender: SocketOwner, verdict: Verdict) -> Option<Probed> {
+    let probe = find_probe(skb, sender.cookie);
+    if probe.is_null() {
         return None;
     }
     Some(probe::count(probe, Hook::NodeEgress, verdict))
+}
+
+/// Returns the test sender of the packet, or a null pointer. A separate function, because map keys that stay on the caller's stack
+/// make the verifier follow the rest of the caller again.
+#[inline(never)]
+fn find_probe(skb: *mut __sk_buff, cookie: u64) -> *mut ProbeRecord {
+    if !maps::has_probes() {
+        return ptr::null_mut();
+    }
+    let is_sender = |probe: &*mut ProbeRecord| !probe::is_bridge(*probe) || is_passed(skb);
+    let probe = maps::probe(&subject(cookie, Skb::new(skb).ingress_ifindex()));
+    probe.filter(is_sender).unwrap_or(ptr::null_mut())
 }

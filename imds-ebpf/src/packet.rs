@@ -51,18 +51,11 @@ impl Skb {
         unsafe { (*self.skb).protocol as u16 }
     }
 
-    /// Returns the packet mark (`skb->mark`).
+    /// Returns the flow hash (`skb->hash`); 0 if the kernel has not computed it.
     #[inline(always)]
-    pub(crate) fn mark(&self) -> u32 {
+    pub(crate) fn hash(&self) -> u32 {
         // SAFETY: the kernel passes a valid context, and the verifier checks the access.
-        unsafe { (*self.skb).mark }
-    }
-
-    /// Sets the packet mark (`skb->mark`).
-    #[inline(always)]
-    pub(crate) fn set_mark(&self, mark: u32) {
-        // SAFETY: the kernel passes a valid context. The verifier checks the access; a TC program may write this field.
-        unsafe { (*self.skb).mark = mark };
+        unsafe { (*self.skb).hash }
     }
 
     /// Returns the length in bytes of the part that programs read directly. Other processes can't change it.

@@ -7,11 +7,11 @@ use crate::maps;
 /// Result for a packet or call of a probe.
 pub(crate) struct Probed {
     pub(crate) verdict: Verdict,
-    /// True if `from_pod` sets the exemption mark on the packet.
-    pub(crate) is_marked: bool,
+    /// True if `node_egress` recognizes the packet by its hash.
+    pub(crate) passes: bool,
 }
 
-/// Reports whether only marked packets belong to the probe, which is a bridge.
+/// Reports whether only packets that `from_pod` has let pass belong to the probe, which is a bridge.
 #[inline(always)]
 pub(crate) fn is_bridge(probe: *mut ProbeRecord) -> bool {
     // SAFETY: the map owns the value, and frees it only after an RCU grace period.
@@ -35,7 +35,7 @@ pub(crate) fn count(probe: *mut ProbeRecord, hook: Hook, verdict: Verdict) -> Pr
     let packed = count_number(probe, hook as u32, verdict as u32);
     // SAFETY: the lower bits are the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(packed & 0xff) };
-    Probed { verdict, is_marked: packed & ProbeRecord::MARK << 8 != 0 }
+    Probed { verdict, passes: packed & ProbeRecord::PASSES << 8 != 0 }
 }
 
 #[inline(never)]

@@ -14,7 +14,7 @@ use imds_ebpf_common::{
     reply::{self, ICMP, ICMP_V6, ReplyKind, Sum, WORD},
 };
 
-use crate::packet::Skb;
+use crate::{packet::Skb, passed::set_passed};
 
 /// Direction in which the reply is sent.
 #[derive(Clone, Copy)]
@@ -36,6 +36,7 @@ pub(crate) fn send_reply(skb: *mut __sk_buff, ip: IpOffset, direction: ReplyDire
         ReplyDirection::Egress => 0,
         ReplyDirection::Ingress => {
             // A real reply has no mark when it is received. Routing and NAT rules of the node may match marks.
+            set_passed(skb, 0);
             // SAFETY: the kernel passes a valid context, and the verifier checks the access.
             unsafe { (*skb).mark = 0 };
             u64::from(BPF_F_INGRESS)

@@ -7,6 +7,7 @@ use crate::{
     exempt, maps,
     netns::{self, SocketNetns},
     packet::Skb,
+    passed::is_passed,
 };
 
 /// Sender that is not the node.
@@ -20,7 +21,7 @@ pub(crate) struct SocketOwner {
 ///
 /// A packet can pass several interfaces of the node (bridge and NIC, bond and slave, VLAN and NIC). The result depends only
 /// on the packet's socket and ingress interface, so that each hook on its path gives the same verdict. [`is_from_node`] uses
-/// the mark for devices that change them.
+/// the hash for devices that change them.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
 pub(crate) fn identify(skb: *mut __sk_buff, ip: IpOffset) -> Option<SocketOwner> {
@@ -50,10 +51,9 @@ fn find_cookie(skb: *mut __sk_buff, ip: IpOffset) -> u64 {
 /// Packets that the node routes for a pod have no socket. Packets that return from an ifb device, which sets the ingress
 /// interface to itself (`ifb_ri_tasklet`, drivers/net/ifb.c), have none either, and packets that return from a veth pair
 /// inside the node's network namespace lose it if bridges call netfilter (`br_netfilter`). Both kinds have passed another
-/// `node_egress` hook before, which has set the mark. The record of the interface alone is not sufficient: the interface may
-/// be deleted, or moved into a pod, before the agent handles the event. Most pods can't set the mark, because the kernel clears
-/// it when a packet leaves a network namespace (`skb_scrub_packet`). macvlan and ipvlan devices clear neither mark nor ingress
-/// interface, so that the source address must be the node's or an exempt pod's, too: responses go to the owner of that address.
+/// `node_egress` hook before, which has set the hash. The record of the interface alone is not sufficient: the interface may
+/// be deleted, or moved into a pod, before the agent handles the event. Pods can't choose the hash. The source address must be the node's or an
+/// exempt pod's, too: responses go to the owner of that address.
 ///
 /// A bridge that floods a packet, and a bond or team that broadcasts it, send copies without a socket (`skb_clone`), which have
 /// passed the hook of that device before.
@@ -69,19 +69,19 @@ fn is_from_node(skb: *mut __sk_buff, ip: IpOffset, socket: SocketNetns) -> bool 
     let has_socket = packet.verifier_opaque(usize::from(!matches!(socket, SocketNetns::NoSocket))) != 0;
     let ingress_ifindex = packet.ingress_ifindex();
     if ingress_ifindex == 0 {
-        return has_socket || is_marked_copy(packet.ifindex(), packet.mark()) != 0;
+        return has_socket || is_passed_copy(skb, packet.ifindex()) != 0;
     }
     let Some(record) = maps::interface(ingress_ifindex) else { return false };
-    if record.own_packets == OwnPackets::Marked as u8 {
-        return packet.mark() & maps::mark_bit() != 0 && exempt::is_source_of(skb, ip, PASSED_SOURCES);
+    if record.own_packets == OwnPackets::Passed as u8 {
+        return is_passed(skb) && exempt::is_source_of(skb, ip, PASSED_SOURCES);
     }
     has_socket && record.own_packets == OwnPackets::WithSocket as u8
 }
 
-/// Returns 1 for a packet with the mark that leaves by a port to which a bridge, bond or team sends copies, else 0. A separate
+/// Returns 1 for a passed packet that leaves by a port to which a bridge, bond or team sends copies, else 0. A separate
 /// function, so that the verifier checks it once.
 #[inline(never)]
-fn is_marked_copy(ifindex: u32, mark: u32) -> u32 {
+fn is_passed_copy(skb: *mut __sk_buff, ifindex: u32) -> u32 {
     let sends_copies = |record: &InterfaceRecord| record.sends_copies != 0;
-    u32::from(mark & maps::mark_bit() != 0 && maps::interface(ifindex).is_some_and(sends_copies))
+    u32::from(is_passed(skb) && maps::interface(ifindex).is_some_and(sends_copies))
 }

@@ -39,6 +39,8 @@ const BPF_NETKIT_PEER: u32 = 55;
 const BPF_F_BEFORE: u32 = 1 << 3;
 /// Helper function `bpf_redirect`.
 const REDIRECT: u32 = 23;
+const SET_HASH_INVALID: u32 = 41;
+const SET_HASH: u32 = 48;
 
 /// A program that treats every packet or call alike. The kernel frees it with its last link or filter.
 #[derive(Debug)]
@@ -86,6 +88,21 @@ impl ForeignProgram {
         let instructions = [
             0xb7 | 2 << 8 | u64::from(mark) << 32,
             0x63 | 0x21 << 8 | 8 << 16,
+            0xb7 | u64::from(u32::MAX) << 32,
+            0x95,
+        ];
+        Self::load(&instructions, TC).expect("load a program of four instructions")
+    }
+
+    /// Loads a program that sets the flow hash of every packet and leaves the packet to the next program. Without a hash, the
+    /// kernel computes a new one.
+    #[must_use]
+    pub fn setting_hash(hash: Option<u32>) -> Self {
+        let helper = if hash.is_some() { SET_HASH } else { SET_HASH_INVALID };
+        // r2 = hash; call helper; r0 = TC_ACT_UNSPEC; exit
+        let instructions = [
+            0xb7 | 2 << 8 | u64::from(hash.unwrap_or_default()) << 32,
+            0x85 | u64::from(helper) << 32,
             0xb7 | u64::from(u32::MAX) << 32,
             0x95,
         ];

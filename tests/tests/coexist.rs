@@ -289,9 +289,9 @@ fn programs_that_assign_the_mark() {
     if lacks_program(WHOLE_TEST, &["nft"]) {
         return;
     }
-    for mark in [0, u32::MAX] {
+    for (mark, link) in [(0, PodLink::Routed), (u32::MAX, PodLink::Bridged), (0, PodLink::Bridged)] {
         let env = TestEnv::new();
-        let [exempt, other] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
+        let [exempt, other] = [(); 2].map(|()| env.add_pod(link));
         // Only `node_egress` sees that the Service leads to the endpoint.
         let mut nft = env.node.command("nft");
         nft.arg(format!(
@@ -310,7 +310,9 @@ fn programs_that_assign_the_mark() {
         assert!(reachable(&exempt.netns, METADATA) && reachable(&other.netns, SERVICE_ADDRESS));
         let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", exempt.host_ifname);
         with_each_backend(|backend| {
-            for hooks in [&["from_pod", "node_egress"][..], &["node_egress"]] {
+            // Behind a bridge, exemptions need `from_pod`.
+            let alone = (link == PodLink::Routed).then_some(&["node_egress"][..]);
+            for hooks in [&["from_pod", "node_egress"][..]].into_iter().chain(alone) {
                 let agent = env.agent().backend(backend).hooks(hooks).config(&rule).spawn_ready();
                 assert!(reachable(&exempt.netns, METADATA), "{mark:#x}, {hooks:?}: {}", agent.log());
                 env.assert_nothing_arrives(|| {

@@ -116,7 +116,7 @@ fn show_prints_effective_config() {
         "on_deny_errno": "EPERM",
         "provider": "auto",
         "extra_endpoints": [],
-        "hooks": { "from_pod": true, "node_egress": false, "socket": false, "host_network": false, "sendmsg": "auto", "local_service": false, "mark_bit": 12 },
+        "hooks": { "from_pod": true, "node_egress": false, "socket": false, "host_network": false, "sendmsg": "auto", "local_service": false },
         "interfaces": { "include": [], "exclude": ["lxc*"] },
         "metrics": { "listen": ["127.0.0.1:9254"], "program_run_time": false },
         "events": { "verdicts": ["denied", "audited"], "sinks": [] },

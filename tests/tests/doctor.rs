@@ -13,7 +13,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 27] = [
+const NAMES: [&str; 25] = [
     "kernel",
     "btf",
     "bpffs",
@@ -38,9 +38,7 @@ const NAMES: [&str; 27] = [
     "cgroup_programs",
     "metadata_programs",
     "firewall_rules",
-    "mark_rules",
     "tc_redirects",
-    "mark_tunnels",
 ];
 
 #[test]

@@ -198,33 +198,6 @@ fn every_selector_works_on_every_hook() {
 }
 
 #[test]
-fn mark_bit_is_configurable() {
-    let env = TestEnv::new();
-    let [pod, neighbour] = [env.add_pod(PodLink::Bridged), env.add_pod(PodLink::Bridged)];
-    assert!(reaches(&env, &pod.netns));
-    let path = env.scratch_dir().join("imds.toml");
-    let write = |bit: u8| {
-        let rule = rule(&format!("interface = '{}'", pod.host_ifname), "");
-        fs::write(&path, format!("{rule}\n[hooks]\nsocket = false\nmark_bit = {bit}")).unwrap();
-    };
-    write(31);
-    let agent = env.agent().config_file(path.to_str().unwrap()).spawn_ready();
-    for bit in [31, 0] {
-        write(bit);
-        let text = format!("mark_bit = {bit}\n");
-        poll_until(LONG, "the bit to be effective", || {
-            let shown = env.imds_agent(&["config", "show"]).output();
-            String::from_utf8(shown.stdout).unwrap().contains(&text).then_some(())
-        });
-        assert!(reaches(&env, &pod.netns), "{}", agent.log());
-        env.assert_nothing_arrives(|| assert!(!reaches(&env, &neighbour.netns)));
-    }
-    drop(agent);
-    env.unload();
-    assert!(reaches(&env, &neighbour.netns));
-}
-
-#[test]
 fn exemption_for_some_endpoints_and_audit() {
     let own = format!("[[endpoint]]\nname = 'other'\naddress = '{SERVICE}'\n");
     let env = TestEnv::new();

@@ -1,6 +1,6 @@
 //! `[hooks]`: switches of the hooks.
 
-use imds_ebpf_common::{Hook, maps::MARK};
+use imds_ebpf_common::Hook;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use toml::Spanned;
 
@@ -87,12 +87,10 @@ pub(super) struct HooksTable {
     host_network: bool,
     sendmsg: Spanned<Sendmsg>,
     local_service: bool,
-    mark_bit: Spanned<u8>,
 }
 
 impl Default for HooksTable {
     fn default() -> Self {
-        let mark_bit = u8::try_from(MARK.trailing_zeros()).unwrap_or_default();
         Self {
             from_pod: true,
             node_egress: true,
@@ -100,7 +98,6 @@ impl Default for HooksTable {
             host_network: false,
             sendmsg: Spanned::new(0..0, Sendmsg::default()),
             local_service: true,
-            mark_bit: Spanned::new(0..0, mark_bit),
         }
     }
 }
@@ -130,16 +127,6 @@ impl HooksTable {
     /// Returns the table with the `socket` hook off.
     pub(super) fn without_socket(self) -> Self {
         Self { socket: false, sendmsg: Spanned::new(0..0, Sendmsg::Auto), ..self }
-    }
-
-    /// Returns the packet mark that `from_pod` sets on packets of exempt pods.
-    pub(super) fn mark(&self, diagnostics: &mut Diagnostics<'_>) -> u32 {
-        let bit = *self.mark_bit.get_ref();
-        1_u32.checked_shl(bit.into()).unwrap_or_else(|| {
-            let message = format!("hooks.mark_bit: {bit} is out of range, a packet mark has bits 0 to 31");
-            diagnostics.error(self.mark_bit.span(), message);
-            MARK
-        })
     }
 }
 

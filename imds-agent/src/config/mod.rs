@@ -71,8 +71,6 @@ pub struct Config {
     pub hooks: Hooks,
     /// Setting of the sendmsg programs.
     pub sendmsg: Sendmsg,
-    /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge.
-    pub mark: u32,
     /// Processes of the node that may reach protected endpoints; `None` if all of them may.
     pub node_allow: Option<Vec<NodeProcess>>,
     /// Selection of the protected endpoints.
@@ -230,7 +228,6 @@ impl Config {
             on_deny_errno: file.on_deny_errno,
             hooks: file.hooks(),
             sendmsg: file.hooks.get_ref().sendmsg(diagnostics),
-            mark: file.hooks.get_ref().mark(diagnostics),
             node_allow: file.node.parse(diagnostics),
             endpoints: Endpoints::parse(file, diagnostics),
             interfaces: Interfaces::parse(&file.interfaces, diagnostics),

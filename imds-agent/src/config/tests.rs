@@ -56,9 +56,6 @@ fn hook_defaults() {
     let all_off = "[hooks]\nfrom_pod = false\nsocket = false\nnode_egress = false";
     assert!(parse(all_off).unwrap_err().contains("hooks"));
     assert_eq!(on(&format!("{all_off}\nhost_network = true")), [false, false, false, true]);
-    let mark = |text: &str| parse(text).map(|config| config.mark);
-    assert_eq!((mark(""), mark("[hooks]\nmark_bit = 31")), (Ok(0x1000), Ok(0x8000_0000)));
-    assert!(mark("[hooks]\nmark_bit = 32").unwrap_err().contains(":2:12: hooks.mark_bit: 32"));
 }
 
 #[test]

@@ -77,7 +77,6 @@ impl RunOptions {
             backend: self.backend,
             cgroup: cgroup.clone(),
             identity,
-            mark: config.mark,
         };
         let kubepods = cgroup.filter(|_| config.hooks.contains(Hook::HostNetwork));
         let environment = Environment::read();

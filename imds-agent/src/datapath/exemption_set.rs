@@ -37,10 +37,8 @@ impl ExemptionSet {
         self.entries.keys().filter(is_netns).copied()
     }
 
-    /// Marks the entries of pods behind a bridge, whose packets name the bridge as their ingress interface at `node_egress`,
-    /// and adds entries and sources for marked packets of these bridges.
-    ///
-    /// A bridge with a netkit port gets none: such a pod may set the mark itself (`scrub none`).
+    /// Sets the flag [`ExemptionRecord::PASSES`] of pods behind a bridge, whose packets name the bridge as their ingress interface at
+    /// `node_egress`, and adds entries and sources for packets from these bridges that `from_pod` has let pass.
     pub fn add_bridges(&mut self, links: &BTreeMap<u32, Link>) {
         let mut bridge_entries = BTreeMap::new();
         for (exemption, record) in &mut self.entries {
@@ -48,7 +46,7 @@ impl ExemptionSet {
                 continue;
             };
             for bridge in interface_role::ingress_devices(link, links) {
-                record.flags = ExemptionRecord::MARK;
+                record.flags = ExemptionRecord::PASSES;
                 let subject = Subject::new(SubjectKind::Interface, bridge.into());
                 let of_bridge = ExemptionRecord { flags: ExemptionRecord::BRIDGE, ..*record };
                 let entry = bridge_entries.entry(ExemptionKey { subject, ..*exemption }).or_insert(of_bridge);

@@ -84,8 +84,6 @@ pub struct DatapathConfig {
     /// Network namespace of the node, as the programs identify it. `None` if they can't: the hooks that compare it are then
     /// not attached.
     pub identity: Option<OwnNetns>,
-    /// Bit of the packet mark by which `from_pod` passes exemptions of pods behind a bridge to `node_egress`.
-    pub mark: u32,
 }
 
 impl DatapathConfig {

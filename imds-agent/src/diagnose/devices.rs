@@ -4,10 +4,7 @@ use std::collections::BTreeSet;
 
 use rtnetlink::packet_route::{
     RouteNetlinkMessage,
-    link::{
-        InfoData, InfoKind, InfoNetkit, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
-        NetkitScrub,
-    },
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp},
 };
 
 use crate::node::{
@@ -28,16 +25,6 @@ pub(crate) struct Device {
     pub(crate) is_stacked: bool,
     /// Ids of the XDP programs, one for each mode.
     pub(crate) xdp: BTreeSet<u32>,
-    pub(crate) mark_source: Option<MarkSource>,
-}
-
-/// Kind of device that lets the sender of a packet choose its mark.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum MarkSource {
-    /// VXLAN whose header carries a group policy, which becomes the mark (`vxlan_parse_gbp_hdr`, drivers/net/vxlan).
-    Gbp,
-    /// netkit pair that does not clear the mark of the pod's packets (`IFLA_NETKIT_PEER_SCRUB`, Linux 6.13).
-    NetkitScrubNone,
 }
 
 /// Lists the interfaces of the namespace, except for those that the library can't decode.
@@ -61,7 +48,6 @@ impl Device {
             is_plain: true,
             is_stacked: false,
             xdp: BTreeSet::new(),
-            mark_source: None,
         }
     }
 
@@ -77,7 +63,6 @@ impl Device {
                 LinkAttribute::LinkInfo(info) => {
                     device.is_plain = !info.iter().any(|info| matches!(info, LinkInfo::Kind(_)));
                     device.is_stacked |= info.contains(&LinkInfo::Kind(InfoKind::MacSec));
-                    device.mark_source = info.iter().find_map(mark_source);
                 }
                 _ => {}
             }
@@ -90,21 +75,6 @@ fn xdp_program(attribute: &LinkXdp) -> Option<u32> {
     match attribute {
         LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) | LinkXdp::HwProgId(id) => {
             Some(*id)
-        }
-        _ => None,
-    }
-}
-
-fn mark_source(info: &LinkInfo) -> Option<MarkSource> {
-    let LinkInfo::Data(data) = info else { return None };
-    match data {
-        // With `external` the policy goes to the packet's metadata, and the mark stays as it is.
-        InfoData::Vxlan(options) => (options.contains(&InfoVxlan::Gbp)
-            && !options.contains(&InfoVxlan::CollectMetadata(true)))
-        .then_some(MarkSource::Gbp),
-        InfoData::Netkit(options) => {
-            let keeps_mark = options.contains(&InfoNetkit::PeerScrub(NetkitScrub::None));
-            keeps_mark.then_some(MarkSource::NetkitScrubNone)
         }
         _ => None,
     }
@@ -124,25 +94,8 @@ mod tests {
         Device::from_message(message).unwrap()
     }
 
-    fn virtual_device(kind: InfoKind, data: Option<InfoData>) -> Device {
-        let info = [LinkInfo::Kind(kind)].into_iter().chain(data.map(LinkInfo::Data));
-        device(vec![LinkAttribute::LinkInfo(info.collect())])
-    }
-
-    #[test]
-    fn devices_that_keep_a_mark() {
-        let vxlan = |options: &[InfoVxlan]| {
-            virtual_device(InfoKind::Vxlan, Some(InfoData::Vxlan(options.to_vec()))).mark_source
-        };
-        assert_eq!(vxlan(&[InfoVxlan::Id(5), InfoVxlan::Gbp]), Some(MarkSource::Gbp));
-        assert_eq!(vxlan(&[InfoVxlan::Id(5)]), None);
-        assert_eq!(vxlan(&[InfoVxlan::Gbp, InfoVxlan::CollectMetadata(true)]), None);
-        let netkit = |scrub| {
-            let options = vec![InfoNetkit::Scrub(NetkitScrub::None), InfoNetkit::PeerScrub(scrub)];
-            virtual_device(InfoKind::Netkit, Some(InfoData::Netkit(options))).mark_source
-        };
-        assert_eq!(netkit(NetkitScrub::None), Some(MarkSource::NetkitScrubNone));
-        assert_eq!(netkit(NetkitScrub::Default), None);
+    fn virtual_device(kind: InfoKind) -> Device {
+        device(vec![LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)])])
     }
 
     #[test]
@@ -166,7 +119,7 @@ mod tests {
             (InfoKind::Veth, false),
             (InfoKind::Bond, false),
         ] {
-            let device = virtual_device(kind, None);
+            let device = virtual_device(kind);
             assert_eq!((device.is_plain, device.is_stacked), (false, is_stacked), "{device:?}");
         }
     }

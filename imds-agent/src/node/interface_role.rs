@@ -110,8 +110,7 @@ fn with_related<'l>(
 }
 
 /// Returns the devices that can be the ingress interface of a packet from a port after the port's bridge has passed it
-/// up: the bridge, the devices on top of it, and a VRF. For Open vSwitch these are all internal ports. Empty if a port
-/// of the bridge is a netkit device, whose pod may set the mark.
+/// up: the bridge, the devices on top of it, and a VRF. For Open vSwitch these are all internal ports.
 pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32> {
     let mut devices = BTreeSet::new();
     let master = |link: &Link| link.master.and_then(|index| links.get(&index));
@@ -120,11 +119,6 @@ pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32
     else {
         return devices;
     };
-    let is_port = |link: &&Link| link.master == Some(first.index);
-    if links.values().filter(is_port).any(|link| matches!(link.kind, LinkKind::Netkit | LinkKind::NetkitPeer))
-    {
-        return devices;
-    }
     devices.insert(first.index);
     if first.kind == LinkKind::Ovs {
         devices.extend(links.values().filter(|link| link.kind == LinkKind::Ovs).map(|link| link.index));

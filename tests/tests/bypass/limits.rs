@@ -1,16 +1,19 @@
 //! Vectors that stay partly open. Each test proves the limit that docs/security.md names, and the remedy.
 
 use std::{
-    fs,
     net::{Ipv4Addr, UdpSocket},
     time::{Duration, Instant},
 };
 
+use aya::programs::tc::TcAttachType;
+use imds_ebpf_common::PASSED_HASH;
 use imds_tests::{
-    Agent, METADATA, PacketSocket, Pod, PodLink, SERVICE, Services, TestEnv, WHOLE_TEST, lacks_program,
-    output, packets,
+    Agent, METADATA, PacketSocket, Pod, PodLink, SERVICE, Services, TestEnv, WHOLE_TEST,
+    foreign_bpf::ForeignProgram,
+    hook::run_tc,
+    lacks_program, output, packets,
     poll::try_poll,
-    probe::{LONG, SHORT, http_get, reachable},
+    probe::{LONG, SHORT, reachable},
     skip, skip_without_netns_cookie,
 };
 
@@ -307,68 +310,64 @@ fn reflected_requests_return_no_response() {
     }
 }
 
-// Rules of the node that write the mark bit of packets from the bridge of an exempt pod.
+// Packet fields that rules and programs of the node write.
 
-/// The default of `hooks.mark_bit`.
-const MARK_BIT: u8 = 12;
-
-/// A rule that sets the bit exempts other pods only at `node_egress`, for requests to which a Service gives the endpoint's
-/// address after `from_pod`, and only behind masquerading. A rule that clears the bit denies the exempt pod. With another
-/// bit, neither rule has an effect.
+/// `node_egress` recognizes exempt pods behind a bridge by a field that no rule writes: rules that set or clear all bits of
+/// the mark exempt no other pod, also for requests to which a Service gives the endpoint's address after `from_pod`.
 #[test]
-fn rules_that_write_the_mark_of_bridged_pods() {
+fn rules_that_write_marks_change_nothing() {
     if lacks_program(WHOLE_TEST, &["nft"]) {
         return;
     }
-    for (bit, is_written) in [(MARK_BIT, true), (MARK_BIT + 1, false)] {
-        let env = TestEnv::new();
-        let [exempt, other] = [(); 2].map(|()| env.add_pod(PodLink::Bridged));
-        redirect(&env.node, CLUSTER_IP, METADATA);
-        let config = env.scratch_dir().join("imds.toml");
-        let text = format!(
-            "[[exempt]]\nname = 'reader'\ninterface = '{}'\n[hooks]\nsocket = false\nmark_bit = {bit}",
-            exempt.host_ifname
-        );
-        fs::write(&config, text).expect("write a configuration");
-        let agent = env.agent().config_file(config.to_str().expect("a path in UTF-8")).spawn_ready();
-        let rule = |value: &str| {
-            format!(
-                "table ip marks {{
-                    chain forward {{ type filter hook forward priority 0; meta mark set meta mark {value}; }}
-                }}"
-            )
-        };
-        let assert_reach = |expected: [bool; 4], case: &str| {
-            let gets = |pod: &Pod, address| http_get(&pod.netns, address, SHORT).is_answer();
-            let found = [
-                gets(&exempt, METADATA),
-                gets(&exempt, CLUSTER_IP),
-                gets(&other, METADATA),
-                gets(&other, CLUSTER_IP),
-            ];
-            assert_eq!(found, expected, "{case}, bit {bit}: {}", agent.log());
-        };
-        assert_reach([true, false, false, false], "no rule");
+    let env = TestEnv::new();
+    let [exempt, other] = [(); 2].map(|()| env.add_pod(PodLink::Bridged));
+    redirect(&env.node, CLUSTER_IP, METADATA);
+    let masquerade = format!("oifname {} masquerade", TestEnv::UPLINK);
+    let rules = |mark: &str| {
+        format!(
+            "table ip rules {{
+                chain forward {{ type filter hook forward priority 0; meta mark set {mark}; }}
+                chain postrouting {{ type nat hook postrouting priority 100; {masquerade}; }}
+            }}"
+        )
+    };
+    let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", exempt.host_ifname);
+    let agent = env.agent().hooks(&["from_pod", "node_egress"]).config(&rule).spawn_ready();
+    for mark in ["0", "0xffffffff"] {
+        nft(&env.node, &rules(mark));
+        assert!(reachable(&exempt.netns, METADATA), "{mark}: {}", agent.log());
+        for address in [METADATA, CLUSTER_IP] {
+            env.assert_nothing_arrives(|| assert!(!reachable(&other.netns, address), "{mark}, {address}"));
+        }
+        nft(&env.node, "delete table ip rules");
+    }
+    drop(agent);
+    env.unload();
+    assert!(reachable(&other.netns, CLUSTER_IP));
+}
 
-        nft(&env.node, &rule("or 0x1000"));
-        assert_reach([true, is_written, false, false], "a rule sets the bit");
-        nft(
-            &env.node,
-            &format!(
-                "table ip masq {{
-                    chain postrouting {{ type nat hook postrouting priority 100; oifname {} masquerade; }}
-                }}",
-                TestEnv::UPLINK
-            ),
-        );
-        assert_reach([true, is_written, false, is_written], "a rule sets the bit, behind masquerading");
-        nft(&env.node, "delete table ip marks");
-        assert_reach([true, false, false, false], "masquerading alone");
-
-        nft(&env.node, &rule("and 0xffffefff"));
-        assert_reach([!is_written, false, false, false], "a rule clears the bit");
+/// A program of the node can set the hash of passed packets. The hash alone exempts no pod.
+#[test]
+fn hash_of_passed_packets_exempts_no_pod() {
+    let env = TestEnv::new();
+    let exempt = env.add_pod(PodLink::Bridged);
+    let pods = [PodLink::Bridged, PodLink::Routed].map(|link| env.add_pod(link));
+    let program = ForeignProgram::setting_hash(Some(PASSED_HASH));
+    for pod in &pods {
+        run_tc(&pod.netns, &["qdisc", "add", "dev", Pod::IFNAME, "clsact"]);
+        program.attach_filter(&pod.netns, Pod::IFNAME, TcAttachType::Egress, 1);
+        assert!(reachable(&pod.netns, METADATA));
+    }
+    let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", exempt.host_ifname);
+    for hooks in [&["from_pod"][..], &["node_egress"], &["from_pod", "node_egress"]] {
+        let agent = env.agent().hooks(hooks).config(&rule).spawn_ready();
+        for pod in &pods {
+            env.assert_nothing_arrives(|| {
+                assert!(!reachable(&pod.netns, METADATA), "{hooks:?}: {}", agent.log());
+            });
+        }
         drop(agent);
         env.unload();
-        assert!(reachable(&other.netns, CLUSTER_IP));
     }
+    assert!(pods.iter().all(|pod| reachable(&pod.netns, METADATA)));
 }

@@ -28,7 +28,7 @@
 //! | 21 | a metadata service on the node | `on_node` |
 //! | 22 | super-packets, jumbo frames | `gso`, `crafted::fragmented_jumbo_frame_is_denied` |
 //! | 23 | an ifb in the pod | `links::ifb_in_the_pod`, `on_node::a_metadata_service_on_the_node_by_an_ifb` |
-//! | 25 | rules that write the mark bit | `limits::rules_that_write_the_mark_of_bridged_pods` |
+//! | 25 | rules that write marks, programs that write the hash | `limits::rules_that_write_marks_change_nothing`, `limits::hash_of_passed_packets_exempts_no_pod` |
 //! | 28 | connections that are open before the agent starts | `limits::response_to_an_earlier_request`, `limits::earlier_connection_…` |
 //! | 29 | ARP and MAC spoofing | `limits::spoofing_…` |
 //! | 30 | reflected requests | `limits::reflected_requests_return_no_response` |

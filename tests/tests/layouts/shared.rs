@@ -1,7 +1,7 @@
 //! Pods with an interface above the NIC. The node has no interface of its own for these pods.
 
 use aya::programs::tc::TcAttachType;
-use imds_ebpf_common::maps::MARK;
+use imds_ebpf_common::PASSED_HASH;
 use imds_tests::{
     Layout, METADATA, Netns, Nic, TestEnv, WHOLE_TEST,
     foreign_bpf::ForeignProgram,
@@ -96,7 +96,7 @@ fn ipvlan_pods() {
     }
 }
 
-/// macvlan devices clear neither the mark nor the ingress interface of a packet that the pod forwards.
+/// macvlan devices clear neither the hash nor the ingress interface of a packet that the pod forwards.
 #[test]
 fn macvlan_pod_imitates_an_ifb() {
     let lacks = |device: &str| lacks_device(WHOLE_TEST, device, device);
@@ -117,9 +117,9 @@ fn macvlan_pod_imitates_an_ifb() {
     inner.ip("link set in1 up\naddr add 172.29.0.2/24 dev in1\nroute add default via 172.29.0.1");
     pod.sysctl("ipv4/ip_forward", "1");
     env.fabric.ip("route add 172.29.0.0/24 via 10.0.0.77");
-    let mark = ForeignProgram::setting_mark(MARK);
+    let program = ForeignProgram::setting_hash(Some(PASSED_HASH));
     run_tc(&pod, &["qdisc", "add", "dev", "in0", "clsact"]);
-    mark.attach_filter(&pod, "in0", TcAttachType::Ingress, 1);
+    program.attach_filter(&pod, "in0", TcAttachType::Ingress, 1);
     poll_until(LONG, "responses without the agent", || reaches(&env, &inner).then_some(()));
 
     let agent = env.agent().hooks(NODE_EGRESS).spawn_ready();

@@ -10,13 +10,13 @@ use imds_tests::{
 use crate::{ALL, PACKETS, assert_exempt, exemption, nft, reaches, run};
 
 const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
-/// Mark bit with which the agent identifies packets of exempt pods behind a bridge (`hooks.mark_bit`).
+/// Mark that Azure NPM v1 sets.
 const MARK: &str = "0x1000";
 
-/// Creates a node with an exempt pod and another one, both routed.
-fn routed() -> (TestEnv, [Pod; 2], String) {
+/// Creates a node with an exempt pod and another one.
+fn two_pods(link: PodLink) -> (TestEnv, [Pod; 2], String) {
     let env = TestEnv::new();
-    let pods = [env.add_pod(PodLink::Routed), env.add_pod(PodLink::Routed)];
+    let pods = [(); 2].map(|()| env.add_pod(link));
     let config = exemption(&format!("interface = '{}'", pods[0].host_ifname));
     (env, pods, config)
 }
@@ -26,15 +26,17 @@ fn rule_clears_the_mark() {
     if lacks_program(WHOLE_TEST, &["nft"]) {
         return;
     }
-    let (env, [exempt, other], config) = routed();
-    nft(
-        &env.node,
-        "table inet later {
-            chain forward { type filter hook forward priority 300; meta mark set 0; }
-            chain postrouting { type filter hook postrouting priority 300; meta mark set 0; }
-        }",
-    );
-    assert_exempt(&env, &config, Some(&exempt.netns), &[&other.netns]);
+    for link in [PodLink::Routed, PodLink::Bridged] {
+        let (env, [exempt, other], config) = two_pods(link);
+        nft(
+            &env.node,
+            "table inet later {
+                chain forward { type filter hook forward priority 300; meta mark set 0; }
+                chain postrouting { type filter hook postrouting priority 300; meta mark set 0; }
+            }",
+        );
+        assert_exempt(&env, &config, Some(&exempt.netns), &[&other.netns]);
+    }
 }
 
 #[test]
@@ -42,9 +44,11 @@ fn rule_replaces_the_mark() {
     if lacks_program(WHOLE_TEST, &["iptables"]) {
         return;
     }
-    let (env, [exempt, other], config) = routed();
-    run(&env.node, "iptables -t mangle -A FORWARD -j MARK --set-xmark 0xe0000/0xffffffff");
-    assert_exempt(&env, &config, Some(&exempt.netns), &[&other.netns]);
+    for link in [PodLink::Routed, PodLink::Bridged] {
+        let (env, [exempt, other], config) = two_pods(link);
+        run(&env.node, "iptables -t mangle -A FORWARD -j MARK --set-xmark 0xe0000/0xffffffff");
+        assert_exempt(&env, &config, Some(&exempt.netns), &[&other.netns]);
+    }
 }
 
 /// Redirects a Service to the endpoint, and asserts that pods without an exemption do not reach it.
@@ -100,7 +104,7 @@ fn rule_sets_the_mark_iptables() {
     if lacks_program(WHOLE_TEST, &["iptables", "nft"]) {
         return;
     }
-    let (env, [_exempt, other], config) = routed();
+    let (env, [_exempt, other], config) = two_pods(PodLink::Routed);
     run(&env.node, &format!("iptables -t mangle -A FORWARD -j MARK --set-mark {MARK}/{MARK}"));
     // One pod is exempt, the other one is not.
     assert_service_is_denied(&env, &config, &[&other]);

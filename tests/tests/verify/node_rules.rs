@@ -2,7 +2,10 @@
 
 use std::{io::Write as _, net::TcpListener, process::Stdio};
 
-use imds_tests::{AttachMode, METADATA, PodLink, TestEnv, hook::run_tc, skip_without_netns_cookie};
+use imds_tests::{
+    AttachMode, METADATA, PodLink, TestEnv, foreign_bpf::ForeignProgram, hook::run_tc,
+    skip_without_netns_cookie,
+};
 
 use crate::{
     ALL, AWS, add_pods, assert_all_passed, assert_fails, assert_passed, exempt, hooks_with, path_of, verify,
@@ -19,36 +22,47 @@ fn nft(env: &TestEnv, kind: &str, rule: &str) {
     assert!(nft.wait().unwrap().success(), "{script}");
 }
 
+/// Makes the kernel compute the hash of packets of this protocol from `cni0` again.
+fn reset_hashes(env: &TestEnv, protocol: &str) {
+    let program = ForeignProgram::setting_hash(None);
+    run_tc(&env.node, &["qdisc", "add", "dev", "cni0", "clsact"]);
+    let pinned = ["bpf", "direct-action", "pinned", program.pin().to_str().unwrap()];
+    run_tc(
+        &env.node,
+        &[&["filter", "add", "dev", "cni0", "ingress", "protocol", protocol][..], &pinned].concat(),
+    );
+}
+
 #[test]
-fn overwritten_mark_fails() {
+fn overwritten_hash_fails() {
     let env = TestEnv::new();
     let (_routed, bridged) = add_pods(&env);
     let _agent = env.agent().config(&exempt(&bridged)).hooks(&TC_HOOKS).spawn_ready();
     assert_all_passed(&verify(&env));
-    nft(&env, FORWARD, "meta mark set 0");
+    reset_hashes(&env, "all");
     let verified = verify(&env);
     assert_fails(&verified, &["path"]);
     let [(outcome, observed)] = &path_of(&verified.1, "exempt pod on cni0")[..] else {
         panic!("{:#}", verified.1)
     };
-    assert!(outcome == "failed" && observed.contains("exemption mark"), "{observed}");
+    assert!(outcome == "failed" && observed.contains("changes the hash"), "{observed}");
     // A routed pod is identified by its interface.
     assert_eq!(path_of(&verified.1, "exempt pod")[0].0, "passed");
 }
 
 #[test]
-fn mark_lost_for_one_family_fails() {
+fn hash_lost_for_one_family_fails() {
     let env = TestEnv::new().with_ipv6();
     let bridged = env.add_pod(PodLink::Bridged);
     let config = format!("{AWS}\n{}", exempt(&bridged));
     let _agent = env.agent().config(&config).hooks(&TC_HOOKS).spawn_ready();
-    nft(&env, FORWARD, "meta mark set 0");
+    reset_hashes(&env, "ip");
     let verified = verify(&env);
     assert_fails(&verified, &["path"]);
     let [(outcome, observed), of_ipv6] = &path_of(&verified.1, "exempt pod on cni0")[..] else {
         panic!("{:#}", verified.1)
     };
-    assert!(outcome == "failed" && observed.contains("exemption mark"), "{observed}");
+    assert!(outcome == "failed" && observed.contains("changes the hash"), "{observed}");
     assert_eq!(of_ipv6.0, "passed", "{}", of_ipv6.1);
 }
 

@@ -120,8 +120,8 @@ fn write_change(
 /// Returns the packets received on the interface that are the node's own.
 fn own_packets(maps: &Maps, link: &Link, role: Role) -> OwnPackets {
     match role {
-        Role::Ifb => OwnPackets::Marked,
-        _ if is_checked_at_peer(maps, link) => OwnPackets::Marked,
+        Role::Ifb => OwnPackets::Passed,
+        _ if is_checked_at_peer(maps, link) => OwnPackets::Passed,
         // Excludes bridge ports: frames that a bridge forwards keep their socket, and the socket of frames from a tap device
         // belongs to the node.
         Role::Other | Role::Uplink | Role::Loopback | Role::Excluded if link.master.is_none() => {

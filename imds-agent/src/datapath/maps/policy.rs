@@ -93,11 +93,9 @@ fn write_policy(maps: &mut Maps, datapath_config: &DatapathConfig) -> Result<(),
         mode: datapath_config.mode as u32,
         on_deny: datapath_config.on_deny as u32,
         on_deny_errno: datapath_config.on_deny_errno as u32,
-        reserved: 0,
         layout: MAP_SCHEMA_VERSION,
         netns: netns_owner::this_netns()?,
         hooks: datapath_config.hooks.bits(),
-        mark: datapath_config.mark,
         netns_cookie: datapath_config.identity.map_or(0, OwnNetns::cookie),
     };
     maps.policy.set(0, policy, 0).map_err(map_error(MAP_POLICY))

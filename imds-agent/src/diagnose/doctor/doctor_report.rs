@@ -31,7 +31,6 @@ pub struct DoctorCheck {
     pub(crate) program: Option<Program>,
     /// Firewall rule, if the check is about one.
     pub rule: Option<Rule>,
-    pub(crate) mark: Option<MarkWriter>,
 }
 
 #[derive(AsRefStr, Clone, Copy, Debug, Eq, PartialEq, Serialize)]
@@ -77,16 +76,6 @@ pub struct Rule {
     pub(crate) remove: String,
 }
 
-/// Firewall rule or TC action that writes the mark bit of the configuration.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct MarkWriter {
-    pub(crate) table: Option<String>,
-    pub(crate) chain: Option<String>,
-    pub(crate) text: String,
-    pub(crate) effect: &'static str,
-    pub(crate) bit: u32,
-}
-
 impl fmt::Display for Program {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, id, kind, at, hook, position, count, first } = self;
@@ -105,15 +94,7 @@ impl fmt::Display for Program {
 
 impl DoctorCheck {
     pub(crate) fn ok(name: &'static str, observed: impl Into<String>) -> Self {
-        Self {
-            name,
-            state: State::Ok,
-            observed: observed.into(),
-            remedy: None,
-            program: None,
-            rule: None,
-            mark: None,
-        }
+        Self { name, state: State::Ok, observed: observed.into(), remedy: None, program: None, rule: None }
     }
 
     pub(crate) fn degraded(

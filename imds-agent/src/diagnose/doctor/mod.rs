@@ -13,8 +13,6 @@ mod firewall;
 mod hooked_interfaces;
 mod iptables_rule;
 mod kernel_features;
-mod mark_rules;
-mod marks;
 mod metadata_programs;
 mod nft_rule;
 mod node_allow_coverage;
@@ -30,10 +28,7 @@ mod traffic;
 
 pub(crate) use self::doctor_report::DoctorReport;
 pub use self::doctor_report::{DoctorCheck, Rule};
-use self::{
-    coverage::Enforcement, doctor_report::State, marks::MarkUse, observed_gaps::ObservedGaps,
-    rulesets::Rulesets,
-};
+use self::{coverage::Enforcement, doctor_report::State, observed_gaps::ObservedGaps, rulesets::Rulesets};
 use imds_ebpf_common::Mode;
 
 use crate::{
@@ -51,9 +46,7 @@ const SCHEMA: u32 = 1;
 /// in this mode with the default hooks.
 pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<DoctorCheck> {
     let rulesets = Rulesets::from_listing(listing);
-    let mut checks = firewall::rules(&rulesets, &Enforcement::from_provider(provider, Some(mode)));
-    checks.extend(marks::rules(&rulesets, &MarkUse::default()));
-    checks
+    firewall::rules(&rulesets, &Enforcement::from_provider(provider, Some(mode)))
 }
 
 pub(crate) async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
@@ -77,8 +70,7 @@ pub(crate) async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<Docto
     ];
     checks.extend(explained::check(pins));
     let devices = devices::list(netlink).await?;
-    let mark = MarkUse::read(pins, &devices);
-    checks.extend(tc_programs::check_interfaces(pins, netlink, &devices, &mark).await?);
+    checks.extend(tc_programs::check_interfaces(pins, netlink, &devices).await?);
     checks.extend(qdiscs::checks(pins, netlink).await?);
     checks.extend(node_pairs::checks(pins, netlink).await?);
     checks.push(open_vswitch::datapath(netlink).await?);
@@ -88,9 +80,7 @@ pub(crate) async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<Docto
     let enforcement =
         Enforcement { gaps: ObservedGaps::read(pins, netlink).await, ..Enforcement::read(pins) };
     checks.extend(firewall::rules(&rulesets, &enforcement));
-    checks.extend(marks::rules(&rulesets, &mark));
     checks.extend(redirects::checks(&rulesets, pins, netlink).await?);
-    checks.extend(marks::tunnels(&devices, &mark));
     Ok(DoctorReport {
         schema: SCHEMA,
         version: VERSION,

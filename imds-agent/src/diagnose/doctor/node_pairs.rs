@@ -9,8 +9,8 @@ use crate::{
 const NAME: &str = "node_pairs";
 
 /// Lists the pairs that packets to an endpoint are routed through. A packet loses its socket there, so that `node_egress` at
-/// the next interface can't tell the node's packets from those of pods. For ports of bridges the packet mark replaces the
-/// socket.
+/// the next interface can't tell the node's packets from those of pods. For ports of bridges the hash of passed packets
+/// replaces the socket.
 pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<DoctorCheck>, NetlinkError> {
     let protected =
         Maps::open(pins).ok().and_then(|maps| endpoint_maps::read(&maps).ok()).unwrap_or_default();

@@ -31,7 +31,7 @@ pub(crate) struct Rulesets {
     /// Names of the programs that ran successfully.
     sources: Vec<&'static str>,
     pub(crate) rules: Vec<ListedRule>,
-    /// TC actions, as `tc -json actions list` prints them.
+    /// TC actions `mirred`, as `tc -json actions list` prints them.
     pub(crate) actions: Vec<Value>,
     base_chains: Vec<(ChainId, BaseHook)>,
 }
@@ -45,14 +45,6 @@ pub(crate) struct ListedRule {
     pub(crate) remove: String,
     /// Matched traffic and the verdicts for it.
     pub(crate) branches: Vec<Branch>,
-    pub(crate) body: Body,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) enum Body {
-    /// Words of `iptables-save`, from the chain on.
-    Iptables(Vec<String>),
-    Nft(Vec<Value>),
 }
 
 impl Rulesets {
@@ -75,11 +67,9 @@ impl Rulesets {
             let ruleset = serde_json::from_str(&text).unwrap_or_default();
             rulesets.add_nft(&ruleset, &shown.collect());
         }
-        for kind in ["skbedit", "connmark", "mirred"] {
-            let listed = run("tc", &["-json", "actions", "list", "action", kind]);
-            let listed = listed.and_then(|text| serde_json::from_str(&text).ok());
-            rulesets.actions.extend(listed.iter().flat_map(actions));
-        }
+        let listed = run("tc", &["-json", "actions", "list", "action", "mirred"]);
+        let listed = listed.and_then(|text| serde_json::from_str(&text).ok());
+        rulesets.actions.extend(listed.iter().flat_map(actions));
         rulesets
     }
 
@@ -130,7 +120,6 @@ impl Rulesets {
                     text: format!("{program} -t {table} -A {rule}"),
                     remove: format!("{program} -t {table} -D {rule}"),
                     branches: vec![iptables_rule::branch(&words)],
-                    body: Body::Iptables(words),
                 });
             }
         }
@@ -162,7 +151,6 @@ impl Rulesets {
                 remove: format!("nft delete rule {whole}"),
                 branches: nft_rule::branches(&expressions, of_table),
                 chain,
-                body: Body::Nft(expressions),
             });
         }
     }

@@ -8,7 +8,6 @@ use imds_ebpf_common::{TcHook, names::TC_PROGRAMS};
 use super::{
     doctor_report::{DoctorCheck, Program, or_ok},
     hooked_interfaces::HookedInterfaces,
-    marks::MarkUse,
 };
 use crate::{
     datapath::{
@@ -43,7 +42,6 @@ pub(crate) async fn check_interfaces(
     pins: &PinDir,
     netlink: &Netlink,
     devices: &[Device],
-    mark: &MarkUse,
 ) -> Result<Vec<DoctorCheck>, DatapathError> {
     let interfaces = HookedInterfaces::read(pins, netlink).await?;
     let (ours, names) = (pinned_programs(pins), names());
@@ -62,7 +60,7 @@ pub(crate) async fn check_interfaces(
                 // The kernel rejects the query for a device that is not the primary one of its pair: it has no peer hook.
                 let programs = bpf::entries(link.index, bpf::MprogHook::NetkitPeer).unwrap_or_default();
                 let entries = entries("netkit", programs, pins, point, &ours, &names);
-                checks.extend(check_programs(link, "peer", &entries, mark));
+                checks.extend(check_programs(link, "peer", &entries));
             }
             // A kernel without TCX returns an error, and has no TCX programs.
             let programs = bpf::entries(link.index, point.tcx_hook()).unwrap_or_default();
@@ -85,7 +83,7 @@ pub(crate) async fn check_interfaces(
                 TcHook::FromPod => "ingress",
                 TcHook::NodeEgress => "egress",
             };
-            checks.extend(check_programs(link, hook, &entries, mark));
+            checks.extend(check_programs(link, hook, &entries));
         }
     }
     let mut checks =
@@ -141,12 +139,7 @@ fn entries(
     programs.into_iter().map(entry).collect()
 }
 
-fn check_programs(
-    link: &Link,
-    hook: &'static str,
-    entries: &[HookProgram],
-    mark: &MarkUse,
-) -> Vec<DoctorCheck> {
+fn check_programs(link: &Link, hook: &'static str, entries: &[HookProgram]) -> Vec<DoctorCheck> {
     let check = |program: Program, is_stuck| {
         let observed = program.to_string();
         let check = match program.first {
@@ -165,14 +158,6 @@ fn check_programs(
             None if is_stuck => {
                 let remedy = "without TCX (Linux 6.6) the agent cannot place its program before this one: give it another priority \
                               than 1";
-                DoctorCheck::degraded(OF_INTERFACES, observed, remedy)
-            }
-            Some(false) if hook != "egress" && mark.exempts_on_bridge(link.master) => {
-                let remedy = format!(
-                    "the program runs after from_pod, at a port of a bridge with an exempt pod: if it writes bit {} of the packet \
-                     mark, node_egress denies an exempt pod, or lets another pod pass; choose another bit (hooks.mark_bit)",
-                    mark.number()
-                );
                 DoctorCheck::degraded(OF_INTERFACES, observed, remedy)
             }
             Some(false) | None => DoctorCheck::ok(OF_INTERFACES, observed),

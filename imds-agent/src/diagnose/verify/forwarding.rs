@@ -142,7 +142,7 @@ impl Path<'_> {
             let (observed, outcome) = match arrival {
                 Arrival::Arrived => ("reached it".to_owned(), Outcome::Passed),
                 Arrival::Denied(hook) => (format!("denied at {}", hook.name()), Outcome::Failed),
-                Arrival::Lost if self.has_lost_mark() => (MARK_LOST.to_owned(), Outcome::Failed),
+                Arrival::Lost if self.has_lost_hash() => (HASH_LOST.to_owned(), Outcome::Failed),
                 Arrival::Lost if fails_if_lost => (LOST.to_owned(), Outcome::Failed),
                 Arrival::Lost => (LOST.to_owned(), Outcome::Skipped),
             };
@@ -151,11 +151,11 @@ impl Path<'_> {
         Ok(checks)
     }
 
-    /// Reports whether `from_pod` set the mark and no `node_egress` hook saw it.
-    fn has_lost_mark(&self) -> bool {
-        let is_marked = self.probe.count(Hook::FromPod, Verdict::Exempt) > 0;
+    /// Reports whether `from_pod` set the hash and no `node_egress` hook saw it.
+    fn has_lost_hash(&self) -> bool {
+        let has_passed = self.probe.count(Hook::FromPod, Verdict::Exempt) > 0;
         let seen = self.bridge.map(|bridge| bridge.total(Hook::NodeEgress));
-        is_marked && seen == Some(0)
+        has_passed && seen == Some(0)
     }
 
     fn reset(&self, treatment: Treatment) -> Result<(), VerifyError> {
@@ -222,8 +222,7 @@ impl Path<'_> {
 }
 
 const LOST: &str = "lost, but not denied: another program or firewall rule of this node drops it";
-const MARK_LOST: &str =
-    "a program or firewall rule of this node overwrites the exemption mark, or drops the packet";
+const HASH_LOST: &str = "another program of this node changes the hash by which node_egress recognizes exempt pods, or drops the packet";
 
 fn target(endpoint: &Endpoint) -> (IpAddr, Service) {
     (endpoint.address, closed(&endpoint.allow_ports, TCP))

@@ -31,8 +31,8 @@ use crate::{
     },
 };
 
-/// Reason for a failure without the `from_pod` hook, which sets the exemption mark.
-const NO_MARK: &str = "denied at node_egress: exempt pods behind a bridge need `hooks.from_pod`";
+/// Reason for a failure without the `from_pod` hook, which sets the hash of passed packets.
+const NO_HASH: &str = "denied at node_egress: exempt pods behind a bridge need `hooks.from_pod`";
 
 /// State of the path checks, with the last hook attached.
 pub(crate) struct Paths {
@@ -175,9 +175,9 @@ impl Paths {
         }) {
             let at_bridge =
                 enforced.probes.add(Subject::new(SubjectKind::Interface, bridge), Treatment::ExemptBridge)?;
-            let needs_mark = enforced.hooks.contains(Hook::NodeEgress);
+            let needs_hash = enforced.hooks.contains(Hook::NodeEgress);
             let obstacle =
-                (needs_mark && !enforced.hooks.contains(Hook::FromPod)).then(|| Skip::failed(NO_MARK));
+                (needs_hash && !enforced.hooks.contains(Hook::FromPod)).then(|| Skip::failed(NO_HASH));
             let on_bridge = Bridged { device, probe: &probe, at_bridge: &at_bridge, frames, obstacle };
             pod.join_bridge(netlink, device.link.index, device.mtu).await?;
             let result = on_bridge.check(netlink, last_hook, pod, endpoints, families).await;
@@ -246,7 +246,8 @@ impl Bridged<'_> {
             Some(obstacle) => [(); 2].map(|()| Some(obstacle.clone())),
             None => path.controls(netlink, last_hook, families, &bridge).await?,
         };
-        path.check_exempt(last_hook, &with_skips(endpoints, &skips), Treatment::ExemptMarked, true).await
+        path.check_exempt(last_hook, &with_skips(endpoints, &skips), Treatment::ExemptBehindBridge, true)
+            .await
     }
 }
 

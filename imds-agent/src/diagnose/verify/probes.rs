@@ -18,9 +18,10 @@ pub(crate) enum Treatment {
     Denied = 0,
     /// The programs treat the probe as an exempt sender.
     Exempt = ProbeRecord::EXEMPT,
-    /// The programs treat the probe as an exempt sender, and `from_pod` sets the exemption mark.
-    ExemptMarked = ProbeRecord::EXEMPT | ProbeRecord::MARK,
-    /// The probe is a bridge. The programs treat it as exempt, and count only marked packets from it.
+    /// The programs treat the probe as an exempt sender, and `from_pod` sets the hash of passed packets.
+    ExemptBehindBridge = ProbeRecord::EXEMPT | ProbeRecord::PASSES,
+    /// The probe is a bridge. The programs treat it as exempt, and count only packets from it that
+    /// `from_pod` has let pass.
     ExemptBridge = ProbeRecord::EXEMPT | ProbeRecord::BRIDGE,
 }
 
