@@ -84,6 +84,36 @@ fn netkit_pods_are_denied() {
     }
 }
 
+/// Behind a bridge, `node_egress` recognizes an exempt pod by the packet's hash, also beside a pod that could set the mark.
+#[test]
+fn netkit_pods_on_a_bridge() {
+    if skip_without_netkit() {
+        return;
+    }
+    let env = TestEnv::new();
+    let neighbour = env.add_pod(PodLink::Bridged);
+    let [exempt, other] = [(); 2].map(|()| env.add_pod(PodLink::Netkit(NetkitMode::L2)));
+    // The gateway of these pods.
+    env.node.ip(&format!("addr add 169.254.1.1/32 dev {}", TestEnv::BRIDGE));
+    for pod in [&exempt, &other] {
+        let (address, host, bridge) = (pod.address, &pod.host_ifname, TestEnv::BRIDGE);
+        env.node.ip(&format!("link set {host} master {bridge}\nroute replace {address}/32 dev {bridge}"));
+    }
+    let pods = [&neighbour, &exempt, &other];
+    for pod in pods {
+        poll_until(LONG, "an answer", || reachable(&pod.netns, METADATA).then_some(()));
+    }
+    let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", exempt.host_ifname);
+    let agent = env.agent().hooks(&["from_pod", "node_egress"]).config(&rule).spawn_ready();
+    assert!(reachable(&exempt.netns, METADATA), "{}", agent.log());
+    for pod in [&neighbour, &other] {
+        env.assert_nothing_arrives(|| assert!(!reachable(&pod.netns, METADATA)));
+    }
+    drop(agent);
+    env.unload();
+    assert!(pods.iter().all(|pod| reachable(&pod.netns, METADATA)));
+}
+
 #[test]
 fn netkit_redirects_come_second() {
     if skip_without_netkit() {
