@@ -50,13 +50,14 @@ change() {
     fi
 }
 
-# Gets a file of the release into the current directory.
+# Gets a file of the release into the current directory. curl gives up after a minute without data; not every wget has such an option.
 fetch() {
     if [ -n "$from" ]; then
         [ -f "$from/$1" ] || die "$from/$1 does not exist"
         cp "$from/$1" "$1"
     elif has curl; then
-        curl --fail --silent --show-error --location --output "$1" "$base_url/$1" || die "failed to download $base_url/$1"
+        curl --fail --silent --show-error --location --connect-timeout 60 --speed-limit 1 --speed-time 60 --output "$1" "$base_url/$1" ||
+            die "failed to download $base_url/$1"
     elif has wget; then
         wget --quiet --output-document "$1" "$base_url/$1" || die "failed to download $base_url/$1"
     else

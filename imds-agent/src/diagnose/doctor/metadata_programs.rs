@@ -28,13 +28,18 @@ struct Observed {
 
 /// Lists the programs that run here, with the requests that each covers.
 pub(crate) async fn checks(netlink: &Netlink) -> Result<Vec<DoctorCheck>, NetlinkError> {
-    let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let observed = Observed {
-        has_imdsd_socket: sockets.lines().any(|line| line.ends_with(&format!(" {IMDSD_SOCKET}"))),
+        has_imdsd_socket: has_imdsd_socket(&fs::read("/proc/net/unix").unwrap_or_default()),
         has_imdsd_rule: has_imdsd_rule(netlink).await?,
         gpa: process(Path::new("/proc"), GPA_COMM),
     };
     Ok(observed.checks())
+}
+
+/// Reports whether the list of sockets has that of systemd-imdsd. Names of other sockets need not be UTF-8.
+fn has_imdsd_socket(sockets: &[u8]) -> bool {
+    let name = format!(" {IMDSD_SOCKET}");
+    sockets.split(|&byte| byte == b'\n').any(|line| line.ends_with(name.as_bytes()))
 }
 
 async fn has_imdsd_rule(netlink: &Netlink) -> Result<bool, NetlinkError> {
@@ -121,6 +126,15 @@ mod tests {
         assert!(gpa.observed.contains("pid 7") && gpa.observed.contains("168.63.129.16:32526"), "{gpa:?}");
         let unlocked = Observed { has_imdsd_socket: true, ..Observed::default() }.checks();
         assert!(unlocked[0].observed.contains("network unlocked"), "{unlocked:?}");
+    }
+
+    #[test]
+    fn socket_is_found_beside_names_with_any_bytes() {
+        let sockets = |name: &str| {
+            [b"0: 2 0 0 1 1 7 /run/\xff\n".to_vec(), format!("0: 2 0 0 1 1 8 {name}\n").into()].concat()
+        };
+        assert!(has_imdsd_socket(&sockets(IMDSD_SOCKET)));
+        assert!(!has_imdsd_socket(&sockets("/run/other")) && !has_imdsd_socket(b""));
     }
 
     #[test]
