@@ -243,13 +243,18 @@ fn deb(arch: Arch, dir: &Path) -> Result<()> {
 fn cargo_deb(arch: Arch, dir: &Path) -> Result<Command> {
     let mut deb = cargo("deb");
     deb.args(["--no-build", "--no-strip", "--locked", "--package", "imds-agent", "--deb-revision", "1"]);
-    // The name that cargo-deb chooses has the version with `~`, which release servers replace.
-    let package = dir.join(format!("imds-agent_{VERSION}-1_{}.deb", arch.debian()));
-    deb.args(["--profile", build::SHIPPED_PROFILE, "--target", &arch.triple(), "--output"]).arg(package);
+    deb.args(["--profile", build::SHIPPED_PROFILE, "--target", &arch.triple(), "--output"]);
+    deb.arg(dir.join(deb_name(arch)));
     // Otherwise cargo-deb takes the time at which Cargo.toml was checked out.
     deb.env("SOURCE_DATE_EPOCH", build::time()?.to_string());
     deb.current_dir(root());
     Ok(deb)
+}
+
+/// Returns the file name of the Debian package. The name that cargo-deb chooses has `~` in the version of a pre-release, which
+/// release servers replace.
+fn deb_name(arch: Arch) -> String {
+    format!("imds-agent_{VERSION}-1_{}.deb", arch.debian())
 }
 
 /// Returns the artifact of the agent with this suffix.

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use super::{Chart, SBOM, VERSION, chart, oci, plugin, provenance, sha256, write_checksums};
+use super::{Chart, SBOM, VERSION, chart, deb_name, oci, plugin, provenance, rpm, sha256, write_checksums};
 use crate::{
     arch::Arch,
     build,
@@ -124,7 +124,7 @@ pub(super) fn write(
         Ok(())
     };
     for &(arch, from) in built {
-        let (debian, machine) = (arch.debian(), arch.machine());
+        let debian = arch.debian();
         let read = |name: &str| {
             let path = from.join(name);
             fs::read(&path)
@@ -132,8 +132,8 @@ pub(super) fn write(
         };
         for (kind, name) in [
             ("tarball", format!("imds-agent-{VERSION}-linux-{debian}.tar.gz")),
-            ("deb", format!("imds-agent_{VERSION}-1_{debian}.deb")),
-            ("rpm", format!("imds-agent-{VERSION}-1.{machine}.rpm")),
+            ("deb", deb_name(arch)),
+            ("rpm", rpm::file_name(arch, VERSION)),
             ("plugin", plugin::tarball_name(arch)),
         ] {
             let data = read(&name)?;

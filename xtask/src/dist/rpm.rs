@@ -43,11 +43,12 @@ pub(super) fn write(arch: Arch, version: &str, contents: &Contents, dir: &Path) 
     let files = work.join("files");
     fs::write(&files, list).with_context(|| format!("failed to write {}", files.display()))?;
 
+    let name = file_name(arch, version);
     let mut macros = String::new();
     for (name, value) in [
         ("_topdir", work.to_string_lossy().as_ref()),
         ("_rpmdir", dir.to_string_lossy().as_ref()),
-        ("_rpmfilename", &format!("imds-agent-{version}-1.%%{{ARCH}}.rpm")),
+        ("_rpmfilename", &name),
         ("package_staging", staging.to_string_lossy().as_ref()),
         ("package_files", files.to_string_lossy().as_ref()),
         // A pre-release precedes its release.
@@ -65,5 +66,10 @@ pub(super) fn write(arch: Arch, version: &str, contents: &Contents, dir: &Path) 
     rpmbuild.arg(root().join("deploy/rpm/imds-agent.spec"));
     execute(rpmbuild.env("SOURCE_DATE_EPOCH", build::time()?.to_string()))?;
     fs::remove_dir_all(&work).with_context(|| format!("failed to remove {}", work.display()))?;
-    Ok(dir.join(format!("imds-agent-{version}-1.{}.rpm", arch.machine())))
+    Ok(dir.join(name))
+}
+
+/// Returns the file name of the package of a version.
+pub(super) fn file_name(arch: Arch, version: &str) -> String {
+    format!("imds-agent-{version}-1.{}.rpm", arch.machine())
 }
