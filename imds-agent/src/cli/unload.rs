@@ -23,7 +23,7 @@ use crate::{
         maps::config_record,
         pin::{
             agents,
-            dir::{PinDir, PinError},
+            dir::{PinDir, PinError, pid_phrase},
             lock::{self, UNPINNED},
         },
     },
@@ -135,7 +135,7 @@ impl Node {
                 Ok(None) => {
                     is_complete = false;
                     let owner = pins.lock_owner()?.and_then(|owner| owner.pid);
-                    let pid = owner.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
+                    let pid = pid_phrase(owner);
                     write_progress(
                         io::stdout(),
                         format_args!("left {}: its agent{pid} is running", pins.root().display()),
@@ -169,7 +169,7 @@ impl<'a> ProgressPrinter<'a> {
         match progress {
             Progress::PolicyOff => self.is_off = true,
             Progress::AskedAgent(pid) => {
-                let pid = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
+                let pid = pid_phrase(pid);
                 let path = self.pins.root().display();
                 write_progress(
                     io::stderr(),

@@ -98,7 +98,8 @@ impl PinError {
     }
 }
 
-fn pid_phrase(pid: Option<i32>) -> String {
+/// Returns the pid of a process for a message, or nothing if it is unknown.
+pub(crate) fn pid_phrase(pid: Option<i32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
 }
 
