@@ -38,6 +38,36 @@ impl TestEnv {
         });
     }
 
+    /// Reports whether a process in the environment's cgroup and in this namespace reaches the metadata service.
+    #[must_use]
+    pub fn reaches(&self, netns: &Netns) -> bool {
+        self.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
+    }
+
+    /// Waits until the pod reaches the metadata service.
+    #[track_caller]
+    pub fn wait_exempt(&self, pod: &Pod) {
+        poll_until(LONG, "the pod to be exempt", || self.reaches(&pod.netns).then_some(()));
+    }
+
+    /// Waits until requests of the pod are denied, and asserts that no packet arrives.
+    #[track_caller]
+    pub fn wait_denied(&self, pod: &Pod) {
+        // A request without a response in time is denied only if it does not arrive.
+        poll_until(LONG, "the pod to be denied", || {
+            let mut is_answered = true;
+            let arrives = self.arrives(|| is_answered = self.reaches(&pod.netns));
+            (!is_answered && !arrives).then_some(())
+        });
+        self.assert_denied(&pod.netns);
+    }
+
+    /// Asserts that a request from this namespace gets no response, and that no packet arrives.
+    #[track_caller]
+    pub fn assert_denied(&self, netns: &Netns) {
+        self.assert_nothing_arrives(|| assert!(!self.reaches(netns), "{} is not denied", netns.name()));
+    }
+
     /// Asserts that the metadata service responds to `pod`.
     #[track_caller]
     pub fn assert_open(&self, pod: &Pod) {

@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, TcpStream},
 };
 
-use crate::{TestEnv, probe::LONG};
+use crate::{TestEnv, poll::poll_until, probe::LONG};
 
 /// Default listen address of the agent.
 pub const DEFAULT: &str = "127.0.0.1:9254";
@@ -54,6 +54,25 @@ pub fn try_get(env: &TestEnv, at: &str, path: &str) -> io::Result<(u16, String)>
 /// Sends a GET with an `Accept` header to an address of the node.
 pub fn try_get_as(env: &TestEnv, at: &str, path: &str, accept: &str) -> io::Result<Response> {
     connect(env, at, |stream| get(stream, path, &format!("Accept: {accept}\r\n")))
+}
+
+impl TestEnv {
+    /// Returns the agent's metrics. Waits for them, because the agent listens a moment after `status` says that it is ready.
+    #[track_caller]
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        poll_until(LONG, "the agent's metrics", || try_get(self, DEFAULT, "/metrics").ok()).1
+    }
+
+    /// Returns the value of a series in the agent's metrics.
+    #[track_caller]
+    #[must_use]
+    pub fn metric(&self, series: &str) -> u64 {
+        let metrics = self.metrics();
+        let mut lines = metrics.lines();
+        let value = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
+        value.unwrap_or_else(|| panic!("no {series} in:\n{metrics}"))
+    }
 }
 
 fn connect<T: Send>(

@@ -1,13 +1,6 @@
 //! A node of a cluster, with its API server and kubelet.
 
-use crate::{
-    METADATA, Netns, Pod, TestEnv,
-    api_server::ApiServer,
-    http::{DEFAULT, try_get},
-    kubelet::Kubelet,
-    poll::poll_until,
-    probe::{LONG, SHORT, http_get},
-};
+use crate::{Netns, Pod, TestEnv, api_server::ApiServer, kubelet::Kubelet};
 
 /// An environment with an API server on the node's loopback, and the cgroups of a kubelet.
 #[derive(Debug)]
@@ -50,39 +43,30 @@ impl TestCluster {
     /// Reports whether a process in the environment's cgroup and in this namespace reaches the metadata service.
     #[must_use]
     pub fn reaches(&self, netns: &Netns) -> bool {
-        self.env.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
+        self.env.reaches(netns)
     }
 
     /// Waits until the pod reaches the metadata service.
     #[track_caller]
     pub fn wait_exempt(&self, pod: &Pod) {
-        poll_until(LONG, "the pod to be exempt", || self.reaches(&pod.netns).then_some(()));
+        self.env.wait_exempt(pod);
     }
 
     /// Waits until requests of the pod are denied, and asserts that no packet arrives.
     #[track_caller]
     pub fn wait_denied(&self, pod: &Pod) {
-        // A request without a response in time is denied only if it does not arrive.
-        poll_until(LONG, "the pod to be denied", || {
-            let mut is_answered = true;
-            let arrives = self.env.arrives(|| is_answered = self.reaches(&pod.netns));
-            (!is_answered && !arrives).then_some(())
-        });
-        self.assert_denied(&pod.netns);
+        self.env.wait_denied(pod);
     }
 
     /// Asserts that a request from this namespace gets no response, and that no packet arrives.
     #[track_caller]
     pub fn assert_denied(&self, netns: &Netns) {
-        self.env.assert_nothing_arrives(|| assert!(!self.reaches(netns), "{} is not denied", netns.name()));
+        self.env.assert_denied(netns);
     }
 
     /// Returns the value of a series in the agent's metrics.
     #[must_use]
     pub fn metric(&self, series: &str) -> u64 {
-        let (_, metrics) = poll_until(LONG, "metrics", || try_get(&self.env, DEFAULT, "/metrics").ok());
-        let mut lines = metrics.lines();
-        let value = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
-        value.unwrap_or_else(|| panic!("no {series} in:\n{metrics}"))
+        self.env.metric(series)
     }
 }

@@ -8,10 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, AgentCommand, Pod, PodLink, Status, TestEnv,
-    http::{DEFAULT, try_get},
-    poll::poll_until,
-    probe::LONG,
+    Agent, AgentCommand, Pod, PodLink, Status, TestEnv, http::try_get, poll::poll_until, probe::LONG,
 };
 
 /// Hooks that every tested kernel supports.
@@ -88,7 +85,7 @@ impl Node {
     }
 
     fn rejected_metric(&self) -> String {
-        let (_, metrics) = poll_until(LONG, "metrics", || try_get(&self.env, DEFAULT, "/metrics").ok());
+        let metrics = self.env.metrics();
         let line = metrics.lines().find(|line| line.starts_with("imds_agent_config_last_reload_successful "));
         line.unwrap_or_default().to_owned()
     }

@@ -15,9 +15,7 @@ use imds_ebpf_common::{Policy, PolicyFilter};
 use imds_tests::{
     AgentCommand, AttachMode, Pod, PodLink, Status, TestEnv,
     foreign_bpf::detach_link,
-    hook,
-    http::{DEFAULT, try_get},
-    output,
+    hook, output,
     poll::poll_until,
     probe::LONG,
     program_policy::{CGROUP_SOCK_ADDR, ProgramPolicy, SCHED_CLS},
@@ -30,7 +28,7 @@ fn has_problem(status: &Status, text: &str) -> bool {
 }
 
 fn ready_metric(env: &TestEnv) -> String {
-    let (_, metrics) = poll_until(LONG, "metrics", || try_get(env, DEFAULT, "/metrics").ok());
+    let metrics = env.metrics();
     metrics.lines().find(|line| line.starts_with("imds_agent_ready ")).unwrap_or_default().to_owned()
 }
 

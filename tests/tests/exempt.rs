@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, Cgroup, METADATA, METADATA_V6, Netns, PacketSocket, Pod, PodLink, SERVICE, TestEnv, known_here,
+    Agent, Cgroup, METADATA, METADATA_V6, PacketSocket, Pod, PodLink, SERVICE, TestEnv, known_here,
     lacks_netns_cookie, output,
     poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, reachable},
@@ -59,27 +59,6 @@ fn start<'w>(env: &'w TestEnv, hooks: &[&'static str], config: &str) -> Agent<'w
     env.agent().config(config).hooks(hooks).spawn_ready()
 }
 
-/// Reports whether the pod reaches the service from a socket in the cgroup of the socket hook.
-fn reaches(env: &TestEnv, netns: &Netns) -> bool {
-    env.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
-}
-
-#[track_caller]
-fn wait_exempt(env: &TestEnv, pod: &Pod) {
-    poll_until(LONG, "the pod to be exempt", || reaches(env, &pod.netns).then_some(()));
-}
-
-#[track_caller]
-fn wait_denied(env: &TestEnv, pod: &Pod) {
-    // A request without a response in time is denied only if it does not arrive.
-    poll_until(LONG, "the pod to be denied", || {
-        let mut is_answered = true;
-        let arrives = env.arrives(|| is_answered = reaches(env, &pod.netns));
-        (!is_answered && !arrives).then_some(())
-    });
-    env.assert_nothing_arrives(|| assert!(!reaches(env, &pod.netns)));
-}
-
 /// A route through the pod, as to an egress gateway, makes its interface an uplink as well as a pod interface.
 #[test]
 fn route_through_exempt_pod() {
@@ -89,18 +68,18 @@ fn route_through_exempt_pod() {
         let config = rule(&format!("interface = '{}'", gateway.host_ifname), "");
         let agent =
             env.agent().backend(backend).config(&config).hooks(&["from_pod", "node_egress"]).spawn_ready();
-        wait_exempt(&env, &gateway);
+        env.wait_exempt(&gateway);
         let route = format!("default via {} dev {} onlink table 100", gateway.address, gateway.host_ifname);
         env.node.ip(&format!("route add {route}"));
         env.status_when("the pod's interface is an uplink", |status| {
             status.interface(&gateway.host_ifname).role == "uplink"
         });
-        assert!(reaches(&env, &gateway.netns) && !reaches(&env, &other.netns));
+        assert!(env.reaches(&gateway.netns) && !env.reaches(&other.netns));
         env.node.ip(&format!("route del {route}"));
         env.status_when("the interface is a pod's again", |status| {
             status.interface(&gateway.host_ifname).role == "pod"
         });
-        assert!(reaches(&env, &gateway.netns));
+        assert!(env.reaches(&gateway.netns));
         drop(agent);
         env.unload();
     });
@@ -176,7 +155,7 @@ fn every_selector_works_on_every_hook() {
             }
             let env = TestEnv::new();
             let [pod, neighbour] = [env.add_pod(link), env.add_pod(link)];
-            assert!(reaches(&env, &pod.netns) && reaches(&env, &neighbour.netns));
+            assert!(env.reaches(&pod.netns) && env.reaches(&neighbour.netns));
             let process = Process::new(&pod);
             for sender in [
                 format!("interface = '{}'", pod.host_ifname),
@@ -185,14 +164,14 @@ fn every_selector_works_on_every_hook() {
             ] {
                 let agent = start(&env, hooks, &rule(&sender, ""));
                 let case = format!("{sender} with {hooks:?}, {link:?}");
-                assert!(reaches(&env, &pod.netns), "{case}: {}", agent.log());
-                env.assert_nothing_arrives(|| assert!(!reaches(&env, &neighbour.netns), "{case}"));
+                assert!(env.reaches(&pod.netns), "{case}: {}", agent.log());
+                env.assert_nothing_arrives(|| assert!(!env.reaches(&neighbour.netns), "{case}"));
                 let total = env.status().total;
                 assert!(total.exempt.packets > 0 && total.denied.packets > 0, "{case}: {total:?}");
                 drop(agent);
                 env.unload();
             }
-            assert!(reaches(&env, &neighbour.netns));
+            assert!(env.reaches(&neighbour.netns));
         }
     }
 }
@@ -247,29 +226,29 @@ fn host_network_pod_is_exempt_by_cgroup() {
 fn rules_follow_the_configuration() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Bridged);
-    assert!(reaches(&env, &pod.netns));
+    assert!(env.reaches(&pod.netns));
     let path = env.scratch_dir().join("imds.toml");
     let hooks = if lacks_netns_cookie() { "[hooks]\nsocket = false\n" } else { "" };
     fs::write(&path, hooks).unwrap();
     let cgroup = env.cgroup().to_str().unwrap();
     let agent = env.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
-    wait_denied(&env, &pod);
+    env.wait_denied(&pod);
     fs::write(&path, rule(&format!("netns = '{}'", pod.netns.path().display()), hooks)).unwrap();
-    wait_exempt(&env, &pod);
+    env.wait_exempt(&pod);
 
     // The exemption stays while no agent runs, and during the start of the next one.
     agent.kill9();
-    assert!(reaches(&env, &pod.netns));
+    assert!(env.reaches(&pod.netns));
     let agent = env.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
-    assert!(reaches(&env, &pod.netns));
+    assert!(env.reaches(&pod.netns));
 
     fs::write(&path, format!("mode = 'enforce'\n{hooks}")).unwrap();
-    wait_denied(&env, &pod);
+    env.wait_denied(&pod);
     // One hook can deny the pod before its exemptions from the others are removed.
     env.status_when("no sender is exempt", |status| status.exemptions.is_empty());
     drop(agent);
     env.unload();
-    assert!(reaches(&env, &pod.netns));
+    assert!(env.reaches(&pod.netns));
 }
 
 #[test]
@@ -277,7 +256,7 @@ fn later_pod_is_exempt_successor_is_not() {
     let env = TestEnv::new();
     let agent = start(&env, &known_here(ALL), &rule("interface = 'guest0'", ""));
     let first = env.add_pod(PodLink::Routed);
-    wait_denied(&env, &first);
+    env.wait_denied(&first);
     // The interface name alone makes the rule match.
     env.node.ip(&format!(
         "link set {0} down
@@ -286,7 +265,7 @@ fn later_pod_is_exempt_successor_is_not() {
          route add {1}/32 dev guest0",
         first.host_ifname, first.address
     ));
-    wait_exempt(&env, &first);
+    env.wait_exempt(&first);
     let status = env.status();
     assert!(status.exemptions.iter().any(|exemption| exemption.interface.as_deref() == Some("guest0")));
     assert!(status.exemptions.iter().all(|exemption| exemption.rule == "of-test"), "{status:#?}");
@@ -294,15 +273,15 @@ fn later_pod_is_exempt_successor_is_not() {
     let (index, address) = (first.host_ifindex, first.address);
     first.delete();
     let successor = env.add_successor("guest1", index, address);
-    env.assert_nothing_arrives(|| assert!(!reaches(&env, &successor)));
+    env.assert_nothing_arrives(|| assert!(!env.reaches(&successor)));
     env.status_when("the successor is enforced and no sender exempt", |status| {
         status.find("guest1").is_some_and(imds_tests::status::Interface::is_attached)
             && status.exemptions.is_empty()
     });
-    env.assert_nothing_arrives(|| assert!(!reaches(&env, &successor)));
+    env.assert_nothing_arrives(|| assert!(!env.reaches(&successor)));
     drop(agent);
     env.unload();
-    assert!(reaches(&env, &successor));
+    assert!(env.reaches(&successor));
 }
 
 /// Without an agent, the exemption of a deleted pod stays in the maps, and `node_egress` alone checks its successor, which has
@@ -313,9 +292,9 @@ fn exemption_ends_without_an_agent() {
     let [first, other] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
     let config = rule(&format!("interface = '{}'", first.host_ifname), "");
     let agent = start(&env, &["from_pod", "node_egress"], &config);
-    wait_exempt(&env, &first);
+    env.wait_exempt(&first);
     agent.kill9();
-    wait_exempt(&env, &first);
+    env.wait_exempt(&first);
     let (name, index, address) = (first.host_ifname.clone(), first.host_ifindex, other.address);
     first.delete();
     other.delete();

@@ -65,10 +65,7 @@ fn full_pipe() -> (OwnedFd, OwnedFd) {
 }
 
 fn dropped(env: &TestEnv) -> u64 {
-    // The agent listens a moment after `status` says that it is ready.
-    let (_, metrics) = poll_until(LONG, "the metrics", || try_get(env, DEFAULT, "/metrics").ok());
-    let value = metrics.lines().find_map(|line| line.strip_prefix("imds_agent_log_lines_dropped_total "));
-    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("not in:\n{metrics}"))
+    env.metric("imds_agent_log_lines_dropped_total")
 }
 
 #[test]

@@ -16,7 +16,6 @@ use imds_ebpf_common::{
 use imds_tests::{
     METADATA, Netns, PodLink, TestCluster, TestEnv,
     api_server::{ApiServer, Fault, pod},
-    http::{DEFAULT, try_get},
     kubelet::{Driver, Kubelet, new_uid},
     poll::poll_until,
     probe::{LONG, SHORT, connect, http_get},
@@ -51,10 +50,6 @@ fn json_report(env: &TestEnv) -> Value {
 
 fn denials(env: &TestEnv) -> Vec<Value> {
     json_report(env)["denials"].as_array().unwrap().clone()
-}
-
-fn reaches(env: &TestEnv, netns: &Netns) -> bool {
-    env.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
 }
 
 fn sum(denials: &[Value]) -> u64 {
@@ -196,7 +191,7 @@ fn senders_denied_before_their_pods_are_known() {
     // A request of the known pod adds to the merged record. The sums of the metrics count each request once.
     assert!(is_answered());
     poll_until(LONG, "the second request", || {
-        let (_, metrics) = try_get(env, DEFAULT, "/metrics").unwrap();
+        let metrics = env.metrics();
         let values = metrics.lines().filter(|line| line.starts_with("imds_agent_denials_total{"));
         let counted: u64 = values.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum();
         let found = denials(env);
@@ -312,7 +307,7 @@ fn audit_to_rules_to_enforcement() {
     assert!(rules.contains("allow = [\"GET /metadata/instance\"]"), "{rules}");
     write("enforce", &rules);
     env.status_when("the mode has changed", |status| status.mode.as_deref() == Some("enforce"));
-    env.assert_nothing_arrives(|| assert!(!reaches(&env, &pods[1].netns)));
+    env.assert_nothing_arrives(|| assert!(!env.reaches(&pods[1].netns)));
     // The broker opens its listener after the change of the mode. Until then, the pod is denied.
     poll_until(LONG, "an answer of the broker", || {
         let answer = env.in_cgroup(|| -> io::Result<String> {
@@ -331,7 +326,7 @@ fn audit_to_rules_to_enforcement() {
     let report_denial = || {
         report(&env, &["--reset"]);
         poll_until(LONG, "the denied pod in the report", || {
-            assert!(!reaches(&env, &pods[1].netns));
+            assert!(!env.reaches(&pods[1].netns));
             Some(denied()).filter(|found| found.iter().any(is_web))
         })
     };
@@ -344,7 +339,7 @@ fn audit_to_rules_to_enforcement() {
     agent.kill9();
     let before = sum(&denied());
     poll_until(LONG, "a later denial in the report", || {
-        assert!(!reaches(&env, &pods[1].netns));
+        assert!(!env.reaches(&pods[1].netns));
         (sum(&denied()) > before).then_some(())
     });
     drop(cgroups);

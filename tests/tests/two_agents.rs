@@ -5,7 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use imds_tests::{AgentCommand, PodLink, Status, TestEnv, hook, probe::LONG, with_each_backend};
+use imds_tests::{
+    Agent, AgentCommand, AttachMode, PodLink, Status, TestEnv, hook, probe::LONG, with_each_backend,
+};
 
 /// A second pin directory, which is unloaded on drop.
 struct Second<'w> {
@@ -18,6 +20,11 @@ impl<'w> Second<'w> {
         let mut path = env.pin_dir().as_os_str().to_owned();
         path.push("-second");
         Self { env, path: path.into() }
+    }
+
+    /// Starts an agent that uses this directory. Such an agent reports the first one, so that it never gets ready.
+    fn spawn(&self, backend: AttachMode) -> Agent<'w> {
+        self.env.agent().backend(backend).resync(1).pin_dir(&self.path).spawn()
     }
 
     fn command(&self, args: &[&str]) -> AgentCommand<'w> {
@@ -43,7 +50,7 @@ fn both_agents_are_reported_and_coexist() {
         let pod = env.add_pod(PodLink::Routed);
         let directory = Second::new(&env);
         let first = env.agent().backend(backend).resync(1).spawn_ready();
-        let second = env.agent().backend(backend).resync(1).pin_dir(&directory.path).spawn();
+        let second = directory.spawn(backend);
         second.wait_for_log(&format!("another imds-agent (pid {}) runs on this node", first.pid()), LONG);
         first.wait_for_log(&format!("another imds-agent (pid {}) runs on this node", second.pid()), LONG * 3);
 
@@ -93,9 +100,8 @@ fn unload_of_stopped_agents() {
         let pod = env.add_pod(PodLink::Routed);
         let directory = Second::new(&env);
         let first = env.agent().backend(backend).resync(1).spawn_ready();
-        // A second agent reports the first one, so it is not ready.
         let start_second = || {
-            let agent = env.agent().backend(backend).resync(1).pin_dir(&directory.path).spawn();
+            let agent = directory.spawn(backend);
             agent.wait_for_log("mode enforce:", LONG);
             agent
         };

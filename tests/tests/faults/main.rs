@@ -17,13 +17,7 @@ use std::{
 };
 
 use imds_tests::{
-    AgentCommand, AttachMode, METADATA, Pod, PodLink, TestEnv,
-    flood::Flood,
-    http::{DEFAULT, try_get},
-    lacks_netns_cookie,
-    poll::poll_until,
-    probe::LONG,
-    skip,
+    AgentCommand, AttachMode, METADATA, Pod, PodLink, TestEnv, flood::Flood, lacks_netns_cookie, skip,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -110,7 +104,7 @@ impl Case {
     /// Returns the sum of the agent's metrics whose series begins with `name`.
     #[track_caller]
     fn metric(&self, name: &str) -> u64 {
-        let (_, metrics) = poll_until(LONG, "metrics", || try_get(&self.env, DEFAULT, "/metrics").ok());
+        let metrics = self.env.metrics();
         let lines = metrics.lines().filter(|line| line.starts_with(name));
         lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }

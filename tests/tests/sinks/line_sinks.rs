@@ -92,7 +92,7 @@ fn file_survives_rotation_and_removal() {
     // The last record is written before the agent ends.
     send(&pod, [40_003]);
     poll_until(LONG, "the event to be collected", || {
-        (crate::metric(&env, "imds_agent_events_total") >= 4).then_some(())
+        (env.metric("imds_agent_events_total") >= 4).then_some(())
     });
     assert!(agent.terminate().success());
     assert_eq!(records(&path).len(), 2);
@@ -122,15 +122,12 @@ fn full_disk_loses_no_record() {
     for (port, pod) in (40_000..40_012).zip(pods.iter().cycle()) {
         send(pod, [port]);
         poll_until(LONG, "the event to be collected", || {
-            (crate::metric(&env, "imds_agent_events_total") > u64::from(port - 40_000)).then_some(())
+            (env.metric("imds_agent_events_total") > u64::from(port - 40_000)).then_some(())
         });
     }
     wait_failing(&env, "No space left on device");
-    assert_eq!(
-        crate::metric(&env, &format!("imds_agent_sink_failing{{sink=\"file:{}\"}}", path.display())),
-        1
-    );
-    assert_eq!(crate::metric(&env, "imds_agent_ready"), 1);
+    assert_eq!(env.metric(&format!("imds_agent_sink_failing{{sink=\"file:{}\"}}", path.display())), 1);
+    assert_eq!(env.metric("imds_agent_ready"), 1);
     let before = records(&path).len();
     assert!(before < 12 && fs::read(&path).unwrap().ends_with(b"\n"), "{before} records");
     agent.wait_for_log("failed to write records, retrying", LONG);

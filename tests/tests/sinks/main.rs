@@ -9,13 +9,7 @@ mod syslog_sink;
 
 use std::{fs, path::Path};
 
-use imds_tests::{
-    METADATA, PacketSocket, Pod, TestEnv,
-    http::{DEFAULT, try_get},
-    packets,
-    poll::poll_until,
-    probe::LONG,
-};
+use imds_tests::{METADATA, PacketSocket, Pod, TestEnv, packets, poll::poll_until, probe::LONG};
 use serde_json::Value;
 
 /// Returns a configuration with these sinks, each the keys of an inline table.
@@ -81,18 +75,6 @@ fn wait_working(env: &TestEnv) {
     });
 }
 
-/// Returns the agent's metrics, which are served a moment after `status` says that it is ready.
-fn metrics(env: &TestEnv) -> String {
-    poll_until(LONG, "the metrics", || try_get(env, DEFAULT, "/metrics").ok()).1
-}
-
-/// Returns a series of the agent's metrics.
-fn metric(env: &TestEnv, series: &str) -> u64 {
-    let metrics = metrics(env);
-    let value = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
-    value.unwrap_or_else(|| panic!("no {series} in:\n{metrics}"))
-}
-
 fn sink_records(env: &TestEnv, sink: &str, result: &str) -> u64 {
-    metric(env, &format!("imds_agent_sink_records_total{{sink=\"{sink}\",result=\"{result}\"}}"))
+    env.metric(&format!("imds_agent_sink_records_total{{sink=\"{sink}\",result=\"{result}\"}}"))
 }

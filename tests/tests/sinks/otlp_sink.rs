@@ -15,7 +15,6 @@ use imds_tests::{
 };
 
 use crate::{
-    metric,
     otlp_receiver::{Answer, OtlpReceiver, attribute},
     send, sink, sink_errors, sink_records, sinks, wait_failing, wait_working,
 };
@@ -120,7 +119,7 @@ fn dead_receiver_gets_the_records_later() {
     let status = env.imds_agent(&["status"]).output();
     let text = String::from_utf8_lossy(&status.stdout).into_owned();
     assert!(text.contains(&format!("\nsinks      otlp:{origin} (failing: ")), "{text}");
-    assert_eq!(metric(&env, &format!("imds_agent_sink_failing{{sink=\"otlp:{origin}\"}}")), 1);
+    assert_eq!(env.metric(&format!("imds_agent_sink_failing{{sink=\"otlp:{origin}\"}}")), 1);
     agent.wait_for_log(origin, LONG);
     let lines = agent.log_lines().iter().filter(|(_, line)| line.contains(origin)).count();
     assert_eq!(lines, 1, "{}", agent.log());
@@ -150,7 +149,7 @@ fn silent_receiver_delays_nothing() {
     let start = Instant::now();
     send(&pod, [40_001]);
     crate::wait_records(&path, 2);
-    assert_eq!(metric(&env, "imds_agent_ready"), 1);
+    assert_eq!(env.metric("imds_agent_ready"), 1);
     let late = env.add_pod(PodLink::Routed);
     env.wait_enforced(&late);
     env.assert_blocked(&late);
@@ -197,7 +196,7 @@ fn certificate_of_the_receiver_is_verified() {
     write(&format!(", ca_file = '{}'", certificate.display()));
     // The configuration is effective before the telemetry thread has its sinks. A new sink has no error.
     let failing = format!("imds_agent_sink_failing{{sink=\"otlp:https://{free}\"}}");
-    poll_until(LONG, "the new sink", || (metric(&env, &failing) == 0).then_some(()));
+    poll_until(LONG, "the new sink", || (env.metric(&failing) == 0).then_some(()));
     send(&pod, [40_001]);
     let (mut output, text) = (server.stdout.take().unwrap(), Arc::new(Mutex::new(Vec::new())));
     let of_thread = Arc::clone(&text);

@@ -4,9 +4,7 @@ use std::{fs, os::unix::fs::symlink};
 
 use imds_tests::{PodLink, TestEnv, poll::poll_until, probe::LONG};
 
-use crate::{
-    file_sink, metrics, records, send, sink_errors, sinks, wait_failing, wait_records, wait_working,
-};
+use crate::{file_sink, records, send, sink_errors, sinks, wait_failing, wait_records, wait_working};
 
 /// Start of the series that each sink has once.
 const SERIES: &str = "imds_agent_sink_failing{sink=\"";
@@ -25,7 +23,7 @@ fn reload_adds_and_removes_sinks() {
     let wait_sinks = |expected: &[&String]| {
         poll_until(LONG, &format!("the sinks {expected:?}"), || {
             let names: Vec<_> = sink_errors(&env).into_iter().map(|(name, _)| name).collect();
-            let metrics = metrics(&env);
+            let metrics = env.metrics();
             let has_series = |name: &&String| metrics.contains(&format!("{SERIES}{name}\"}}"));
             let is_running =
                 metrics.matches(SERIES).count() == expected.len() && expected.iter().all(has_series);
